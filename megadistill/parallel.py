@@ -1,0 +1,169 @@
+"""Ranks: the one place that starts DeepSpeed, lays out tp x dp, and stops the ranks together.
+
+world = tp x dp. Consecutive ranks form a tensor-parallel group; rank = dp_rank * tp + tp_rank.
+
+Works the same under `deepspeed`, `torchrun` and plain `python` (one rank). Where there is no
+accelerator, DeepSpeed is told to run on the CPU before it is first imported: import deepspeed only
+after importing this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megadistill.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands. Made once by `start`."""
+
+    rank: int
+    world: int
+    local_rank: int
+    hosts: int
+    tp: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.tp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def store(self) -> dist.Store:
+        """The process group's key-value store: counters and keys that every rank sees."""
+        return dist.distributed_c10d._get_default_store()
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+    def broadcast(self, value: Any, *, group: dist.ProcessGroup | None = None) -> Any:
+        """`value` of the group's first rank (default: rank 0), on every rank of the group."""
+        box = [value]
+        source = 0 if group is None else dist.get_global_rank(group, 0)
+        dist.broadcast_object_list(box, src=source, group=group, device=self.device)
+        return box[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, on the device of `tensor`."""
+        moved = tensor.to(self.device, copy=True)
+        dist.all_reduce(moved)
+        return moved.to(tensor.device)
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """(rank, world, local rank) as the launcher set them; (0, 1, 0) for plain python."""
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def check_layout(*, tp: int, world: int) -> None:
+    """ConfigError when `tp` does not divide the ranks. Needs no process group."""
+    if world % tp:
+        raise ConfigError(
+            f"teacher.tp: {tp} does not divide the {world} ranks of this run: start a multiple of "
+            f"{tp} ranks, or set teacher.tp to one of "
+            f"{', '.join(str(t) for t in range(1, world + 1) if world % t == 0)}"
+        )
+
+
+def start(*, tp: int = 1, expect_hosts: int | None = None, timeout_s: int = 1800) -> Mesh:
+    """Join the process group and lay out the mesh. Collective over all ranks."""
+    rank, world, local_rank = rank_from_environment()
+    check_layout(tp=tp, world=world)
+    _watch_launcher()
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()),
+        )  # fmt: skip
+    import deepspeed
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    if not cuda:
+        # DeepSpeed's shared-memory all-reduce ignores the process group it is given and sums over
+        # the world: with tp < world the teacher's logits come out wrong, silently.
+        deepspeed.comm.comm.cdb.shm_vector_kernel_level = 0
+    tp_groups = [dist.new_group(range(r, r + tp)) for r in range(0, world, tp)]
+    dp_groups = [dist.new_group(range(t, world, tp)) for t in range(tp)]
+    names: list[Any] = [None] * world
+    dist.all_gather_object(names, socket.gethostname())
+    hosts = len(set(names))
+    if expect_hosts is not None and hosts != expect_hosts:
+        raise ConfigError(
+            f"parallel.expect_hosts: expected {expect_hosts} hosts, found {hosts} "
+            f"({', '.join(sorted(set(names)))}): check the hostfile's path, which DeepSpeed only "
+            "warns about when it is missing"
+        )
+    if rank == 0:
+        log.info("%d host(s) x %d rank(s), tp %d x dp %d, on %s", hosts, world // hosts, tp,
+                 world // tp, device.type)  # fmt: skip
+    return Mesh(
+        rank=rank, world=world, local_rank=local_rank, hosts=hosts, tp=tp, device=device,
+        tp_group=tp_groups[rank // tp], dp_group=dp_groups[rank % tp],
+    )  # fmt: skip
+
+
+def stop() -> None:
+    """Leave the process group. Without this a rank may die noisily at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _watch_launcher(interval_s: float = 1.0) -> None:
+    """End this rank when its launcher dies: DeepSpeed's leaves orphans when it is terminated."""
+    parent = os.getppid()
+    if parent == 1 or "RANK" not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(interval_s)
+        log.error("rank %s: the launcher is gone, leaving", os.environ.get("RANK"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10 * interval_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -332,7 +332,8 @@ def _search(fixed_NV: torch.Tensor, point_NM: torch.Tensor) -> torch.Tensor:
     Two levels, sums of blocks and then one block a point, so that no prefix sum over V is stored.
     """
     N, V = fixed_NV.shape
-    blocks_NB = torch.nn.functional.pad(fixed_NV, (0, -V % _BLOCK)).view(N, -1, _BLOCK)
+    blocks_NB = torch.nn.functional.pad(fixed_NV, (0, -V % _BLOCK))
+    blocks_NB = blocks_NB.view(N, -(-V // _BLOCK), _BLOCK)
     ends_NB = blocks_NB.sum(2).cumsum(1)
     block_NM = torch.searchsorted(ends_NB, point_NM.contiguous(), right=True)
     block_NM.clamp_(max=ends_NB.shape[1] - 1)

@@ -9,7 +9,9 @@ may be told, load.py the way from a file to a checked Config.
 
 from __future__ import annotations
 
-from megadistill.config.load import DEFAULT, all_keys, find_config, load_config
+from megadistill.config.find import DEFAULT, find_config
+from megadistill.config.load import load_config
+from megadistill.config.messages import all_keys
 from megadistill.config.rules import default_groups, worst_bytes_per_position
 from megadistill.config.schema import (
     CacheConfig,

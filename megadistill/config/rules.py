@@ -116,26 +116,30 @@ def _folders(config: Config) -> Iterator[Problem]:
         read["student.model"] = config.student.model
     if config.data.tokenizer is not None:
         read["data.tokenizer"] = config.data.tokenizer
-    names = list(written)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            a, b = written[first], written[second]
-            if _inside(a, b) or _inside(b, a):
-                same = "the same folder as" if _inside(a, b) and _inside(b, a) else (
-                    "inside" if _inside(b, a) else "around")  # fmt: skip
-                yield Problem(
-                    (second, first),
-                    f"{b} is {same} {first} ({a}), and each needs a folder of its own: set "
-                    f"{second} to another",
-                )
-    for source, name in read.items():
-        for target, folder in written.items():
-            if _inside(name, folder):
-                yield Problem(
-                    (target, source),
-                    f"{folder} holds {source} ({name}), which would be written over: set {target} "
-                    "to another folder",
-                )
+    for i, (target, folder) in enumerate(written.items()):
+        clashes = [*_clashes(target, folder, dict(list(written.items())[:i]))]
+        clashes += [
+            Problem(
+                (target, source),
+                f"{folder} holds {source} ({name}), which would be written over: set {target} to "
+                "another folder",
+            )
+            for source, name in read.items()
+            if _inside(name, folder)
+        ]
+        yield from clashes[:1]  # one move mends them all
+
+
+def _clashes(target: str, folder: str, others: dict[str, str]) -> Iterator[Problem]:
+    for other, path in others.items():
+        within, around = _inside(folder, path), _inside(path, folder)
+        if within or around:
+            how = "the same folder as" if within and around else "inside" if within else "around"
+            yield Problem(
+                (target, other),
+                f"{folder} is {how} {other} ({path}), and each needs a folder of its own: set "
+                f"{target} to another",
+            )
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -7,8 +7,9 @@ value takes them all the same), and everything else is text.
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -19,8 +20,7 @@ _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)|0x[0-9a-fA-F]+", "-+0123456789"),
     "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        r"[-+]?((\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN)",
         "-+0123456789.",
     ),
     "merge": (r"<<", "<"),
@@ -30,7 +30,7 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's scalars, which refuses a key that comes twice."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[str, int] = {}
@@ -89,7 +89,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _write_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+    # PyYAML writes 1e-4 as 1.0e-04; repr gives back the same number, in fewer signs.
+    text = repr(value) if math.isfinite(value) else {"inf": ".inf", "-inf": "-.inf"}.get(
+        repr(value), ".nan")  # fmt: skip
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
 _Dumper.add_representer(float, _write_float)

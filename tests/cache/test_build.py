@@ -1,7 +1,6 @@
 """Building a cache: the same bytes at every rank count, each block once, nothing on a rerun."""
 
 import hashlib
-
 from pathlib import Path
 
 import numpy as np

@@ -57,7 +57,7 @@ def install_torchvision(folder: Path, files: dict[str, str]) -> None:
 
 
 def run(script: str, first_on_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `script` in a new interpreter that finds packages in `first_on_path` before all others."""
+    """Run `script` in a new interpreter that looks for packages in `first_on_path` first."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**os.environ, "PYTHONPATH": f"{first_on_path}{os.pathsep}{ROOT}"},

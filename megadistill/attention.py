@@ -1,0 +1,96 @@
+"""Packed sequences into a model: documents that share a sequence do not see each other.
+
+Teacher and student call the same function, so that the distributions of the cache and those of the
+student are conditioned on the same context.
+
+A sequence holds several documents. Positions restart at 0 where a document starts, and no attention
+mask is given: transformers (4.53 and later) then derives from the restarts a mask that is causal
+within each document, for eager and sdpa attention, with the layer's own sliding window. A ready-made
+4D mask would be simpler to reason about, but it replaces the windows of models such as Gemma 2. Not
+every architecture takes part, so `check_isolation` asks the model itself, once, after loading.
+
+Shapes: B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from megadistill.errors import ConfigError
+
+Pack = Literal["isolate", "concat"]
+
+
+def position_ids(documents: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
+    """int64 [B, T]: each position's distance from the start of its document.
+
+    documents: for each sequence the rising starts of its documents; 0 counts as one.
+    """
+    starts_BT = np.zeros((len(documents), seq_len), np.int64)
+    for row, starts in enumerate(documents):
+        starts = np.asarray(starts, np.int64)
+        starts_BT[row, starts] = starts
+    return np.arange(seq_len) - np.maximum.accumulate(starts_BT, axis=1)
+
+
+def forward_inputs(
+    model: nn.Module,
+    tokens_BT: torch.Tensor | np.ndarray,
+    documents: Sequence[np.ndarray],
+    *,
+    pack: Pack = "isolate",
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """What to call `model` with (a causal language model of transformers, or its base model).
+
+    tokens_BT: token ids of any integer dtype. documents: each sequence's document starts.
+    pack: "isolate" keeps documents apart; "concat" lets every position see all before it.
+
+    With flash attention the sequences are laid end to end, [1, B*T], because its packed form exists
+    for a batch of one only; so flatten what the model returns to [N, ...] rather than to [B, T, ...].
+    """
+    tokens_BT = torch.as_tensor(np.asarray(tokens_BT).astype(np.int64), device=device)
+    batch, seq_len = tokens_BT.shape
+    if pack == "concat":
+        documents = [np.zeros(1, np.int64)] * batch
+    positions_BT = torch.as_tensor(position_ids(documents, seq_len), device=device)
+    if "flash" in str(getattr(model.config, "_attn_implementation", "")):
+        tokens_BT, positions_BT = tokens_BT.reshape(1, -1), positions_BT.reshape(1, -1)
+    return {
+        "input_ids": tokens_BT,
+        "position_ids": positions_BT,
+        # A mask of ones, or a key-value cache, would switch the detection of documents off.
+        "attention_mask": None,
+        "use_cache": False,
+    }
+
+
+@torch.no_grad()
+def check_isolation(model: nn.Module, *, name: str, device: torch.device | str = "cpu") -> None:
+    """ConfigError where `model` lets a document see the one before it in its sequence.
+
+    model: anything that returns `last_hidden_state` or `logits`; `name` is for the message. Costs
+    two forwards of 2 x 8 tokens. Collective under ZeRO-3.
+    """
+    tokens_BT = np.ones((2, 8), np.int64)
+    documents = [np.array([0, 4]), np.array([0])]
+    was_training = model.training
+    model.eval()
+    outputs = []
+    for first in (1, 0):
+        tokens_BT[0, :4] = first
+        output = model(**forward_inputs(model, tokens_BT, documents, device=device))
+        hidden = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        outputs.append(hidden.reshape(16, -1)[4:8].float())
+    model.train(was_training)
+    if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"data.pack: isolate, but in {name} ({model.config.model_type}, attention "
+            f"{model.config._attn_implementation}) a document sees the one before it: set "
+            "data.pack=concat, or use another architecture"
+        )

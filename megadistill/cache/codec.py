@@ -98,7 +98,9 @@ def decode_targets(
     _known(codec)
     if len(data) < _HEADER.size:
         raise CorruptBlockError(file, f"at least {_HEADER.size} bytes of targets", len(data))
-    version, method_code, flags, count_bytes, id_bytes, temperature, n, e = _HEADER.unpack_from(data)
+    version, method_code, flags, count_bytes, id_bytes, temperature, n, e = _HEADER.unpack_from(
+        data
+    )
     if version != VERSION:
         raise CorruptBlockError(file, f"version {VERSION} of the targets codec", version)
     if (
@@ -206,7 +208,9 @@ def _check(t: SparseTargets, counts: np.ndarray, vocab_size: int) -> None:
     if t.offsets[0] != 0 or t.offsets[-1] != len(t.ids) or (counts < 0).any():
         raise ValueError("offsets must rise from 0 to the number of ids")
     if len(t.ids) and not (0 <= t.ids.min() and t.ids.max() < vocab_size):
-        raise ValueError(f"ids go from {t.ids.min()} to {t.ids.max()}, expected 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"ids go from {t.ids.min()} to {t.ids.max()}, expected 0 to {vocab_size - 1}"
+        )
     rows = np.repeat(np.arange(len(counts)), counts)
     _finite(t.weights, rows, "weight")
     _finite(t.tail, None, "tail")

@@ -53,7 +53,9 @@ class Order:
         shuffle: Literal["shuffle", "sequential"] = "shuffle",
     ) -> None:
         if sum(sizes) < 1:
-            raise ConfigError("cache.dir: there is no sequence to train on: generate the cache first")
+            raise ConfigError(
+                "cache.dir: there is no sequence to train on: generate the cache first"
+            )
         if shuffle == "shuffle" and global_batch % groups:
             fits = [d for d in range(1, groups + 1) if global_batch % d == 0]
             raise ConfigError(

@@ -103,7 +103,9 @@ def _tables_of_all(dataset: Any, config: DataConfig, start: int) -> Iterator[Any
 
 def _tables_by_window(dataset: Any, config: DataConfig, start: int) -> Iterator[Any]:
     """A stream, shuffled within windows."""
-    log.info("%s: documents shuffled in windows of %d, seed %d", _where(config), WINDOW, config.seed)
+    log.info(
+        "%s: documents shuffled in windows of %d, seed %d", _where(config), WINDOW, config.seed
+    )
     window, passed = divmod(start, WINDOW)
     stream = dataset.with_format("arrow").skip(window * WINDOW)
     for table in stream.iter(WINDOW):

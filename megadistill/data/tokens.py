@@ -58,7 +58,9 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
         number, cursor = _continue(store, data)
         run = _Run(data, number, cursor, progress)
         if number is not None:
-            workers = stack.enter_context(Workers(encoder_spec(tokenizer, chat=chat), count=_cores(data)))
+            workers = stack.enter_context(
+                Workers(encoder_spec(tokenizer, chat=chat), count=_cores(data))
+            )
             ahead = set() if store is None else {b for b in store.committed() if b > number}
             for block in run.blocks(workers):
                 if store is None:  # not before there is something to write

@@ -126,7 +126,10 @@ def serve() -> None:
     while True:
         try:
             request = pickle.load(requests)  # noqa: S301
-        except (EOFError, pickle.UnpicklingError):  # the parent is gone, or was killed in mid-sentence
+        except (
+            EOFError,
+            pickle.UnpicklingError,
+        ):  # the parent is gone, or was killed in mid-sentence
             return
         answer: Any = None
         try:

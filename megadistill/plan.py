@@ -259,6 +259,14 @@ def _run_bytes(config: Config, model: ModelFiles | None) -> int | None:
 
 
 def _to_come(total: int | None, folder: str) -> int | None:
+    """Bytes still to be written: by the blocks that are there, where there are some."""
+    try:
+        store = BlockStore.open(folder)
+        done = len(store.committed())
+        if store.num_blocks is not None and done:
+            return used_bytes(folder) * (store.num_blocks - done) // done
+    except MegadistillError:
+        pass  # no store yet, or one that is damaged, which is for its reader to say
     return None if total is None else max(0, total - used_bytes(folder))
 
 

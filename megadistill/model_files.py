@@ -117,7 +117,7 @@ def find_model(
     ConfigError: it is in neither place, or its config.json is missing or damaged.
     """
     folder = Path(name).expanduser()
-    on_hub = not folder.is_dir() and _may_be_hub_id(name)
+    on_hub = not folder.is_dir() and may_be_hub_id(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -135,7 +135,8 @@ def find_model(
     return ModelFiles(key, name, revision, folder, settings, on_hub)
 
 
-def _may_be_hub_id(name: str) -> bool:
+def may_be_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name, or name alone, that the hub gives its models."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 

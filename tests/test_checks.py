@@ -205,6 +205,11 @@ def test_a_tokenizer_that_does_not_match_the_model(workplace):
     )
 
 
+def test_a_tokenizer_that_is_not_there(workplace):
+    line = refused(check_generate, "data.tokenizer=./none")
+    assert line.startswith("data.tokenizer: ./none does not exist, expected a folder with")
+
+
 def test_a_model_without_a_tokenizer(workplace):
     for file in Path("teacher").glob("tokenizer*"):
         file.unlink()

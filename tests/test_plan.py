@@ -24,7 +24,8 @@ def workplace(tmp_path, monkeypatch):
 
 
 def plan(*overrides: str, world: int = 2):
-    return make_plan(load_config("demo.yaml", list(overrides)), world=world)
+    settings = ["data.max_samples=null", "data.block_size=256", "train.steps=250", *overrides]
+    return make_plan(load_config("demo.yaml", settings), world=world)
 
 
 def line(made, name: str) -> str:

@@ -33,7 +33,9 @@ def check_generate(config: Config, *, world: int) -> None:
     if teacher is not None:
         found.of(models.check_seq_len, config, teacher)
         found.of(models.check_heads, config, teacher)
-    tokenizer = found.of(vocabulary.find_tokenizer, config)
+    own_tokenizer = config.data.tokenizer is not None
+    there = own_tokenizer or teacher is not None  # else its absence is reported already
+    tokenizer = found.of(vocabulary.find_tokenizer, config) if there else None
     if teacher is not None and tokenizer is not None:
         found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
     student = vocabulary.student_if_there(config)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from megadistill.checks.models import find_section_model
 from megadistill.config import Config, StudentConfig
 from megadistill.errors import ConfigError
-from megadistill.model_files import ModelFiles, first_line
+from megadistill.model_files import ModelFiles, first_line, may_be_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,12 @@ def find_tokenizer(config: Config) -> Any:
     """The run's tokenizer: data.tokenizer, or the teacher's."""
     from megadistill.data.tokenizer import load_tokenizer
 
+    own = config.data.tokenizer
+    if own is not None and not Path(own).is_dir() and not may_be_hub_id(own):
+        raise ConfigError(
+            f"data.tokenizer: {own} does not exist, expected a folder with a tokenizer.json, or a "
+            "hub id (owner/name)"
+        )
     return load_tokenizer(config)
 
 

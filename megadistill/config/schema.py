@@ -259,15 +259,12 @@ class ParallelConfig(Section):
     expect_hosts: PositiveInt | None = Field(
         default=None, description="refuse to start on another number of hosts"
     )
-    cpu_threads: PositiveInt = Field(
-        default=1, description="torch's threads of a rank; on a CPU a cache's bytes depend on it"
-    )
     timeout_s: PositiveInt = Field(
         default=1800, description="seconds until a stuck collective gives up"
     )
     cpu_threads: PositiveInt = Field(
-        default=1, description="torch's threads a rank; sums on a CPU, and so a cache's bytes, "
-        "depend on it"
+        default=1,
+        description="torch's threads a rank; sums on a CPU, and so a cache's bytes, depend on it",
     )
 
 

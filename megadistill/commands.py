@@ -42,7 +42,11 @@ def parse(
     `--local_rank=N`, which launchers add, is accepted anywhere and left unread: the rank comes from
     the environment. Leaves the program (code 2) over arguments that it does not know.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # so that __doc__ stays as it is
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     if takes_config:
         parser.add_argument(
@@ -104,10 +108,12 @@ def _report(error: MegadistillError) -> None:
     """A line for each mistake. Every rank finds the same mistakes in a configuration: one speaks.
 
     A folder may be missing on one host alone, so that the first rank of each host speaks, naming
-    its host where that is not rank 0's. All other errors may be one rank's own and are all printed.
+    its host where that is not rank 0's. Of an error marked `common`, which every rank was told of,
+    rank 0 speaks alone. All others may be one rank's own and are all printed.
     """
     rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", 0))
-    if isinstance(error, ConfigError) and local_rank != 0:
+    common = getattr(error, "common", False)
+    if (common and rank != 0) or (isinstance(error, ConfigError) and local_rank != 0):
         return
     where = "" if rank == 0 else f"[{socket.gethostname()} rank {rank}] "
     for line in str(error).splitlines() or [type(error).__name__]:

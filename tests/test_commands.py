@@ -115,6 +115,21 @@ def test_an_error_that_may_be_one_ranks_own_is_printed_by_that_rank(
     assert capsys.readouterr().err.endswith(" rank 3] x: no space left\n")
 
 
+def test_an_error_that_every_rank_was_told_of_is_printed_by_rank_0(
+    capsys, monkeypatch, logging_as_before
+):
+    error = StoreError("x: no space left")
+    error.common = True
+
+    def fail(argv):
+        raise error
+
+    for rank, said in (("0", "error: x: no space left\n"), ("3", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run(fail, []) == 2
+        assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(ConfigError("a\nb"), 2), (TrainError("t"), 2), (KeyboardInterrupt(), 130)]
 )

@@ -15,7 +15,7 @@ Sample = dict[str, Any]
 
 
 class Cache:
-    """A cache of teacher targets. cache[i] is sequence i:
+    """A cache of teacher targets; cache[i] is sequence i.
 
     tokens     uint32 [T]
     documents  uint32 [D], where documents start
@@ -79,7 +79,7 @@ class Cache:
         return combine([self.store.marker(b)["statistics"] for b in self.store.committed()])
 
     def verify(
-        self, *, workers: int = 1, progress: Callable[[int], None] | None = None
+        self, *, workers: int = 1, progress: Callable[[int], object] | None = None
     ) -> list[str]:
         """Check every byte, decode every target, recompute every statistic; what is wrong."""
         return self.store.verify(workers=workers, progress=progress, check=self._check)

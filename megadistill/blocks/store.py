@@ -243,7 +243,7 @@ class BlockStore:
             return False
         markers = self._markers()
         return (
-            all(self._shard_is_there(m) for m in markers)
+            all(self.shard_is_there(m) for m in markers)
             and same_bytes(self.layout.blocks_bin, encode_blocks_bin(markers))
             and same_bytes(self.layout.index, encode_index(markers, self._columns))
         )
@@ -286,7 +286,7 @@ class BlockStore:
         """
         markers = self._markers()
         for marker in markers:
-            if not self._shard_is_there(marker):
+            if not self.shard_is_there(marker):
                 file = str(self.layout.shard(marker["block"]))
                 raise CorruptBlockError(file, f"{marker['shard']['size']} bytes", "another size")
         derived = {
@@ -366,6 +366,14 @@ class BlockStore:
         except FileNotFoundError:
             raise StoreError(f"{self.path}: block {block} is not committed") from None
 
+    def shard_is_there(self, marker: dict[str, Any]) -> bool:
+        """Whether the marker's shard has the size it must have; its bytes are not read."""
+        path = self.layout.shard(marker["block"])
+        try:
+            return path.lstat().st_size == marker["shard"]["size"] and not path.is_symlink()
+        except FileNotFoundError:
+            return False
+
     def content_hash(self) -> str:
         """128 bits, hexadecimal, over the content of the committed blocks in block order."""
         records = [self._record(b) for b in self.committed()]
@@ -412,13 +420,6 @@ class BlockStore:
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)  # unmapped when its last reader lets go
         return shard
-
-    def _shard_is_there(self, marker: dict[str, Any]) -> bool:
-        path = self.layout.shard(marker["block"])
-        try:
-            return path.lstat().st_size == marker["shard"]["size"] and not path.is_symlink()
-        except FileNotFoundError:
-            return False
 
     def _install(self, block: int, shard: Path, marker: dict[str, Any], temporary: Path) -> None:
         data = encode_json(marker)

@@ -82,9 +82,10 @@ class Cache:
         self, *, workers: int = 1, progress: Callable[[int], object] | None = None
     ) -> list[str]:
         """Check every byte, decode every target, recompute every statistic; what is wrong."""
-        return self.store.verify(workers=workers, progress=progress, check=self._check)
+        return self.store.verify(workers=workers, progress=progress, check=self.check)
 
-    def _check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
+    def check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
+        """What is wrong with a block's targets or statistics, a line each."""
         block = marker["block"]
         first = block * self.store.block_size
         decoded = [self._decoded(s, first + i)["targets"] for i, s in enumerate(samples)]

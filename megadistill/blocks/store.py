@@ -345,10 +345,11 @@ class BlockStore:
     def __getitem__(self, index: int) -> Sample:
         """Sequence `index`, verified: column to array (fresh, writable), bytes or int."""
         block, row = divmod(index, self.block_size)
-        shard = self._shard(block)
-        if index < 0 or row >= len(shard):
-            raise IndexError(f"{self.path}: no sequence {index}")
-        return shard[row]
+        if 0 <= index and (self._total is None or index < self._total):
+            shard = self._shard(block)
+            if row < len(shard):
+                return shard[row]
+        raise IndexError(f"{self.path}: no sequence {index}")
 
     def block(self, block: int) -> list[Sample]:
         """All samples of a block, verified."""

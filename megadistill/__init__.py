@@ -17,7 +17,7 @@ _EXPORTS = {
     "load_config": "megadistill.config",
 }
 
-__all__ = list(_EXPORTS)  # noqa: PLE0604
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

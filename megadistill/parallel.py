@@ -9,12 +9,15 @@ after importing this module.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,9 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, MegadistillError
 
 log = logging.getLogger(__name__)
+_FIRST = itertools.count()  # names one call of Mesh.first on all ranks
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -70,6 +74,27 @@ class Mesh:
         dist.broadcast_object_list(box, src=source, group=group, device=self.device)
         return box[0]
 
+    def first(self, function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
+        """function() on rank 0 alone; what it returned, or raised, on every rank.
+
+        The others ask the key-value store, so that rank 0 may take hours: a collective would time
+        out. Collective over all ranks.
+        """
+        key = f"megadistill/first/{next(_FIRST)}"
+        if self.rank == 0:
+            try:
+                answer: tuple[Any, Exception | None] = (function(), None)
+            except MegadistillError as error:
+                answer = (None, error)
+            self.store.set(key, pickle.dumps(answer))
+        else:
+            while not self.store.check([key]):
+                time.sleep(poll_s)
+            answer = pickle.loads(self.store.get(key))
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on the device of `tensor`."""
         moved = tensor.to(self.device, copy=True)
@@ -93,8 +118,18 @@ def check_layout(*, tp: int, world: int) -> None:
         )
 
 
-def start(*, tp: int = 1, expect_hosts: int | None = None, timeout_s: int = 1800) -> Mesh:
-    """Join the process group and lay out the mesh. Collective over all ranks."""
+def start(
+    *,
+    tp: int = 1,
+    expect_hosts: int | None = None,
+    timeout_s: int = 1800,
+    cpu_threads: int = 1,
+) -> Mesh:
+    """Join the process group and lay out the mesh. Collective over all ranks.
+
+    cpu_threads: torch's threads a rank. Set here because sums, and so a cache's bytes, depend on it.
+    """
+    torch.set_num_threads(cpu_threads)
     rank, world, local_rank = rank_from_environment()
     check_layout(tp=tp, world=world)
     _watch_launcher()

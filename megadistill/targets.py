@@ -78,7 +78,7 @@ class SparseTargets:
     def rows(self, start: int, stop: int) -> SparseTargets:
         """Positions start to stop, as targets of their own (views, no copy but the offsets)."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
-        cut = {
+        cut: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[start:stop]
             for name in ("tail", "entropy", "nll", "heads", "truth_added")
         }
@@ -119,7 +119,7 @@ class SparseTargets:
         return self._map(lambda a: torch.as_tensor(a, device=device))
 
     def _map(self, convert: Any) -> SparseTargets:
-        fields = {
+        fields: dict[str, Any] = {
             f.name: convert(value)
             for f in dataclasses.fields(self)
             if (value := getattr(self, f.name)) is not None
@@ -138,7 +138,7 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
                 f"{part.method} at {part.temperature}"
             )
     if isinstance(first.ids, np.ndarray):
-        join = np.concatenate
+        join: Any = np.concatenate
     else:
         import torch
 
@@ -154,7 +154,9 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
     return dataclasses.replace(first, offsets=join(offsets), **joined)
 
 
-def check_divergence(method: str, divergence: str, *, kd_temperature: float, made_at: float) -> None:
+def check_divergence(
+    method: str, divergence: str, *, kd_temperature: float, made_at: float
+) -> None:
     """Refuse a divergence that targets of `method` cannot serve (ConfigError).
 
     Sampled targets are estimates of single probabilities: only what is linear in the teacher's

@@ -1,0 +1,196 @@
+"""Where things lie in a store, and what its JSON files must hold to be believed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadistill.blocks.columns import Column, parse_columns
+from megadistill.blocks.files import Files, open_regular, read_file
+from megadistill.blocks.records import is_hex64, read_json
+from megadistill.errors import CorruptBlockError, StoreError
+
+FORMAT_VERSION = 1
+FEATURES: frozenset[str] = frozenset()  # flags a store may carry that change how it is read
+KINDS = {"tokens": "tokens.json", "cache": "cache.json"}
+MAX_BLOCKS = 1_000_000  # six digits
+MARKER_NAME = re.compile(r"[0-9]{6}\.json")
+SHARD_NAME = re.compile(r"shard\.[0-9]{6}\.mds")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names in a store's folder. `run` lies beside it and holds what is not the store's."""
+
+    path: Path
+
+    @property
+    def blocks(self) -> Path:
+        return self.path / "blocks"
+
+    @property
+    def run(self) -> Path:
+        # Resolved, so that two names of one folder share one lock and one file system.
+        path = self.path.resolve()
+        return path.parent / f"{path.name}.run"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def blocks_bin(self) -> Path:
+        return self.path / "blocks.bin"
+
+    @property
+    def index(self) -> Path:
+        return self.path / "index.json"
+
+    @property
+    def ids_bin(self) -> Path:
+        return self.path / "ids.bin"
+
+    def header(self, kind: str) -> Path:
+        return self.path / KINDS[kind]
+
+    def marker(self, block: int) -> Path:
+        return self.blocks / f"{block:06d}.json"
+
+    def shard(self, block: int) -> Path:
+        return self.path / shard_name(block)
+
+
+def shard_name(block: int) -> str:
+    """The one name a block's shard may have."""
+    return f"shard.{block:06d}.mds"
+
+
+def kind_of(path: Path) -> str | None:
+    """Which kind of store lies in a folder; None for none. StoreError for two at once."""
+    kinds = [kind for kind, name in KINDS.items() if (path / name).is_file()]
+    if len(kinds) > 1:
+        raise StoreError(f"{path}: holds both {' and '.join(KINDS.values())}, expected one")
+    return kinds[0] if kinds else None
+
+
+def prepare_folder(layout: Layout, kind: str, files: Files) -> str | None:
+    """Make the folder, or see that it can become a store; returns the kind it already holds.
+
+    StoreError for a folder that holds anything else: nothing in it is touched.
+    """
+    path = layout.path
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path}: is a file, expected a folder: choose another place")
+    found = kind_of(path) if path.is_dir() else None
+    if found not in (None, kind):
+        raise StoreError(
+            f"{path}: holds a store of kind {found}, expected {kind}: choose another folder"
+        )
+    if found is None and path.is_dir():
+        # A run that died before the header was in place leaves these, and they hold nothing.
+        began = {"blocks", "ids.bin"}
+        others = sorted(
+            p.name
+            for p in path.iterdir()
+            if p.name not in began or (p.is_dir() and any(p.iterdir()))
+        )
+        if others:
+            raise StoreError(
+                f"{path}: holds {others[0]}"
+                + (f" and {len(others) - 1} other entries" if others[1:] else "")
+                + f" but no {KINDS[kind]}: choose an empty folder, or one that is not there yet"
+            )
+    files.mkdir(layout.blocks)
+    return found
+
+
+def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]]:
+    """(the header, its columns), checked. StoreError, CorruptBlockError."""
+    file = layout.header(kind)
+    header = read_json(file, limit=1 << 24)
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{file}: format version {version!r}, this program reads {FORMAT_VERSION}: "
+            "read it with the version of megadistill that wrote it"
+        )
+    features = header.get("features")
+    if features != [] and (not isinstance(features, list) or set(map(str, features)) - FEATURES):
+        raise StoreError(f"{file}: features {features!r}, this program knows none of them")
+    _expect(file, "kind", header.get("kind"), header.get("kind") == kind, kind)
+    size, columns, recipe = (header.get(key) for key in ("block_size", "columns", "recipe"))
+    _expect(file, "block_size", size, type(size) is int and size > 0, "a positive number")
+    _expect(file, "recipe", recipe, isinstance(recipe, dict), "an object")
+    texts = isinstance(columns, dict) and all(isinstance(e, str) for e in columns.values())
+    _expect(file, "columns", columns, texts, "names and encodings")
+    assert isinstance(columns, dict)
+    complete = columns.get("sum") == "uint64" and "tokens" in columns
+    _expect(file, "columns", sorted(columns), complete, "tokens, and sum as uint64")
+    if not layout.blocks.is_dir() or layout.blocks.is_symlink():
+        raise CorruptBlockError(str(layout.blocks), "a folder", "none, or a link")
+    return header, parse_columns(columns)
+
+
+def read_plan(layout: Layout, block_size: int) -> int | None:
+    """How many sequences the store will hold, or None where nothing is planned."""
+    try:
+        plan = read_json(layout.plan, limit=1 << 16)
+    except FileNotFoundError:
+        return None
+    total = plan.get("num_sequences")
+    _expect(
+        layout.plan, "num_sequences", total, type(total) is int and total > 0, "a positive number"
+    )
+    assert isinstance(total, int)
+    _expect(
+        layout.plan,
+        "num_blocks",
+        plan.get("num_blocks"),
+        plan.get("num_blocks") == -(-total // block_size),
+        -(-total // block_size),
+    )
+    return total
+
+
+def read_marker(layout: Layout, block: int, block_size: int) -> dict[str, Any]:
+    """A block's marker, checked. FileNotFoundError where there is none, CorruptBlockError."""
+    file = layout.marker(block)
+    marker = read_json(file)
+    _expect(file, "block", marker.get("block"), marker.get("block") == block, block)
+    count = marker.get("sequences")
+    fits = type(count) is int and 0 < count <= block_size
+    _expect(file, "sequences", count, fits, f"1 to {block_size}")
+    shard = marker.get("shard")
+    _expect(
+        file,
+        "shard",
+        shard,
+        isinstance(shard, dict)
+        and shard.get("file") == shard_name(block)
+        and type(shard.get("size")) is int
+        and is_hex64(shard.get("xxh3")),
+        f"file {shard_name(block)}, size and xxh3",
+    )
+    for key in ("tokens_xxh3", "content_hash"):
+        _expect(file, key, marker.get(key), is_hex64(marker.get(key)), "16 hexadecimal digits")
+    _expect(file, "statistics", None, isinstance(marker.get("statistics"), dict), "an object")
+    return marker
+
+
+def same_bytes(path: Path, data: bytes) -> bool:
+    """Whether a file holds exactly `data`."""
+    try:
+        handle, size = open_regular(path)
+    except FileNotFoundError:
+        return False
+    import os
+
+    os.close(handle)
+    return size == len(data) and read_file(path, limit=size) == data
+
+
+def _expect(file: Path, field: str, found: object, fits: bool, expected: object) -> None:
+    if not fits:
+        raise CorruptBlockError(str(file), f"{field}: {expected}", repr(found)[:80])

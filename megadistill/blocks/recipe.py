@@ -1,0 +1,37 @@
+"""Recipes: everything a store's bytes depend on. Two runs of one recipe write the same bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadistill.errors import RecipeError
+
+
+def first_difference(left: Any, right: Any, *, name: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted name, left, right) of the first field in which two recipes differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted(left.keys() | right.keys()):
+            dotted = f"{name}.{key}" if name else str(key)
+            found = first_difference(left.get(key), right.get(key), name=dotted)
+            if found:
+                return found
+        return None
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        left, right = list(left), list(right)
+    # True == 1 and 1 == 1.0 in Python; in a recipe they are different settings.
+    return None if type(left) is type(right) and left == right else (name, left, right)
+
+
+def require_same_recipe(
+    ours: dict[str, Any], theirs: dict[str, Any], *, file: str, other: str, way_out: str
+) -> None:
+    """RecipeError naming the field, both values and the way out, unless the recipes are equal."""
+    found = first_difference(ours, theirs)
+    if found:
+        field, left, right = found
+        raise RecipeError(f"{file}: {field} is {_shown(left)}, {other} {_shown(right)}: {way_out}")
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,480 @@
+"""The block store: a directory of MDS shards, committed block by block, verified on reading.
+
+Token stores and caches are both block stores, so resuming, merging and verifying are written once.
+A block counts when its marker is in place, and the marker is put in place last:
+
+    shard under a temporary name, fsync, rename, fsync of both directories;
+    marker under a temporary name, fsync, rename, fsync of both directories.
+
+So a kill at any point leaves a block either whole or absent. Nothing of time, host or rank is in
+a store's bytes: those go to the folder `<store>.run` beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megadistill.blocks.derived import (
+    RECORD,
+    combined_hash,
+    encode_blocks_bin,
+    encode_index,
+    read_blocks_bin,
+    record_of,
+)
+from megadistill.blocks.files import LOCAL, Files, read_file
+from megadistill.blocks.layout import (
+    FORMAT_VERSION,
+    KINDS,
+    MARKER_NAME,
+    MAX_BLOCKS,
+    SHARD_NAME,
+    Layout,
+    kind_of,
+    prepare_folder,
+    read_header,
+    read_marker,
+    read_plan,
+    same_bytes,
+    shard_name,
+)
+from megadistill.blocks.lock import StoreLock
+from megadistill.blocks.recipe import require_same_recipe
+from megadistill.blocks.records import encode_json, hex64, put_file
+from megadistill.blocks.shard import Shard, write_shard
+from megadistill.errors import CorruptBlockError, StoreError
+
+Sample = dict[str, Any]
+_OPEN_SHARDS = 64  # mapped at once: bounded by file descriptors, not by memory
+_OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
+
+
+class BlockStore:
+    """A store in a folder. Made by `create` (to write) or `open` (to read).
+
+    Sequence i is sample i % block_size of block i // block_size; only the last planned block may
+    be shorter. Safe to read from several threads, and to commit different blocks to from several
+    threads, processes and hosts.
+    """
+
+    def __init__(self, path: str | Path, *, kind: str, files: Files = LOCAL) -> None:
+        self.path = Path(path)
+        self.layout = Layout(self.path)
+        self.kind = kind
+        self._files = files
+        self.header, self._columns = read_header(self.layout, kind)
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._total = read_plan(self.layout, self.block_size)
+        self._records = read_blocks_bin_or_none(self.layout)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        kind: str,
+        header: dict[str, Any],
+        columns: dict[str, str],
+        block_size: int,
+        ids_bin: bytes | None = None,
+        files: Files = LOCAL,
+    ) -> BlockStore:
+        """A new store, or the one that is there if it has the same kind, shape and recipe.
+
+        header   must hold "recipe"; written once, never changed
+        columns  column name to MDS encoding; `sum` is added
+        Raises RecipeError for another recipe, StoreError for a folder that holds something else.
+        """
+        layout = Layout(Path(path))
+        full = {
+            **header,
+            "format_version": FORMAT_VERSION,
+            "features": [],
+            "kind": kind,
+            "block_size": block_size,
+            "columns": columns | {"sum": "uint64"},
+        }
+        if ids_bin is not None:
+            full["ids_bin"] = {"size": len(ids_bin), "xxh3": xxhash.xxh3_64_hexdigest(ids_bin)}
+        shape = ("recipe", "block_size", "columns", "ids_bin")
+        if prepare_folder(layout, kind, files) is None:
+            temporary = _temporary(layout, files)
+            if ids_bin is not None:
+                put_file(files, layout.ids_bin, ids_bin, temporary=temporary / "ids")
+            put_file(files, layout.header(kind), encode_json(full), temporary=temporary / "header")
+            files.remove_tree(temporary)
+        store = cls(path, kind=kind, files=files)
+        require_same_recipe(
+            {key: store.header[key] for key in shape if key in store.header},
+            {key: _as_json(full[key]) for key in shape if key in full},
+            file=str(layout.header(kind)),
+            other="this run's is",
+            way_out="restore the setting, or choose another folder",
+        )
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path, *, files: Files = LOCAL) -> BlockStore:
+        """The store in a folder, of either kind. StoreError, CorruptBlockError."""
+        if not Path(path).is_dir():
+            raise StoreError(f"{path}: no such folder, expected a block store")
+        kind = kind_of(Path(path))
+        if kind is None:
+            raise StoreError(f"{path}: holds no {' or '.join(KINDS.values())}: not a block store")
+        return cls(path, kind=kind, files=files)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Everything the bytes of a block depend on."""
+        return self.header["recipe"]
+
+    @property
+    def block_size(self) -> int:
+        """Sequences a block."""
+        return self.header["block_size"]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column name to MDS encoding."""
+        return self.header["columns"]
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Sequences the store will hold when complete; None before that is planned."""
+        return self._total
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks the store will hold when complete; None before that is planned."""
+        return None if self._total is None else -(-self._total // self.block_size)
+
+    # Planning -----------------------------------------------------------------------------------
+
+    def plan(self, num_sequences: int | None) -> None:
+        """Write how many sequences the store will hold; None takes the plan back.
+
+        A token store plans when its source has ended, and takes the plan back before it grows. A
+        cache plans at the start. A plan may be raised: a last block that was short under the old
+        plan is then removed, to be done again. StoreError for a lower one.
+        """
+        if num_sequences is None:
+            self._files.unlink(self.layout.plan)
+            self._files.fsync_dir(self.path)
+            self._total = None
+            return
+        if num_sequences < 1:
+            raise StoreError(f"{self.path}: {num_sequences} sequences, expected at least one")
+        blocks = -(-num_sequences // self.block_size)
+        if blocks > MAX_BLOCKS:
+            raise StoreError(
+                f"{self.path}: {num_sequences} sequences in blocks of {self.block_size} are "
+                f"{blocks} blocks, the format holds {MAX_BLOCKS}: set block_size to at least "
+                f"{-(-num_sequences // MAX_BLOCKS)}"
+            )
+        if num_sequences == self._total:
+            return
+        present = self._present()
+        if (self._total or 0) > num_sequences or (present and present[-1] >= blocks):
+            held = max(self._total or 0, len(present) and present[-1] * self.block_size + 1)
+            raise StoreError(
+                f"{self.path}: holds or plans {held} sequences, cannot be lowered to "
+                f"{num_sequences}: choose another folder"
+            )
+        for block in present:
+            short = (
+                self.block_size if block < blocks - 1 else num_sequences - block * self.block_size
+            )
+            if int(self._record(block)["sequences"]) != short:
+                self._retract(block)
+        plan = {"num_sequences": num_sequences, "num_blocks": blocks}
+        self._put(self.layout.plan, encode_json(plan))
+        self._total = num_sequences
+
+    def committed(self) -> list[int]:
+        """The blocks whose marker is in place, ascending. Looks at the directory each time."""
+        blocks = self._present()
+        if self._total is None:
+            return blocks
+        last = self.num_blocks - 1  # type: ignore[operator]
+        blocks = [b for b in blocks if b <= last]
+        if blocks and blocks[-1] == last:
+            expected = self._total - last * self.block_size
+            if int(self._record(last)["sequences"]) != expected:
+                blocks.pop()
+        return blocks
+
+    def missing(self) -> list[int]:
+        """The planned blocks that are not committed, ascending. StoreError without a plan."""
+        if self._total is None:
+            raise StoreError(f"{self.path}: how many sequences it will hold is not planned yet")
+        committed = set(self.committed())
+        return [b for b in range(self.num_blocks or 0) if b not in committed]
+
+    def complete(self) -> bool:
+        """Whether every planned block is committed and every derived file is what it must be.
+
+        Reads all markers and asks for the size of all shards; reads no shard. CorruptBlockError
+        for a damaged marker.
+        """
+        if self._total is None or self.missing() or len(self._present()) != self.num_blocks:
+            return False
+        markers = self._markers()
+        return (
+            all(self._shard_is_there(m) for m in markers)
+            and same_bytes(self.layout.blocks_bin, encode_blocks_bin(markers))
+            and same_bytes(self.layout.index, encode_index(markers, self._columns))
+        )
+
+    # Writing ------------------------------------------------------------------------------------
+
+    def commit(
+        self, block: int, samples: list[Sample], *, statistics: dict[str, Any], **extra: Any
+    ) -> dict[str, Any]:
+        """Make a block durable; returns its marker. When this returns, a power cut keeps it.
+
+        samples     one dict a sequence, column to array or bytes; `sum` is added
+        statistics  and extra (cursor, made_with, ...) go into the marker as they are
+        A block that is there with the same bytes is left alone; with others, its marker is taken
+        away before anything is replaced.
+        """
+        if extra.keys() & _OWN_KEYS:
+            raise ValueError(f"the marker's own keys cannot be set: {sorted(extra)}")
+        if not 0 < len(samples) <= self.block_size or not 0 <= block < MAX_BLOCKS:
+            raise ValueError(f"block {block} with {len(samples)} sequences does not fit the store")
+        temporary = _temporary(self.layout, self._files)
+        try:
+            path, shard = write_shard(
+                temporary / "shard",
+                samples,
+                columns=self._columns,
+                first=block * self.block_size,
+            )
+            marker = self._marker_of(block, samples, shard, statistics, extra)
+            shard.close()
+            data = encode_json(marker)
+            if not self._is_committed(block, marker, data):
+                self._install(block, path, data, temporary)
+        finally:
+            self._files.remove_tree(temporary)
+        return marker
+
+    def finish(self) -> None:
+        """Bring blocks.bin and index.json in line with the markers. Writes only what differs.
+
+        CorruptBlockError where a marker's shard is gone or of another size.
+        """
+        markers = self._markers()
+        for marker in markers:
+            if not self._shard_is_there(marker):
+                file = str(self.layout.shard(marker["block"]))
+                raise CorruptBlockError(file, f"{marker['shard']['size']} bytes", "another size")
+        derived = {
+            self.layout.blocks_bin: encode_blocks_bin(markers),
+            self.layout.index: encode_index(markers, self._columns),
+        }
+        for path, data in derived.items():
+            if not same_bytes(path, data):
+                self._put(path, data)
+        self._records = read_blocks_bin(self.layout.blocks_bin)
+
+    def clean(self) -> None:
+        """Remove what dead runs left: shards without a marker, temporary files.
+
+        For rank 0, under the lock, before the first block is claimed: a living writer's shard
+        looks the same as a dead one's.
+        """
+        self._files.remove_tree(self.layout.run / "tmp")
+        present = {shard_name(b) for b in self._present()}
+        strays = [
+            p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name) and p.name not in present
+        ]
+        for path in strays:
+            self._files.unlink(path)
+        if strays:
+            self._files.fsync_dir(self.path)
+
+    def lock(self, *, patience_s: float = 60.0) -> StoreLock:
+        """The right to write this store, as a context manager. LockedError while another has it.
+
+        patience_s  how long a holder on another host may show no heartbeat before it counts as
+                    dead; one on this host is looked up by its process number at once
+        """
+        self._files.mkdir(self.layout.run)
+        return StoreLock(self.layout.run / "lock", what=str(self.path), patience_s=patience_s)
+
+    # Reading ------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        blocks = self.committed()
+        if not blocks:
+            return 0
+        return (len(blocks) - 1) * self.block_size + int(self._record(blocks[-1])["sequences"])
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sequence `index`, verified: column to array (fresh, writable), bytes or int."""
+        block, row = divmod(index, self.block_size)
+        shard = self._shard(block)
+        if index < 0 or row >= len(shard):
+            raise IndexError(f"{self.path}: no sequence {index}")
+        return shard[row]
+
+    def block(self, block: int) -> list[Sample]:
+        """All samples of a block, verified."""
+        shard = self._shard(block)
+        return [shard[row] for row in range(len(shard))]
+
+    def __iter__(self) -> Iterator[Sample]:
+        for block in self.committed():
+            yield from self.block(block)
+
+    def marker(self, block: int) -> dict[str, Any]:
+        """A block's marker. StoreError where it is not committed, CorruptBlockError."""
+        try:
+            return read_marker(self.layout, block, self.block_size)
+        except FileNotFoundError:
+            raise StoreError(f"{self.path}: block {block} is not committed") from None
+
+    def content_hash(self) -> str:
+        """128 bits, hexadecimal, over the content of the committed blocks in block order."""
+        records = [self._record(b) for b in self.committed()]
+        return combined_hash(np.array(records, RECORD))
+
+    def verify(
+        self,
+        *,
+        workers: int = 1,
+        progress: Callable[[int], None] | None = None,
+        check: Callable[[list[Sample], dict[str, Any]], list[str]] | None = None,
+    ) -> list[str]:
+        """Check every byte; returns what is wrong, a line each. See `blocks.verify`."""
+        from megadistill.blocks.verify import verify_store
+
+        return verify_store(self, workers=workers, progress=progress, check=check)
+
+    # Inside -------------------------------------------------------------------------------------
+
+    def _present(self) -> list[int]:
+        names = (p.name for p in self.layout.blocks.iterdir())
+        return sorted(int(name[:6]) for name in names if MARKER_NAME.fullmatch(name))
+
+    def _markers(self) -> list[dict[str, Any]]:
+        return [self.marker(b) for b in self.committed()]
+
+    def _record(self, block: int) -> np.void:
+        at = int(np.searchsorted(self._records["block"], block))
+        if at < len(self._records) and self._records["block"][at] == block:
+            return self._records[at]
+        return record_of(self.marker(block))
+
+    def _shard(self, block: int) -> Shard:
+        with self._lock:
+            if block in self._shards:
+                self._shards.move_to_end(block)
+                return self._shards[block]
+        record = self._record(block)
+        shard = Shard(
+            self.layout.shard(block),
+            columns=self._columns,
+            first=block * self.block_size,
+            samples=int(record["sequences"]),
+            size=int(record["shard_size"]),
+        )
+        with self._lock:
+            self._shards[block] = shard
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)  # unmapped when its last reader lets go
+        return shard
+
+    def _shard_is_there(self, marker: dict[str, Any]) -> bool:
+        path = self.layout.shard(marker["block"])
+        try:
+            return path.lstat().st_size == marker["shard"]["size"] and not path.is_symlink()
+        except FileNotFoundError:
+            return False
+
+    def _marker_of(
+        self, block: int, samples: list[Sample], shard: Shard, statistics: dict, extra: dict
+    ) -> dict[str, Any]:
+        tokens = xxhash.xxh3_64()
+        for sample in samples:
+            tokens.update(np.ascontiguousarray(sample["tokens"]))
+        return {
+            **extra,
+            "block": block,
+            "sequences": len(samples),
+            "shard": {
+                "file": shard_name(block),
+                "size": shard.size,
+                "xxh3": hex64(shard.xxh3()),
+            },
+            "tokens_xxh3": tokens.hexdigest(),
+            "content_hash": hex64(shard.content_hash()),
+            "statistics": statistics,
+        }
+
+    def _is_committed(self, block: int, marker: dict[str, Any], data: bytes) -> bool:
+        if not same_bytes(self.layout.marker(block), data):
+            return False
+        try:
+            shard = read_file(self.layout.shard(block), limit=marker["shard"]["size"])
+        except (FileNotFoundError, CorruptBlockError):
+            return False
+        return xxhash.xxh3_64_hexdigest(shard) == marker["shard"]["xxh3"]
+
+    def _install(self, block: int, shard: Path, marker: bytes, temporary: Path) -> None:
+        files, layout = self._files, self.layout
+        if layout.marker(block).exists():
+            self._retract(block)
+        files.fsync(shard)
+        files.replace(shard, layout.shard(block))
+        files.fsync_dir(self.path)
+        files.fsync_dir(shard.parent)
+        put_file(files, layout.marker(block), marker, temporary=temporary / "marker")
+        with self._lock:
+            self._shards.pop(block, None)
+
+    def _retract(self, block: int) -> None:
+        """Take a block back, so that it can be replaced without ever contradicting its marker."""
+        self._files.unlink(self.layout.blocks_bin)
+        self._files.fsync_dir(self.path)
+        self._records = np.zeros(0, RECORD)
+        self._files.unlink(self.layout.marker(block))
+        self._files.fsync_dir(self.layout.blocks)
+
+    def _put(self, path: Path, data: bytes) -> None:
+        temporary = _temporary(self.layout, self._files)
+        try:
+            put_file(self._files, path, data, temporary=temporary / path.name)
+        finally:
+            self._files.remove_tree(temporary)
+
+
+def read_blocks_bin_or_none(layout: Layout) -> np.ndarray:
+    """The records of blocks.bin; none where it is absent or damaged: the markers have it all."""
+    try:
+        return read_blocks_bin(layout.blocks_bin)
+    except CorruptBlockError:
+        return np.zeros(0, RECORD)
+
+
+def _temporary(layout: Layout, files: Files) -> Path:
+    # Unique to this writer: ranks of several hosts share the folder.
+    path = layout.run / "tmp" / uuid.uuid4().hex
+    files.mkdir(path)
+    return path
+
+
+def _as_json(value: Any) -> Any:
+    """What `value` reads as after being written: tuples are lists, and so on."""
+    import json
+
+    return json.loads(json.dumps(value))

@@ -1,0 +1,292 @@
+"""Building a cache: blocks of token sequences in, committed blocks of targets out.
+
+The loop between the teacher and the store. What decides a block's bytes is its recipe alone: a
+micro-batch is consecutive sequences of one block, the last one padded to full shape with repeats
+that are dropped, whoever computes it.
+
+Under `tensor_parallel` the first rank of each tp group claims the next missing block from a counter
+in the process group's store, so that a slow host holds up nobody. Under `zero3` forwards are
+collective: ranks go in rounds, rank i takes the i-th missing block, and a rank without one runs
+padding. Claims are forgotten, commits are durable. Encoding and writing run beside the teacher, one
+block computing and one being written.
+
+Shape letters: B sequences, T positions, N = B*T.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megadistill.blocks import BlockStore
+from megadistill.cache.recipe import cache_recipe, made_with
+from megadistill.cache.writer import CacheWriter
+from megadistill.config import Config
+from megadistill.data.packing import labels as packed_labels
+from megadistill.data.tokens import build_tokens
+from megadistill.errors import TeacherError
+from megadistill.parallel import Mesh
+from megadistill.targets import SparseTargets, concatenate
+from megadistill.teacher.engine import Teacher, load_teacher
+
+log = logging.getLogger(__name__)
+
+VALIDATED_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run of `build_cache` did."""
+
+    sequences: int
+    blocks: int
+    computed_blocks: int
+    seconds: float
+
+
+def build_cache(config: Config, mesh: Mesh, *, validate: bool = True) -> Built:
+    """Tokenise what is missing, run the teacher over the missing blocks, derive, validate.
+
+    Collective over all ranks. On a complete cache it loads no teacher and changes no file.
+    """
+    started = time.monotonic()
+    with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
+        missing = mesh.first(lambda: _prepare(config, held))
+        tokens = BlockStore.open(config.data.dir)
+        store = BlockStore.open(config.cache.dir)
+        if missing:
+            teacher = load_teacher(config, mesh)
+            _compute(config, mesh, teacher, tokens, store, missing)
+            mesh.first(store.finish)
+            if validate:
+                _validate(config, mesh, teacher, tokens, store)
+        elif mesh.rank == 0:
+            log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
+    return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
+
+
+def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
+    """On rank 0: the token store, the cache's folder, and the blocks to do."""
+    tokens = build_tokens(config)
+    recipe = cache_recipe(config, tokens.recipe)
+    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
+    if "loss_mask" in tokens.columns:
+        columns["loss_mask"] = tokens.columns["loss_mask"]
+    store = BlockStore.create(
+        config.cache.dir,
+        kind="cache",
+        header={"recipe": recipe},
+        columns={**columns, "targets": "bytes"},
+        block_size=tokens.block_size,
+    )
+    if store.num_sequences == len(tokens) and store.complete():
+        return []
+    held.enter_context(store.lock())
+    store.clean()
+    store.plan(len(tokens))
+    missing = store.missing()
+    if not missing:
+        store.finish()
+    return missing
+
+
+def _compute(
+    config: Config,
+    mesh: Mesh,
+    teacher: Teacher,
+    tokens: BlockStore,
+    store: BlockStore,
+    missing: list[int],
+) -> None:
+    run = mesh.first(lambda: time.time_ns())
+    durable = f"megadistill/durable/{run}"
+    bar = _Progress(mesh, durable, store, missing)
+    with CacheWriter(
+        store,
+        made_with=made_with(
+            device=mesh.device.type,
+            accelerator=_accelerator(mesh),
+            cpu_threads=torch.get_num_threads(),
+        ),
+        on_commit=lambda block: mesh.store.add(durable, 1),
+    ) as writer:
+        for block in _claims(mesh, teacher, missing, run):
+            samples = [] if block is None else tokens.block(block)
+            first = 0 if block is None else block * store.block_size
+            targets = score(config, teacher, samples, first=first, block_size=store.block_size)
+            if block is not None and mesh.tp_rank == 0:
+                writer.submit(block, samples, targets)
+            bar.update()
+    bar.close()
+
+
+def _claims(mesh: Mesh, teacher: Teacher, missing: list[int], run: int) -> Iterator[int | None]:
+    """The blocks this rank computes; None is a round of padding."""
+    if teacher.lockstep:
+        for start in range(0, len(missing), mesh.world):
+            mine = start + mesh.rank
+            yield missing[mine] if mine < len(missing) else None
+        return
+    while True:
+        index = mesh.store.add(f"megadistill/claim/{run}", 1) - 1 if mesh.tp_rank == 0 else None
+        if mesh.tp > 1:
+            index = mesh.broadcast(index, group=mesh.tp_group)
+        if index >= len(missing):
+            return
+        yield missing[index]
+
+
+def score(
+    config: Config,
+    teacher: Teacher,
+    samples: list[dict[str, Any]],
+    *,
+    first: int,
+    block_size: int,
+) -> list[SparseTargets]:
+    """The targets of consecutive sequences, the first of which is number `first`.
+
+    A lockstep teacher is called as often as a full block needs, whatever there is to score.
+    """
+    size, seq_len = config.teacher.micro_batch, config.data.seq_len
+    padding = {"tokens": np.zeros(seq_len, np.uint32), "documents": np.zeros(1, np.uint32)}
+    stop = block_size if teacher.lockstep else len(samples)
+    scored: list[SparseTargets] = []
+    for start in range(0, stop, size):
+        real = samples[start : start + size]
+        batch = real + [real[-1] if real else padding] * (size - len(real))
+        hidden_NH = teacher.hidden(
+            np.stack([s["tokens"] for s in batch]), [s["documents"] for s in batch]
+        )
+        if real:
+            scored += _targets(config, teacher, hidden_NH, real, first + start)
+    return scored
+
+
+def _targets(
+    config: Config,
+    teacher: Teacher,
+    hidden_NH: torch.Tensor,
+    samples: list[dict[str, Any]],
+    first: int,
+) -> list[SparseTargets]:
+    seq_len, masked = config.data.seq_len, config.targets.positions == "loss_mask"
+    labels_BT = np.stack(
+        [
+            packed_labels(s["tokens"], s["documents"], s.get("loss_mask") if masked else None)
+            for s in samples
+        ]
+    )
+    numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
+    keys_N2 = np.stack([first + numbers, positions], 1)
+    method = config.targets
+    selection = {"tau": method.tau} if method.method == "varopt" else {"k": method.k}
+    targets = teacher.head.targets(
+        hidden_NH[: len(keys_N2)],
+        torch.as_tensor(labels_BT.reshape(-1), device=teacher.device),
+        torch.as_tensor(keys_N2, device=teacher.device),
+        temperature=method.temperature,
+        method=method.method,
+        seed=method.seed,
+        **selection,
+    ).numpy()
+    return [targets.rows(i * seq_len, (i + 1) * seq_len) for i in range(len(samples))]
+
+
+def _validate(
+    config: Config, mesh: Mesh, teacher: Teacher, tokens: BlockStore, store: BlockStore
+) -> None:
+    """Score a few sequences again and compare with what the cache says. Collective.
+
+    On the machine that made the cache the ids are equal; another accelerator or a library's atomics
+    may move a probability across a threshold, so a hundredth of the positions may differ.
+    """
+    from megadistill.cache.reader import open_cache
+
+    cache = open_cache(config.cache.dir)
+    size = config.teacher.micro_batch
+    generator = np.random.default_rng(config.targets.seed)
+    starts = []
+    for sequence in generator.permutation(len(store))[:VALIDATED_SEQUENCES]:
+        block, inside = divmod(int(sequence), store.block_size)
+        starts.append(block * store.block_size + inside // size * size)
+    starts = sorted(set(starts))
+    equal = total = 0
+    for turn in range(0, len(starts), mesh.dp):
+        mine = turn + mesh.dp_rank
+        start = starts[mine] if mine < len(starts) else starts[0]
+        block_end = min((start // store.block_size + 1) * store.block_size, len(store))
+        stop = min(start + size, block_end)
+        again = score(
+            config, teacher, [tokens[i] for i in range(start, stop)], first=start, block_size=size
+        )
+        if mine < len(starts) and mesh.tp_rank == 0:
+            found = concatenate([cache[i]["targets"].numpy() for i in range(start, stop)])
+            fresh = concatenate(again)
+            equal += int(_equal_rows(found, fresh))
+            total += int((fresh.counts > 0).sum())
+    sums = mesh.sum(torch.tensor([equal, total], dtype=torch.float64))
+    equal, total = int(sums[0]), int(sums[1])
+    if equal < 0.99 * total:
+        raise TeacherError(
+            f"{config.cache.dir}: scored {total} positions again and found other token ids at "
+            f"{total - equal}, expected at most {total // 100}: the teacher does not repeat itself "
+            "here, or the cache was made elsewhere; --no_validate skips this"
+        )
+    if mesh.rank == 0:
+        log.info("validated: %d of %d positions scored again have the same ids", equal, total)
+
+
+def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:
+    """Positions with targets in b whose ids are the same in a."""
+    same_N = a.counts == b.counts
+    if not same_N.all():
+        # Compare row by row only what has equal length.
+        rows = np.nonzero(same_N & (b.counts > 0))[0]
+        return sum(
+            np.array_equal(
+                a.ids[a.offsets[n] : a.offsets[n + 1]], b.ids[b.offsets[n] : b.offsets[n + 1]]
+            )
+            for n in rows
+        )
+    different = np.nonzero(a.ids != b.ids)[0]
+    rows = np.unique(np.searchsorted(b.offsets, different, side="right") - 1)
+    return int((b.counts > 0).sum()) - len(rows)
+
+
+def _accelerator(mesh: Mesh) -> str:
+    return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+
+
+class _Progress:
+    """Rank 0's bar of durable sequences, of all ranks."""
+
+    def __init__(self, mesh: Mesh, key: str, store: BlockStore, missing: list[int]) -> None:
+        self.mesh, self.key, self.store = mesh, key, store
+        self.bar = None
+        if mesh.rank == 0:
+            blocks = store.num_blocks or 0
+            self.bar = tqdm(
+                total=blocks, initial=blocks - len(missing), unit="block", desc="generate",
+                mininterval=1.0,
+            )  # fmt: skip
+            self.before = blocks - len(missing)
+
+    def update(self) -> None:
+        if self.bar is not None:
+            durable = self.mesh.store.add(self.key, 0)
+            self.bar.update(self.before + durable - self.bar.n)
+
+    def close(self) -> None:
+        self.mesh.barrier()
+        self.update()
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,55 @@
+"""The configuration of every stage: one YAML file, one typed tree. Imports no torch.
+
+    config = load_config("demo.yaml", ["train.lr=3e-4"])
+    config.teacher.model, config.train.lr, ...
+
+schema.py has the keys, rules.py what concerns several of them, deepspeed_keys.py what DeepSpeed
+may be told, load.py the way from a file to a checked Config.
+"""
+
+from __future__ import annotations
+
+from megadistill.config.find import DEFAULT, find_config
+from megadistill.config.load import load_config
+from megadistill.config.messages import all_keys
+from megadistill.config.rules import default_groups, worst_bytes_per_position
+from megadistill.config.schema import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    OrderConfig,
+    ParallelConfig,
+    StudentConfig,
+    TargetsConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from megadistill.config.yaml_reader import write_yaml
+
+__all__ = [
+    "DEFAULT",
+    "CacheConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "OrderConfig",
+    "ParallelConfig",
+    "StudentConfig",
+    "TargetsConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "all_keys",
+    "default_groups",
+    "find_config",
+    "load_config",
+    "to_yaml",
+    "worst_bytes_per_position",
+]
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that `load_config` reads back to an equal one."""
+    return write_yaml(config.model_dump(mode="json"))

@@ -1,0 +1,250 @@
+"""Rules that concern more than one key. Pure: nothing here looks at the disk or at a model.
+
+A rule yields the keys it looked at with its message, so that the loader can leave out the rules
+about keys that are already reported as wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from megadistill.config.deepspeed_keys import deepspeed_problems
+from megadistill.errors import ConfigError
+from megadistill.targets import check_divergence
+
+if TYPE_CHECKING:
+    from megadistill.config.schema import Config
+
+MAX_GROUPS = 64
+MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
+
+
+class Problem(NamedTuple):
+    """A mistake. `keys`: what it is about, the first of them the one to name."""
+
+    keys: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}"
+
+
+def default_groups(global_batch: int) -> int:
+    """The largest divisor of `global_batch` that is at most 64."""
+    return max(g for g in range(1, MAX_GROUPS + 1) if global_batch % g == 0)
+
+
+def worst_bytes_per_position(config: Config) -> float:
+    """The most bytes that a position's targets can take in a cache, in any of its encodings."""
+    targets = config.targets
+    entries = targets.k + 1 if targets.method == "topk" else 1 / targets.tau + 1
+    return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Every rule that `config` breaks."""
+    for rule in (_source, _fields, _folders, _teacher, _targets, _batch, _steps):
+        yield from rule(config)
+    for path, message in deepspeed_problems(config.deepspeed):
+        yield Problem((".".join(("deepspeed", *path)),), message)
+
+
+def _source(config: Config) -> Iterator[Problem]:
+    data = config.data
+    keys = ("data.source", "data.files", "data.name")
+    given = [key for key in keys if getattr(data, key.removeprefix("data.")) is not None]
+    if not given:
+        yield Problem(
+            ("data", *keys),
+            "no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
+            "data.name (a dataset on the hub)",
+        )
+    elif len(given) > 1:
+        others = " ".join(f"{key}=null" for key in given[1:])
+        yield Problem(
+            ("data", *keys),
+            f"{' and '.join(given)} are set, expected one corpus: keep one, for example with "
+            f"{others}",
+        )
+    if data.streaming and data.max_samples is None:
+        yield Problem(
+            ("data.streaming", "data.max_samples"),
+            "a streamed dataset has no known end (FineWeb holds 15 trillion tokens, years of "
+            "tokenising): set data.max_samples to the number of documents to read, for example "
+            "data.max_samples=1000000, or data.streaming=false to download a small one whole",
+        )
+
+
+def _fields(config: Config) -> Iterator[Problem]:
+    data = config.data
+    prompt, completion = data.prompt_field, data.completion_field
+    if (prompt is None) != (completion is None):
+        there, missing = ("prompt", "completion") if prompt else ("completion", "prompt")
+        yield Problem(
+            (f"data.{there}_field", f"data.{missing}_field"),
+            f"is set without data.{missing}_field: a {there} needs the column of its {missing}; "
+            f"set data.{missing}_field too",
+        )
+    masked = [f"data.{name}" for name in ("messages_field", "prompt_field") if getattr(data, name)]
+    if len(masked) > 1:
+        yield Problem(
+            tuple(masked),
+            "data.messages_field and data.prompt_field are both set: a document is a chat or a "
+            "prompt with its completion; keep one",
+        )
+    if masked and data.source is not None:
+        yield Problem(
+            (masked[0], "data.source"),
+            f"{data.source} has no columns: remove {masked[0]}, or read data.files or data.name",
+        )
+    if config.targets.positions == "loss_mask" and not masked:
+        yield Problem(
+            ("targets.positions", "data.messages_field", "data.prompt_field"),
+            "loss_mask needs text that is part prompt, part completion: set data.prompt_field and "
+            "data.completion_field, or data.messages_field, or targets.positions=all",
+        )
+
+
+def _folders(config: Config) -> Iterator[Problem]:
+    # A store and a run each own their folder: cleaning up in one must not reach into another.
+    written = {"data.dir": config.data.dir, "cache.dir": config.cache.dir}
+    read = {"teacher.model": config.teacher.model}
+    if config.student is not None:
+        written["train.out_dir"] = config.train.out_dir
+        read["student.model"] = config.student.model
+    if config.data.tokenizer is not None:
+        read["data.tokenizer"] = config.data.tokenizer
+    for i, (target, folder) in enumerate(written.items()):
+        clashes = [*_clashes(target, folder, dict(list(written.items())[:i]))]
+        clashes += [
+            Problem(
+                (target, source),
+                f"{folder} holds {source} ({name}), which would be written over: set {target} to "
+                "another folder",
+            )
+            for source, name in read.items()
+            if _inside(name, folder)
+        ]
+        yield from clashes[:1]  # one move mends them all
+
+
+def _clashes(target: str, folder: str, others: dict[str, str]) -> Iterator[Problem]:
+    for other, path in others.items():
+        within, around = _inside(folder, path), _inside(path, folder)
+        if within or around:
+            how = "the same folder as" if within and around else "inside" if within else "around"
+            yield Problem(
+                (target, other),
+                f"{folder} is {how} {other} ({path}), and each needs a folder of its own: set "
+                f"{target} to another",
+            )
+
+
+def _inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _teacher(config: Config) -> Iterator[Problem]:
+    teacher = config.teacher
+    if teacher.engine == "zero3" and teacher.tp > 1:
+        yield Problem(
+            ("teacher.tp", "teacher.engine"),
+            f"{teacher.tp} with teacher.engine=zero3, expected 1: ZeRO-3 spreads the teacher over "
+            "all ranks by itself; set teacher.tp=1, or teacher.engine=tensor_parallel",
+        )
+
+
+def _targets(config: Config) -> Iterator[Problem]:
+    targets, loss, data = config.targets, config.loss, config.data
+    worst = data.seq_len * (8 + worst_bytes_per_position(config)) + 256
+    if data.block_size * worst > MAX_SHARD_BYTES:
+        fits = int(MAX_SHARD_BYTES // worst)
+        advice = f"set data.block_size to {fits} or less" if fits else "make data.seq_len smaller"
+        yield Problem(
+            ("data.block_size", "data.seq_len", "targets.method", "targets.k", "targets.tau"),
+            f"a block of {data.block_size} sequences of {data.seq_len} tokens can take "
+            f"{data.block_size * worst / 2**30:.1f} GiB, expected less than the 4 GiB of a shard: "
+            f"{advice}",
+        )
+    if config.student is None:
+        return
+    try:
+        check_divergence(
+            targets.method,
+            loss.divergence,
+            kd_temperature=loss.temperature,
+            made_at=targets.temperature,
+        )
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        yield Problem((key, "targets.method", "targets.temperature"), message)
+    if loss.kd_weight == 0 and loss.ce_weight == 0:
+        yield Problem(
+            ("loss", "loss.kd_weight", "loss.ce_weight"),
+            "kd_weight and ce_weight are both 0, so there is nothing to minimise: set "
+            "loss.kd_weight=1 to learn from the teacher, loss.ce_weight=1 from the text",
+        )
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    if config.student is None:
+        return
+    train, groups = config.train, config.order.groups
+    if train.global_batch % train.micro_batch:
+        yield Problem(
+            ("train.global_batch", "train.micro_batch"),
+            f"{train.global_batch} is not a multiple of train.micro_batch ({train.micro_batch}): "
+            f"set train.micro_batch to a divisor of {train.global_batch}, for example "
+            f"{max(d for d in range(1, train.micro_batch) if train.global_batch % d == 0)}",
+        )
+    if config.order.shuffle == "shuffle" and train.global_batch % groups:
+        yield Problem(
+            ("order.groups", "train.global_batch"),
+            f"{groups} does not divide train.global_batch ({train.global_batch}), and a batch "
+            "takes equal shares of every group: leave order.groups out, or set it to "
+            f"{default_groups(train.global_batch)}",
+        )
+
+
+def _steps(config: Config) -> Iterator[Problem]:
+    if config.student is None:
+        return
+    train = config.train
+    keys = ("train", "train.steps", "train.epochs")
+    if train.steps is not None and train.epochs is not None:
+        yield Problem(
+            keys,
+            f"steps ({train.steps}) and epochs ({train.epochs:g}) are both set: keep one, for "
+            "example with train.steps=null",
+        )
+    if train.steps is None and train.epochs is None:
+        yield Problem(
+            keys,
+            "how long to train is not said: set train.steps (optimizer steps) or train.epochs "
+            "(passes over the cache)",
+        )
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        yield Problem(
+            ("train.warmup_steps", "train.steps"),
+            f"{train.warmup_steps} leaves nothing of train.steps ({train.steps}): set "
+            "train.warmup_steps to less, a tenth of the steps for example",
+        )
+    if train.decay_steps is not None and train.schedule != "wsd":
+        yield Problem(
+            ("train.decay_steps", "train.schedule"),
+            f"is read with train.schedule=wsd only, and the schedule is {train.schedule}: remove "
+            "it, or set train.schedule=wsd",
+        )
+    elif (
+        train.decay_steps is not None
+        and train.steps is not None
+        and train.warmup_steps < train.steps < train.warmup_steps + train.decay_steps
+    ):
+        yield Problem(
+            ("train.decay_steps", "train.warmup_steps", "train.steps"),
+            f"{train.decay_steps} and train.warmup_steps ({train.warmup_steps}) together exceed "
+            f"train.steps ({train.steps}): make them fit",
+        )

@@ -1,0 +1,296 @@
+"""The keys of the configuration: sections, types, bounds, defaults, and a sentence on each.
+
+The sentences are the README's reference (`tools/config_reference.py`), so every key has one.
+What concerns more than one key stands in rules.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from megadistill.config.rules import default_groups, problems
+
+
+def _not_a_truth_value(value: Any) -> Any:
+    # pydantic takes true for 1; a configuration that says `k: true` is a slip.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "expected a number")
+    return value
+
+
+_Number = BeforeValidator(_not_a_truth_value)
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+CountInt = Annotated[int, Field(ge=0), _Number]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+WeightFloat = Annotated[float, Field(ge=0), _Number]
+Share = Annotated[float, Field(ge=0, le=1), _Number]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and without keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Text in, sequences of tokens out."""
+
+    source: Literal["python-stdlib"] | None = Field(
+        default=None,
+        description="a corpus every machine has: the running interpreter's standard library",
+    )
+    files: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="local parquet, jsonl, arrow or text files; patterns allowed"
+    )
+    name: Text | None = Field(default=None, description="a dataset on the Hugging Face hub")
+    config: Text | None = Field(default=None, description="the hub dataset's configuration")
+    split: Text = Field(default="train", description="the split to read")
+    revision: Text | None = Field(
+        default=None, description="the hub dataset's branch, tag or commit"
+    )
+    streaming: bool = Field(
+        default=False,
+        description="read without downloading the whole set first; needs `max_samples`",
+    )
+    max_samples: PositiveInt | None = Field(default=None, description="documents to read at most")
+    text_field: Text = Field(default="text", description="the column that holds the text")
+    messages_field: Text | None = Field(
+        default=None, description="the column that holds a chat, for the tokenizer's chat template"
+    )
+    prompt_field: Text | None = Field(
+        default=None, description="the column of prompts, together with `completion_field`"
+    )
+    completion_field: Text | None = Field(
+        default=None, description="the column of completions; only these are learned from"
+    )
+    shuffle: bool = Field(default=False, description="shuffle the documents, by `data.seed`")
+    seed: Seed = Field(default=0, description="seed of the shuffling")
+    dir: Text = Field(default="runs/tokens", description="the token store")
+    seq_len: PositiveInt = Field(default=2048, description="tokens of a sequence")
+    block_size: PositiveInt = Field(
+        default=256, description="sequences of a block, the unit of work, commit and resume"
+    )
+    tokenizer: Text | None = Field(
+        default=None, description="a folder or a hub id; default: the teacher's tokenizer"
+    )
+    pack: Literal["isolate", "concat"] = Field(
+        default="isolate",
+        description="whether attention and positions stay within a document, or cross",
+    )
+    workers: PositiveInt | None = Field(
+        default=None, description="tokenising processes; default: one a core, at most 16"
+    )
+
+
+class TeacherConfig(Section):
+    """The model that is learned from, and how it runs."""
+
+    model: Text = Field(description="a folder or a hub id")
+    revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="type of weights and activations"
+    )
+    tp: PositiveInt = Field(
+        default=1, description="ranks that hold one copy of the teacher together"
+    )
+    engine: Literal["tensor_parallel", "zero3"] = Field(
+        default="tensor_parallel",
+        description="every tp ranks hold a copy; or all ranks hold one and gather layer by layer",
+    )
+    mode: Literal["cached"] = Field(default="cached", description="targets come from the cache")
+    micro_batch: PositiveInt = Field(
+        default=8, description="sequences of one forward pass of a rank"
+    )
+    attention: Attention = Field(
+        default="sdpa", description="transformers' attention implementation"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+
+
+class TargetsConfig(Section):
+    """What is kept of the teacher's distribution at each position."""
+
+    method: Literal["varopt", "topk"] = Field(
+        default="varopt",
+        description="`varopt` samples without bias; `topk` keeps the k most probable ids",
+    )
+    tau: Annotated[float, Field(gt=0, le=1), _Number] = Field(
+        default=0.06,
+        description="varopt: ids of at least this probability are kept, the rest is sampled in "
+        "steps of it; at most 1/tau + 1 entries a position",
+    )
+    k: PositiveInt = Field(default=64, description="topk: entries of a position")
+    temperature: PositiveFloat = Field(default=1.0, description="the teacher's softmax temperature")
+    seed: Seed = Field(default=0, description="seed of the sampling")
+    positions: Literal["all", "loss_mask"] = Field(
+        default="all", description="which positions get targets: all, or only completions"
+    )
+
+
+class CacheConfig(Section):
+    """Where the targets lie."""
+
+    dir: Text = Field(default="runs/cache", description="the cache, a block store")
+    min_free: WeightFloat = Field(
+        default=0.5,
+        description="GiB of disk that generating leaves free; it stops before it takes more",
+    )
+
+
+class StudentConfig(Section):
+    """The model that learns. Without this section there is nothing to train."""
+
+    model: Text = Field(description="a folder or a hub id")
+    revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="start from the model's weights, or from its config.json alone",
+    )
+    attention: Attention = Field(
+        default="sdpa", description="transformers' attention implementation"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+
+
+class LossConfig(Section):
+    """What is minimised: kd_weight x distillation + ce_weight x cross-entropy on true tokens."""
+
+    divergence: Literal["forward_kl"] = Field(
+        default="forward_kl", description="between the teacher's targets and the student"
+    )
+    kd_weight: WeightFloat = Field(default=1.0, description="weight of the distillation loss")
+    ce_weight: WeightFloat = Field(
+        default=0.0, description="weight of the cross-entropy on true tokens"
+    )
+    label_smoothing: ShareBelowOne = Field(
+        default=0.0,
+        description="share of the cross-entropy's label that is spread over the vocabulary",
+    )
+    temperature: PositiveFloat = Field(
+        default=1.0,
+        description="softmax temperature of the distillation loss; equal to the targets'",
+    )
+
+
+class OrderConfig(Section):
+    """Which sequences form global batch g: the same at every number of ranks."""
+
+    shuffle: Literal["shuffle", "sequential"] = Field(
+        default="shuffle", description="deal permuted blocks into groups, or take blocks in order"
+    )
+    groups: PositiveInt = Field(
+        default=64,
+        description="groups a batch takes equal shares of; default: the largest divisor of "
+        "`train.global_batch` that is at most 64",
+    )
+    seed: Seed = Field(default=0, description="seed of the order")
+
+
+class TrainConfig(Section):
+    """The training run: AdamW with warm-up and decay."""
+
+    out_dir: Text = Field(
+        default="runs/train", description="metrics, checkpoints and the trained model"
+    )
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps; or set `epochs`")
+    epochs: PositiveFloat | None = Field(
+        default=None, description="passes over the cache; or set `steps`"
+    )
+    global_batch: PositiveInt = Field(default=64, description="sequences of a step, over all ranks")
+    micro_batch: PositiveInt = Field(default=8, description="sequences of one pass of a rank")
+    lr: PositiveFloat = Field(default=1e-4, description="learning rate at its peak")
+    min_lr_ratio: Share = Field(
+        default=0.1, description="the last learning rate, as a share of `lr`"
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine", description="after warm-up: cosine decay; stable, then decay; or constant"
+    )
+    warmup_steps: CountInt = Field(
+        default=0, description="steps over which the learning rate rises"
+    )
+    decay_steps: PositiveInt | None = Field(
+        default=None,
+        description="wsd: steps of the decay at the end; default: a fifth of the steps",
+    )
+    weight_decay: WeightFloat = Field(default=0.1, description="AdamW's, on matrices only")
+    betas: tuple[ShareBelowOne, ShareBelowOne] = Field(default=(0.9, 0.95), description="AdamW's")
+    grad_clip: WeightFloat = Field(default=1.0, description="largest gradient norm; 0: not clipped")
+    save_every: PositiveInt | None = Field(
+        default=None, description="steps between checkpoints; default: at the end only"
+    )
+    eval_every: PositiveInt | None = Field(
+        default=None, description="steps between held-out evaluations; default: at the end only"
+    )
+    keep: PositiveInt = Field(default=2, description="checkpoints to keep")
+    seed: Seed = Field(default=0, description="seed of random weights")
+    deterministic: bool = Field(
+        default=False, description="repeatable to the bit on a GPU too, at some cost in speed"
+    )
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    cache: Text | None = Field(default=None, description="a `topk` cache of held-out text")
+    max_sequences: PositiveInt | None = Field(
+        default=None, description="sequences to evaluate at most; default: all"
+    )
+
+
+class ParallelConfig(Section):
+    """Hosts and ranks."""
+
+    expect_hosts: PositiveInt | None = Field(
+        default=None, description="refuse to start on another number of hosts"
+    )
+    timeout_s: PositiveInt = Field(
+        default=1800, description="seconds until a stuck collective gives up"
+    )
+
+
+class Config(Section):
+    """Every stage's configuration. One file serves them all."""
+
+    data: DataConfig
+    teacher: TeacherConfig
+    targets: TargetsConfig = TargetsConfig()
+    cache: CacheConfig = CacheConfig()
+    student: StudentConfig | None = None
+    loss: LossConfig = LossConfig()
+    order: OrderConfig = OrderConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="DeepSpeed's own keys for the student (`zero_optimization`, `bf16`, ...); "
+        "those that would contradict ours are refused",
+    )
+
+    @model_validator(mode="after")
+    def _as_a_whole(self, info: ValidationInfo) -> Config:
+        if "groups" not in self.order.model_fields_set:
+            groups = default_groups(self.train.global_batch)
+            # The model is frozen for everybody else; here it is still being made.
+            self.__dict__["order"] = self.order.model_copy(update={"groups": groups})
+        # The loader applies the rules itself, so as to report them beside wrong single keys.
+        found = [] if (info.context or {}).get("rules_later") else list(problems(self))
+        if found:
+            raise ValueError("; ".join(str(problem) for problem in found))
+        return self

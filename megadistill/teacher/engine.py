@@ -1,0 +1,177 @@
+"""The teacher: a transformers model under DeepSpeed, giving hidden states, and its head.
+
+Stands between the tokens and the targets. The backbone runs in DeepSpeed, the head is ours
+(`teacher/head.py`): both of DeepSpeed's ways to shard an output projection end in logits of
+[N, V] on every rank.
+
+Two engines. `tensor_parallel` is DeepSpeed's inference engine with AutoTP; `init_inference` rather
+than `initialize`, because it keeps no training state. Its group has to be handed over explicitly,
+as `mpu` and as `tp_group`: alone it takes ranks 0 to tp-1 for the group of every rank. And its
+grain of 64 columns leaves ranks without columns on small models, so it is set to 1.
+`zero3` partitions the weights over all ranks and gathers them a layer at a time: forwards are
+collective, so all ranks must call `hidden` equally often.
+
+Shape letters: B sequences, T positions, N = B*T, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megadistill.attention import check_isolation, forward_inputs
+from megadistill.config import Config, TeacherConfig
+from megadistill.errors import TeacherError
+from megadistill.parallel import Mesh
+from megadistill.teacher.head import TeacherHead, check_head
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher ready to be asked. `lockstep`: every rank must call `hidden` equally often."""
+
+    engine: Any
+    head: TeacherHead
+    device: torch.device
+    pack: str
+    lockstep: bool
+
+    @torch.no_grad()
+    def hidden(self, tokens_BT: np.ndarray, documents: Sequence[np.ndarray]) -> torch.Tensor:
+        """[N, H]: the last hidden states of B sequences, position after position.
+
+        tokens_BT: integer ids. documents: the starts of the documents within each sequence.
+        """
+        inputs = forward_inputs(
+            self.engine.module, tokens_BT, documents, pack=self.pack, device=self.device
+        )
+        return self.engine(**inputs).last_hidden_state.flatten(0, 1)
+
+
+def load_teacher(config: Config, mesh: Mesh) -> Teacher:
+    """The configured teacher on this rank's share of the mesh. Collective over all ranks.
+
+    Raises TeacherError when the model cannot be loaded, or is no causal language model.
+    """
+    zero3 = config.teacher.engine == "zero3"
+    build = _zero3 if zero3 else _tensor_parallel
+    with _quiet():
+        engine, head = build(config.teacher, mesh)
+    if config.data.pack == "isolate":
+        check_isolation(engine.module, name="teacher.model", device=mesh.device)
+    return Teacher(
+        engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3
+    )
+
+
+def _tensor_parallel(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
+    import deepspeed
+
+    model = _pretrained(config)
+    head = TeacherHead.of(
+        model, rank=mesh.tp_rank, ranks=mesh.tp, group=mesh.tp_group, device=mesh.device
+    )
+    engine = deepspeed.init_inference(
+        model.base_model,
+        dtype=getattr(torch, config.dtype),
+        replace_with_kernel_inject=False,
+        tensor_parallel={
+            "tp_size": mesh.tp,
+            "tp_grain_size": 1,
+            "mpu": _Groups(mesh),
+            "tp_group": mesh.tp_group,
+        },
+    )
+    return engine, head
+
+
+def _zero3(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    settings = {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "fp16": {"enabled": config.dtype == "float16"},
+    }
+    # While this object lives, from_pretrained partitions each weight as it reads it.
+    partition = HfDeepSpeedConfig(settings)
+    model = _pretrained(config)
+    del partition
+    output = model.get_output_embeddings()
+    parameters = [p for p in (output.weight, getattr(output, "bias", None)) if p is not None]
+    with deepspeed.zero.GatheredParameters(parameters):
+        head = TeacherHead.of(model, rank=0, ranks=1, group=None, device=mesh.device)
+    engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
+    engine.eval()
+    return engine, head
+
+
+def _pretrained(config: TeacherConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TeacherError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
+    check_head(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The mesh in the words that DeepSpeed asks for (Megatron's `mpu`)."""
+
+    mesh: Mesh
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mesh.tp_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.dp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """AutoTP prints its findings on every rank; they are for the log of whoever asks for them."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    if said.getvalue().strip() and os.environ.get("RANK", "0") == "0":
+        log.debug("DeepSpeed: %s", " ".join(said.getvalue().split()))

@@ -1,0 +1,147 @@
+"""The teacher's head: hidden states go through the vocabulary in chunks, and come out as targets.
+
+Stands between the engine, which gives hidden states, and the cache. Each tensor-parallel rank
+holds a slice of the head's rows. A chunk's logits live in one preallocated buffer [C, V]; the
+logits of all positions, [N, V], never exist. The log-sum-exp of a chunk is put together from each
+rank's maximum and sum, so what a position sends is proportional to K times tp, not to V.
+
+Shape letters: N positions, C positions of a chunk, H hidden size, V this rank's vocabulary slice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megadistill.errors import TeacherError
+from megadistill.targets import SparseTargets, concatenate
+from megadistill.teacher.select import VocabularySlice, select_targets, spread
+
+# Bytes of one chunk's logits. Selecting needs about six times as much again for its integers.
+CHUNK_BYTES = 64 << 20
+
+
+class TeacherHead:
+    """Rows [first, first + size) of the model's output projection, and what follows it."""
+
+    def __init__(
+        self,
+        weight_VH: torch.Tensor,
+        vocabulary: VocabularySlice,
+        *,
+        bias_V: torch.Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self.weight_VH, self.bias_V = weight_VH, bias_V
+        self.vocabulary, self.scale, self.softcap = vocabulary, scale, softcap
+        self.chunk = max(1, min(1024, chunk_bytes // (4 * vocabulary.size)))
+        self.buffer_CV = torch.empty(
+            self.chunk, vocabulary.size, dtype=torch.float32, device=weight_VH.device
+        )
+
+    @classmethod
+    def of(cls, model: Any, *, rank: int, ranks: int, group: Any, device: Any) -> TeacherHead:
+        """Cut this rank's slice out of a transformers model's head."""
+        weight_VH = model.get_output_embeddings().weight.detach()
+        bias_V = getattr(model.get_output_embeddings(), "bias", None)
+        V = weight_VH.shape[0]
+        first, last = V * rank // ranks, V * (rank + 1) // ranks
+        scale, softcap = logit_scale(model.config), soft_cap(model.config)
+        return cls(
+            weight_VH[first:last].to(device, copy=True),
+            VocabularySlice(first, last - first, group if ranks > 1 else None),
+            bias_V=None if bias_V is None else bias_V.detach()[first:last].to(device, copy=True),
+            scale=scale,
+            softcap=softcap,
+        )
+
+    def log_probs(self, hidden_CH: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
+        """float32 [C, V], this rank's slice; a view of the buffer, valid until the next call."""
+        C = len(hidden_CH)
+        logits_CV = self.buffer_CV[:C]
+        _matmul(hidden_CH.to(self.weight_VH.dtype), self.weight_VH, out=logits_CV)
+        if self.bias_V is not None:
+            logits_CV += self.bias_V
+        if self.scale != 1.0:
+            logits_CV *= self.scale
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if temperature != 1.0:
+            logits_CV /= temperature
+        top_C = self.vocabulary.gather(logits_CV.amax(1)).amax(0)
+        logits_CV -= top_C[:, None]
+        sums_RC = self.vocabulary.gather(_sum_exp(logits_CV))
+        # Added in rank order, which an all-reduce does not promise.
+        logits_CV -= sums_RC.sum(0).log()[:, None]
+        return logits_CV
+
+    def targets(
+        self,
+        hidden_NH: torch.Tensor,
+        labels_N: torch.Tensor,
+        keys_N: torch.Tensor,
+        *,
+        temperature: float = 1.0,
+        **selection: Any,
+    ) -> SparseTargets:
+        """The targets of N positions; those with label -100 are dropped before any arithmetic.
+
+        `selection` goes to `select_targets`: method, tau, k, seed.
+        """
+        keep_N = labels_N != -100
+        kept = keep_N.nonzero()[:, 0]
+        parts = []
+        for rows in kept.split(self.chunk) if len(kept) else [kept]:
+            log_probs_CV = self.log_probs(hidden_NH[rows], temperature=temperature)
+            parts.append(
+                select_targets(
+                    log_probs_CV, keys_N=keys_N[rows], labels_N=labels_N[rows],
+                    temperature=temperature, vocabulary=self.vocabulary, **selection,
+                )
+            )  # fmt: skip
+        return spread(concatenate(parts), keep_N)
+
+
+def _sum_exp(logits_CV: torch.Tensor, columns: int = 16384) -> torch.Tensor:
+    """[C]: the sum of exponentials, in float64 and a few columns at a time."""
+    parts = [part.exp().sum(1, dtype=torch.float64) for part in logits_CV.split(columns, dim=1)]
+    return torch.stack(parts).sum(0).float()
+
+
+def _matmul(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, *, out: torch.Tensor) -> None:
+    """out = hidden @ weight.T in float32, also of bfloat16 operands."""
+    if hidden_CH.dtype == torch.float32:
+        torch.mm(hidden_CH, weight_VH.T, out=out)
+    elif hidden_CH.is_cuda:
+        torch.mm(hidden_CH, weight_VH.T, out_dtype=torch.float32, out=out)
+    else:
+        # No mixed product on a CPU: rows of the head at a time, so that no float32 copy of it lives.
+        for start in range(0, len(weight_VH), 8192):
+            rows = slice(start, start + 8192)
+            out[:, rows] = hidden_CH.float() @ weight_VH[rows].float().T
+
+
+def logit_scale(config: Any) -> float:
+    """What the model multiplies its logits by: Cohere multiplies, Granite divides."""
+    if getattr(config, "logit_scale", None) is not None:
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def soft_cap(config: Any) -> float | None:
+    """Gemma's bound on logits: softcap * tanh(logits / softcap)."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def check_head(model: Any) -> None:
+    """TeacherError for a model without an output projection over the vocabulary."""
+    if model.get_output_embeddings() is None:
+        raise TeacherError(
+            f"teacher.model: {type(model).__name__} has no output embeddings: a causal language "
+            "model is needed"
+        )

@@ -1,0 +1,376 @@
+"""Select: a distribution over the vocabulary becomes a short list of (token id, weight).
+
+Stands between the teacher's head, which gives log-probabilities in chunks of positions, and the
+cache. Works on one rank's slice of the vocabulary: of a tensor-parallel group only each rank's
+best candidates (K ids), its tail mass and the ids it drew travel, never a row of V.
+
+Everything that decides which id is kept is an integer. Probabilities are fixed point, 2^-40, so
+that sums are exact in any order and every slicing of the vocabulary picks the same ids; float32
+prefix sums picked other ids in 4 of 2,560 positions at tp = 4. Ties go to the larger value, then
+to the lower id. The random start of a position is a function of (seed, purpose, sequence number,
+position) and of nothing else.
+
+varopt is threshold sampling (Cohen, Duffield, Kaplan, Lund, Thorup: "Efficient stream sampling for
+variance-optimal estimation of subset sums") with systematic draws (Madow 1949): an id of
+probability p >= tau is kept as it is, the rest, of mass r, is drawn m = ceil(r / tau) times at
+equal steps r / m. E[weight] = p for every id, and the weights of a position sum to 1.
+
+Shape letters: N positions, C positions of a chunk, V vocabulary (here: this rank's slice), K
+candidates, M systematic points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megadistill.errors import TeacherError
+from megadistill.targets import SparseTargets
+
+FIXED_POINT = 1 << 40
+SELECT, ROUND, TRUNCATE = 1, 2, 3  # purposes of a random start; two must never share one
+_BLOCK = 256  # ids a block of the two-level prefix sum
+
+
+@dataclass(frozen=True)
+class VocabularySlice:
+    """Which ids [first, first + size) this rank holds, and whom to ask for the others."""
+
+    first: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[ranks, *shape]: everybody's tensor, in rank order."""
+        if self.ranks == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.ranks)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+
+def select_targets(
+    log_probs_NV: torch.Tensor,
+    *,
+    method: str,
+    keys_N: torch.Tensor,
+    labels_N: torch.Tensor | None = None,
+    tau: float = 0.06,
+    k: int = 64,
+    seed: int = 0,
+    temperature: float = 1.0,
+    vocabulary: VocabularySlice | None = None,
+) -> SparseTargets:
+    """The sparse targets of N distributions.
+
+    log_probs_NV  float32 [N, V], natural logarithms, at `temperature`; under tensor parallelism
+                  this rank's slice of the vocabulary
+    method        "varopt" (takes tau) or "topk" (takes k; the ground truth is added where labels
+                  are given and it is not among the k)
+    keys_N        int64 [N, 2]: (sequence number, position), which with `seed` fix the draw
+    labels_N      int64 [N] true next tokens, or None; a position with -100 gets an empty row
+    temperature   recorded in the targets: what log_probs_NV was computed at
+
+    Returns targets on the device of log_probs_NV, equal on all ranks of the group. Raises
+    TeacherError where a log-probability is nan or +inf, naming sequence and position.
+    """
+    vocabulary = vocabulary or VocabularySlice(0, log_probs_NV.shape[1])
+    if log_probs_NV.dtype != torch.float32:
+        raise ValueError(f"log_probs_NV is {log_probs_NV.dtype}, expected torch.float32")
+    if keys_N.shape != (len(log_probs_NV), 2):
+        raise ValueError(f"keys_N is {tuple(keys_N.shape)}, expected ({len(log_probs_NV)}, 2)")
+    keep_N = None
+    if labels_N is not None and (labels_N == -100).any():
+        keep_N = labels_N != -100
+        log_probs_NV, keys_N, labels_N = log_probs_NV[keep_N], keys_N[keep_N], labels_N[keep_N]
+    chosen = _select(
+        log_probs_NV, vocabulary, method=method, keys_N=keys_N, labels_N=labels_N, tau=tau, k=k,
+        seed=seed, temperature=temperature,
+    )  # fmt: skip
+    return chosen if keep_N is None else spread(chosen, keep_N)
+
+
+def spread(targets: SparseTargets, keep_N: torch.Tensor) -> SparseTargets:
+    """Rows for all N positions: those of `targets` where keep_N, empty ones elsewhere."""
+    counts_N = keep_N.new_zeros(len(keep_N), dtype=torch.int64)
+    counts_N[keep_N] = targets.counts
+
+    def scatter(values: torch.Tensor | None, fill: float) -> torch.Tensor | None:
+        if values is None:
+            return None
+        out = values.new_full((len(keep_N),), fill)
+        out[keep_N] = values
+        return out
+
+    nan = float("nan")
+    return SparseTargets(
+        offsets=_offsets(counts_N), ids=targets.ids, weights=targets.weights,
+        tail=scatter(targets.tail, 0), method=targets.method, temperature=targets.temperature,
+        entropy=scatter(targets.entropy, nan), nll=scatter(targets.nll, nan),
+        heads=scatter(targets.heads, 0), truth_added=scatter(targets.truth_added, False),
+    )  # fmt: skip
+
+
+def _select(
+    log_probs_NV: torch.Tensor,
+    vocabulary: VocabularySlice,
+    *,
+    method: str,
+    keys_N: torch.Tensor,
+    labels_N: torch.Tensor | None,
+    tau: float,
+    k: int,
+    seed: int,
+    temperature: float,
+) -> SparseTargets:
+    fixed_NV = fixed_point(log_probs_NV, vocabulary, keys_N)
+    total_N = vocabulary.gather(fixed_NV.sum(1)).sum(0)
+    common = {
+        "method": method,
+        "temperature": temperature,
+        "entropy": _entropy(log_probs_NV, vocabulary),
+        "nll": None,
+    }
+    truth_N = None
+    if labels_N is not None:
+        truth_N = _log_prob_of(labels_N, log_probs_NV, vocabulary)
+        common["nll"] = -truth_N
+    if method == "topk":
+        return _topk(log_probs_NV, fixed_NV, total_N, vocabulary, k, labels_N, truth_N, common)
+    if method == "varopt":
+        start_N = uniform(keys_N, seed=seed, purpose=SELECT)
+        return _varopt(log_probs_NV, fixed_NV, total_N, vocabulary, tau, start_N, common)
+    raise ValueError(f"method is {method!r}, expected 'varopt' or 'topk'")
+
+
+def fixed_point(
+    log_probs_NV: torch.Tensor, vocabulary: VocabularySlice, keys_N: torch.Tensor
+) -> torch.Tensor:
+    """int64 [N, V]: probabilities in units of 2^-40, rounded down."""
+    bad_N = ~(log_probs_NV < 1e-3).all(1)  # nan compares false, too
+    bad_N = vocabulary.gather(bad_N.to(torch.int32)).amax(0) > 0
+    if bad_N.any():
+        sequence, position = keys_N[bad_N][0].tolist()
+        raise TeacherError(
+            f"sequence {sequence}, position {position}: the teacher's log-probabilities are not "
+            "finite: found nan or a value above 0; check the weights, or run the teacher in "
+            "teacher.dtype=float32"
+        )
+    # A float32 times a power of two is exact, and so is what int64 keeps of it.
+    return (log_probs_NV.exp() * FIXED_POINT).to(torch.int64)
+
+
+def _entropy(log_probs_NV: torch.Tensor, vocabulary: VocabularySlice) -> torch.Tensor:
+    """float32 [N], nats. Summed in fixed point: the same whatever the slicing."""
+    terms_NV = log_probs_NV.exp() * log_probs_NV
+    terms_NV.nan_to_num_(0.0)  # 0 * -inf
+    fixed_N = (terms_NV * -FIXED_POINT).to(torch.int64).sum(1)
+    return (vocabulary.gather(fixed_N).sum(0).double() / FIXED_POINT).float()
+
+
+def _log_prob_of(
+    ids_N: torch.Tensor, log_probs_NV: torch.Tensor, vocabulary: VocabularySlice
+) -> torch.Tensor:
+    """float32 [N]: the log-probability of one id a position, wherever its slice is."""
+    local_N = ids_N - vocabulary.first
+    here_N = (local_N >= 0) & (local_N < vocabulary.size)
+    found_N = log_probs_NV.gather(1, local_N.clamp(0, vocabulary.size - 1)[:, None])[:, 0]
+    return vocabulary.gather(found_N.masked_fill(~here_N, -math.inf)).amax(0)
+
+
+def _candidates(
+    log_probs_NV: torch.Tensor, fixed_NV: torch.Tensor, vocabulary: VocabularySlice, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k most probable ids of the whole vocabulary: ids_NK, log_probs_NK, fixed_NK, sorted.
+
+    A candidate is one int64: the float's bits, made to order like an integer, above the id's
+    complement. So one comparison orders by value, then by lower id, on any device.
+    """
+    bits_NV = log_probs_NV.view(torch.int32)
+    order_NV = (bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    ids_V = torch.arange(vocabulary.size, device=log_probs_NV.device) + vocabulary.first
+    keys_NV = (order_NV << 32) | (0xFFFFFFFF - ids_V)
+    local = keys_NV.topk(min(k, vocabulary.size), dim=1)
+    fixed_NK = fixed_NV.gather(1, local.indices)
+    if vocabulary.ranks > 1:
+        # Slices may differ in size by one id: pad to k, below every real candidate.
+        pad = k - local.values.shape[1]
+        lowest = torch.iinfo(torch.int64).min
+        keys_NK = torch.nn.functional.pad(local.values, (0, pad), value=lowest)
+        fixed_NK = torch.nn.functional.pad(fixed_NK, (0, pad))
+        keys_NK = torch.cat(list(vocabulary.gather(keys_NK)), 1)
+        fixed_NK = torch.cat(list(vocabulary.gather(fixed_NK)), 1)
+        best = keys_NK.topk(k, dim=1)
+        keys_NK, fixed_NK = best.values, fixed_NK.gather(1, best.indices)
+        real = (keys_NK > lowest).all(0)
+        keys_NK, fixed_NK = keys_NK[:, real], fixed_NK[:, real]
+    else:
+        keys_NK = local.values
+    ids_NK = 0xFFFFFFFF - (keys_NK & 0xFFFFFFFF)
+    order_NK = (keys_NK >> 32).to(torch.int32)
+    log_probs_NK = (order_NK ^ ((order_NK >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return ids_NK, log_probs_NK, fixed_NK
+
+
+def _topk(
+    log_probs_NV: torch.Tensor,
+    fixed_NV: torch.Tensor,
+    total_N: torch.Tensor,
+    vocabulary: VocabularySlice,
+    k: int,
+    labels_N: torch.Tensor | None,
+    truth_N: torch.Tensor | None,
+    common: dict,
+) -> SparseTargets:
+    ids_NK, log_probs_NK, fixed_NK = _candidates(log_probs_NV, fixed_NV, vocabulary, k)
+    listed_N = fixed_NK.sum(1)
+    keep_NK = torch.ones_like(ids_NK, dtype=torch.bool)
+    added_N = torch.zeros_like(total_N, dtype=torch.bool)
+    if labels_N is not None and truth_N is not None:
+        added_N = ~(ids_NK == labels_N[:, None]).any(1)
+        truth_fixed_N = (truth_N.exp() * FIXED_POINT).to(torch.int64)
+        listed_N = listed_N + torch.where(added_N, truth_fixed_N, 0)
+        ids_NK = torch.cat([ids_NK, labels_N[:, None]], 1)
+        log_probs_NK = torch.cat([log_probs_NK, truth_N[:, None]], 1)
+        keep_NK = torch.cat([keep_NK, added_N[:, None]], 1)
+    tail_N = ((total_N - listed_N).clamp_min(0).double() / total_N.double()).float()
+    return SparseTargets(
+        offsets=_offsets(keep_NK.sum(1)), ids=ids_NK[keep_NK],
+        weights=log_probs_NK.exp()[keep_NK], tail=tail_N, truth_added=added_N, **common,
+    )  # fmt: skip
+
+
+def _varopt(
+    log_probs_NV: torch.Tensor,
+    fixed_NV: torch.Tensor,
+    total_N: torch.Tensor,
+    vocabulary: VocabularySlice,
+    tau: float,
+    start_N: torch.Tensor,
+    common: dict,
+) -> SparseTargets:
+    threshold = max(1, round(tau * FIXED_POINT))
+    # An id joins the heads above r/m, and r/m > tau/2 where there is more than one point to draw:
+    # so there are at most 2/tau + 1 heads.
+    k = int(2 / tau) + 2
+    ids_NK, _, fixed_NK = _candidates(log_probs_NV, fixed_NV, vocabulary, k)
+    heads_N, rest_N, points_N = _heads(fixed_NK, total_N, threshold)
+
+    head_NK = torch.arange(fixed_NK.shape[1], device=heads_N.device) < heads_N[:, None]
+    local_NK = ids_NK - vocabulary.first
+    mine_NK = head_NK & (local_NK >= 0) & (local_NK < vocabulary.size)
+    fixed_NV[mine_NK.nonzero()[:, 0], local_NK[mine_NK]] = 0
+    drawn_NM = _systematic(fixed_NV, rest_N, points_N, start_N, vocabulary)
+
+    total = total_N.double()[:, None]
+    drawn_weight_N = rest_N.double() / points_N.clamp_min(1).double()
+    ids_NE = torch.cat([ids_NK, drawn_NM], 1)
+    weights_NE = torch.cat(
+        [fixed_NK.double() / total, (drawn_weight_N[:, None] / total).expand(drawn_NM.shape)], 1
+    )
+    keep_NE = torch.cat([head_NK, drawn_NM >= 0], 1)
+    return SparseTargets(
+        offsets=_offsets(keep_NE.sum(1)), ids=ids_NE[keep_NE], weights=weights_NE[keep_NE].float(),
+        tail=torch.zeros_like(total_N, dtype=torch.float32), heads=heads_N, **common,
+    )  # fmt: skip
+
+
+def _heads(
+    fixed_NK: torch.Tensor, total_N: torch.Tensor, threshold: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(heads_N, rest_N, points_N): how many ids keep their own probability, what mass is left, and
+    how many points are drawn from it. fixed_NK is sorted, so the heads are its beginning."""
+    before_NK = torch.nn.functional.pad(fixed_NK.cumsum(1), (1, 0))
+    heads_N = (fixed_NK >= threshold).sum(1).clamp_min(1)
+    while True:
+        rest_N = total_N - before_NK.gather(1, heads_N[:, None])[:, 0]
+        points_N = (rest_N + threshold - 1) // threshold
+        above_N = (fixed_NK * points_N[:, None] > rest_N[:, None]).sum(1)
+        more_N = torch.maximum(heads_N, above_N)
+        if torch.equal(more_N, heads_N):
+            return heads_N, rest_N, points_N
+        heads_N = more_N
+
+
+def _systematic(
+    fixed_NV: torch.Tensor,
+    rest_N: torch.Tensor,
+    points_N: torch.Tensor,
+    start_N: torch.Tensor,
+    vocabulary: VocabularySlice,
+) -> torch.Tensor:
+    """int64 [N, M]: the ids that the points (start + j * rest) / points fall on; -1 beyond.
+
+    fixed_NV holds 0 for the heads. No id has more than rest / points, so none is drawn twice.
+    """
+    M = int(points_N.max()) if len(points_N) else 0
+    j_M = torch.arange(M, device=fixed_NV.device)
+    safe_N = points_N.clamp_min(1)
+    point_NM = (below(rest_N, start_N)[:, None] + j_M * rest_N[:, None]) // safe_N[:, None]
+    mass_N = fixed_NV.sum(1)
+    masses_RN = vocabulary.gather(mass_N)
+    point_NM = point_NM - masses_RN[: vocabulary.rank].sum(0)[:, None]
+    mine_NM = (j_M < points_N[:, None]) & (point_NM >= 0) & (point_NM < mass_N[:, None])
+    ids_NM = torch.where(mine_NM, _search(fixed_NV, point_NM) + vocabulary.first, -1)
+    return vocabulary.gather(ids_NM).amax(0)
+
+
+def _search(fixed_NV: torch.Tensor, point_NM: torch.Tensor) -> torch.Tensor:
+    """int64 [N, M]: the first id whose prefix sum exceeds the point.
+
+    Two levels, sums of blocks and then one block a point, so that no prefix sum over V is stored.
+    """
+    N, V = fixed_NV.shape
+    blocks_NB = torch.nn.functional.pad(fixed_NV, (0, -V % _BLOCK))
+    blocks_NB = blocks_NB.view(N, -(-V // _BLOCK), _BLOCK)
+    ends_NB = blocks_NB.sum(2).cumsum(1)
+    block_NM = torch.searchsorted(ends_NB, point_NM.contiguous(), right=True)
+    block_NM.clamp_(max=ends_NB.shape[1] - 1)
+    starts_NB = torch.nn.functional.pad(ends_NB, (1, 0))
+    inside_NM = point_NM - starts_NB.gather(1, block_NM)
+    row_NM = torch.arange(N, device=fixed_NV.device)[:, None].expand_as(block_NM)
+    prefix_NMb = blocks_NB[row_NM, block_NM].cumsum(2)
+    index_NM = (prefix_NMb <= inside_NM[:, :, None]).sum(2).clamp_max(_BLOCK - 1)
+    return block_NM * _BLOCK + index_NM
+
+
+def uniform(keys_N: torch.Tensor, *, seed: int, purpose: int) -> torch.Tensor:
+    """int64 [N], uniform in [0, 2^44): splitmix64 over (seed, purpose, sequence, position)."""
+    state = torch.full_like(keys_N[:, 0], _signed(seed))
+    for word in (torch.full_like(state, purpose), keys_N[:, 0], keys_N[:, 1]):
+        state = _splitmix(state ^ _splitmix(word))
+    return (state >> 20) & ((1 << 44) - 1)
+
+
+def below(limit_N: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
+    """int64 [N]: floor(limit * uniform / 2^44), in [0, limit); in halves, since limit < 2^41."""
+    high, low = uniform_N >> 22, uniform_N & ((1 << 22) - 1)
+    return (limit_N * high + ((limit_N * low) >> 22)) >> 22
+
+
+def _splitmix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser on int64, whose products wrap around as unsigned ones do."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _signed(word: int) -> int:
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _offsets(counts_N: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(counts_N.cumsum(0), (1, 0))

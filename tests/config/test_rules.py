@@ -1,0 +1,105 @@
+"""What concerns more than one key."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from megadistill.config import Config, DataConfig, TeacherConfig, default_groups
+from megadistill.config.load import validate
+
+BASE = {
+    "data": {"source": "python-stdlib", "dir": "w/tokens"},
+    "teacher": {"model": "w/teacher"},
+    "cache": {"dir": "w/cache"},
+    "student": {"model": "w/student"},
+    "train": {"steps": 100, "out_dir": "w/train"},
+}
+
+
+def changed(*settings: str) -> dict:
+    from megadistill.config.load import _apply
+
+    raw = {name: dict(section) for name, section in BASE.items()}
+    for setting in settings:
+        _apply(raw, setting)
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.source=null"], "data: no corpus: set one of data.source=python-stdlib, data.files"),
+        (["data.name=x"], "data.source and data.name are set, expected one corpus: keep one, for "
+                          "example with data.name=null"),
+        (["data.streaming=true"], "FineWeb holds 15 trillion tokens"),
+        (["data.prompt_field=p", "data.source=null", "data.name=x"],
+         "data.prompt_field: is set without data.completion_field"),
+        (["data.completion_field=p"], "data.completion_field: is set without data.prompt_field"),
+        (["data.messages_field=m"], "python-stdlib has no columns: remove data.messages_field"),
+        (["data.messages_field=m", "data.prompt_field=p", "data.completion_field=c",
+          "data.source=null", "data.name=x"], "a chat or a prompt with its completion; keep one"),
+        (["targets.positions=loss_mask"], "targets.positions: loss_mask needs text that is part"),
+        (["cache.dir=w/tokens"], "cache.dir: w/tokens is the same folder as data.dir"),
+        (["cache.dir=w/tokens/cache"], "cache.dir: w/tokens/cache is inside data.dir (w/tokens)"),
+        (["train.out_dir=w"], "train.out_dir: w is around data.dir (w/tokens)"),
+        (["train.out_dir=w/student"], "train.out_dir: w/student holds student.model (w/student)"),
+        (["student.model=w/train/model"], "would be written over"),
+        (["cache.dir=./w/x/../teacher"], "holds teacher.model (w/teacher)"),
+        (["teacher.engine=zero3", "teacher.tp=2"], "teacher.tp: 2 with teacher.engine=zero3"),
+        (["targets.method=topk", "targets.k=4096"],
+         "data.block_size: a block of 256 sequences of 2048 tokens can take 16"),
+        (["targets.temperature=2"], "loss.temperature: 1.0 differs from the targets' temperature"),
+        (["loss.kd_weight=0"], "loss: kd_weight and ce_weight are both 0"),
+        (["train.micro_batch=6"], "set train.micro_batch to a divisor of 64, for example 4"),
+        (["order.groups=5"], "order.groups: 5 does not divide train.global_batch (64)"),
+        (["train.epochs=2"], "train: steps (100) and epochs (2) are both set"),
+        (["train.steps=null"], "how long to train is not said"),
+        (["train.warmup_steps=100"], "train.warmup_steps: 100 leaves nothing of train.steps (100)"),
+        (["train.decay_steps=5"], "is read with train.schedule=wsd only, and the schedule is cosi"),
+        (["train.schedule=wsd", "train.decay_steps=95", "train.warmup_steps=10"],
+         "together exceed train.steps (100)"),
+        (["deepspeed.train_batch_size=3"], "deepspeed.train_batch_size: is not yours to set here"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused_with_what_to_do(settings, said):
+    config, found = validate(changed(*settings))
+    assert config is None
+    assert len(found) == 1, found
+    assert said in str(found[0])
+    assert "\n" not in str(found[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["student=null", "train.steps=null", "train.micro_batch=6", "loss.kd_weight=0"],
+        ["student=null", "targets.temperature=2", "train.steps=null"],
+        ["order.shuffle=sequential", "order.groups=5"],
+        ["train.steps=null", "train.epochs=0.5"],
+        ["eval.cache=w/cache"],  # the held-out cache is generated under the training configuration
+        ["cache.dir=w/tokens2"],
+        ["loss.kd_weight=0", "loss.ce_weight=1"],
+    ],
+)
+def test_what_is_sound_is_not_refused(settings):
+    config, found = validate(changed(*settings))
+    assert found == []
+    assert config is not None
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "groups"), [(64, 64), (16, 16), (96, 48), (67, 1), (1, 1)]
+)
+def test_groups_default_to_the_largest_divisor_of_the_batch_up_to_64(global_batch, groups):
+    assert default_groups(global_batch) == groups
+    config, _ = validate(changed(f"train.global_batch={global_batch}", "train.micro_batch=1"))
+    assert config is not None
+    assert config.order.groups == groups
+
+
+def test_a_configuration_made_in_python_obeys_the_same_rules():
+    data, teacher = DataConfig(source="python-stdlib"), TeacherConfig(model="t", tp=2)
+    assert Config(data=data, teacher=teacher).order.groups == 64
+    with pytest.raises(ValidationError, match="ZeRO-3 spreads the teacher over all ranks"):
+        Config(data=data, teacher=teacher.model_copy(update={"engine": "zero3"}))

@@ -1,0 +1,23 @@
+"""What holds for every test: no network, one thread, nothing written to the home folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before anything imports torch or Hugging Face's packages, which read these once. Processes that
+# tests start inherit them.
+_caches = tempfile.TemporaryDirectory(prefix="megadistill-tests-")
+os.environ.update(
+    HF_HOME=_caches.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    # Ranks share two cores: more threads a rank only get in each other's way.
+    OMP_NUM_THREADS="1",
+)
+
+from megadistill.blocks.mds import hide_broken_torchvision  # noqa: E402
+
+# Many tests import transformers first, at their top, before the package could do this.
+hide_broken_torchvision()

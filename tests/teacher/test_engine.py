@@ -1,0 +1,83 @@
+"""The teacher under DeepSpeed says what plain transformers says."""
+
+import numpy as np
+import pytest
+import torch
+
+from megadistill.config import Config
+from tests.models import tiny_llama
+from tests.ranks import run_ranks
+
+VOCAB = 515  # no multiple of any tp
+
+
+def settings(model: str, **teacher) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"source": "python-stdlib", "seq_len": 24},
+            "teacher": {"model": model, "dtype": "float32", "micro_batch": 3, **teacher},
+        }
+    )
+
+
+def batch() -> tuple[np.ndarray, list[np.ndarray]]:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 24))
+    return tokens, [np.array([0, 5, 17]), np.array([0]), np.array([0, 23])]
+
+
+def plain_log_probs(model: str) -> torch.Tensor:
+    """Every document on its own through transformers: nothing to isolate, nothing of ours."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokens, documents = batch()
+    rows = []
+    for row, starts in zip(tokens, documents, strict=True):
+        for first, last in zip(starts, [*starts[1:], 24], strict=True):
+            with torch.no_grad():
+                rows.append(reference(torch.as_tensor(row[None, first:last])).logits[0])
+    return torch.log_softmax(torch.cat(rows).float(), 1)
+
+
+def engine_log_probs(mesh, model: str, engine: str):
+    from megadistill.teacher.engine import load_teacher
+
+    teacher = load_teacher(settings(model, tp=mesh.tp, engine=engine), mesh)
+    shard = sum(p.numel() for p in teacher.engine.module.parameters())
+    return teacher.head.log_probs(teacher.hidden(*batch())).clone(), shard
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model(request, tmp_path_factory):
+    return tiny_llama(
+        tmp_path_factory.mktemp("teacher"), vocab_size=VOCAB, tie_word_embeddings=request.param
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp"), [(1, 1), (2, 2), (4, 2)], ids=["1x1", "1x2", "2x2 (dp x tp)"]
+)
+def test_tensor_parallel_log_probs_are_those_of_plain_transformers(model, ranks, tp):
+    results = run_ranks(
+        ranks, "tests.teacher.test_engine:engine_log_probs", tp=tp, model=model,
+        engine="tensor_parallel",
+    )  # fmt: skip
+    expected = plain_log_probs(model)
+    for first in range(0, ranks, tp):
+        found = torch.cat([slice_ for slice_, _ in results[first : first + tp]], 1)
+        assert (found - expected).abs().max() < 1e-5
+    whole = run_ranks(
+        1, "tests.teacher.test_engine:engine_log_probs", model=model, engine="tensor_parallel"
+    )[0][1]
+    if tp > 1:
+        # Really sharded: what is left whole is the embedding and the norms.
+        assert results[0][1] < 0.75 * whole
+
+
+def test_zero3_log_probs_are_those_of_plain_transformers(model):
+    results = run_ranks(
+        2, "tests.teacher.test_engine:engine_log_probs", model=model, engine="zero3"
+    )
+    expected = plain_log_probs(model)
+    for found, _ in results:
+        assert (found - expected).abs().max() < 1e-5

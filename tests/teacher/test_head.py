@@ -1,0 +1,82 @@
+"""The teacher's head: chunks give what the whole would give, and the whole never exists."""
+
+import numpy as np
+import pytest
+import torch
+
+from megadistill.teacher.head import TeacherHead
+from megadistill.teacher.select import VocabularySlice, select_targets
+from tests.allocation import AllocationWatch
+
+N, H, V = 500, 32, 1500
+
+
+def parts(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).to(dtype)
+    weight = torch.randn(V, H, generator=generator).to(dtype)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::7] = -100
+    keys = torch.stack([torch.zeros(N, dtype=torch.int64), torch.arange(N)], 1)
+    return hidden, weight, labels, keys
+
+
+def head(weight, **settings) -> TeacherHead:
+    return TeacherHead(weight, VocabularySlice(0, V), chunk_bytes=4 * V * 30, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "logits_of"),
+    [
+        ({}, lambda x: x),
+        ({"scale": 0.25}, lambda x: 0.25 * x),
+        ({"softcap": 5.0}, lambda x: 5 * torch.tanh(x / 5)),
+        ({"bias_V": torch.linspace(-1, 1, V)}, lambda x: x + torch.linspace(-1, 1, V)),
+    ],
+    ids=["plain", "scale", "softcap", "bias"],
+)
+def test_log_probs_are_the_softmax_of_the_models_logits(dtype, settings, logits_of):
+    hidden, weight, _, _ = parts(dtype)
+    found = head(weight, **settings).log_probs(hidden[:30], temperature=1.5)
+    logits = logits_of(hidden[:30].double() @ weight.double().T)
+    assert (found - torch.log_softmax(logits / 1.5, 1)).abs().max() < 1e-5
+
+
+def test_chunks_give_the_targets_of_the_whole():
+    hidden, weight, labels, keys = parts()
+    chunked = head(weight).targets(hidden, labels, keys, method="varopt", tau=0.05).numpy()
+    whole = select_targets(
+        torch.log_softmax(hidden @ weight.T, 1), method="varopt", tau=0.05, keys_N=keys,
+        labels_N=labels,
+    ).numpy()  # fmt: skip
+    assert chunked.counts[::7].sum() == 0
+    same = chunked.counts == whole.counts
+    assert same.mean() > 0.995  # another order of summation may move an id across tau
+    np.testing.assert_allclose(chunked.entropy, whole.entropy, atol=1e-4)
+    np.testing.assert_allclose(chunked.nll, whole.nll, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["varopt", "topk"])
+def test_positions_times_vocabulary_is_never_allocated(method):
+    hidden, weight, labels, keys = parts()
+    watched = head(weight)
+    selection = {"tau": 0.05} if method == "varopt" else {"k": 20}
+    with AllocationWatch() as watch:
+        watched.targets(hidden, labels, keys, method=method, **selection)
+    assert 0 < watch.largest <= 2 * watched.chunk * V, (watch.operation, watch.shape)
+    assert watch.largest < N * V / 4
+
+
+def test_the_allocation_watch_sees_what_it_is_there_to_see():
+    hidden, weight, _, _ = parts()
+    with AllocationWatch() as watch:
+        torch.log_softmax(hidden @ weight.T, 1)
+    assert watch.largest >= N * V
+
+
+def test_no_position_with_a_label_is_no_work_and_empty_rows():
+    hidden, weight, labels, keys = parts()
+    targets = head(weight).targets(hidden, labels * 0 - 100, keys, method="varopt", tau=0.05)
+    assert len(targets) == N
+    assert int(targets.offsets[-1]) == 0

@@ -1,0 +1,49 @@
+"""One document of a corpus, as its source gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from megadistill.data.encode import Unit
+from megadistill.data.pieces import PIECE, split_text
+from megadistill.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """Exactly one of: `text`; `file`, a text file that is read piece by piece; `messages`, a chat
+    ({"role", "content", ...} a turn); `prompt` with `completion`. None of them: an empty row."""
+
+    text: str | None = None
+    file: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+    def units(self, number: int, *, piece: int = PIECE) -> Iterator[Unit]:
+        """The document, numbered `number`, in units that are tokenised in one go."""
+        if self.messages is not None:
+            yield Unit(number, messages=self.messages)
+        elif self.completion is not None:
+            yield Unit(number, prompt=self.prompt or "", completion=self.completion)
+        else:
+            chunks = [self.text or ""] if self.file is None else _read(self.file)
+            pieces = split_text(chunks, piece=piece)
+            index, text = 0, next(pieces)
+            for following in pieces:
+                yield Unit(number, index, index == 0, False, text)
+                index, text = index + 1, following
+            yield Unit(number, index, index == 0, True, text)
+
+
+def _read(file: str) -> Iterator[str]:
+    try:
+        with fsspec.open(file, "rt", encoding="utf-8", newline="", compression="infer") as stream:
+            while chunk := stream.read(PIECE):
+                yield chunk
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from error

@@ -1,0 +1,124 @@
+"""Which sequences form global batch g: a pure function of the seed, the stores and the settings.
+
+All positions of training are numbered on one line, p = epoch * n + i with n the number of
+sequences; global batch g takes p = g * B .. g * B + B - 1, so batches straddle epochs and nothing
+is dropped. The number of sequences consumed is all there is to resume.
+
+`sequential`: position i of an epoch is sequence i.
+
+`shuffle`, so that a host that takes some rows of every batch needs some blocks only:
+
+1. Each epoch permutes the blocks and lays their sequences end to end: n places in a line.
+2. The line is cut into G groups. Position p belongs to group p mod G, and a group's slice of the
+   line is exactly as long as it has positions in this epoch. So every batch, also one that
+   straddles epochs, has B / G rows of every group, and groups end together, whatever the sizes of
+   the blocks. The price: up to G - 1 blocks lie across a cut and are read by two groups.
+3. Within its slice a group goes through windows of a few blocks' worth of sequences, each shuffled.
+
+The rows of a batch are sorted by group: ranks, which take consecutive rows, get whole groups when
+their number divides G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from megadistill.data.hashing import permutation
+from megadistill.errors import ConfigError
+
+# What a host keeps at hand per group. Measured in blocks: 4 of 256 sequences shuffle 1,024 ways.
+WINDOW_BLOCKS = 4
+_BLOCKS, _WINDOW = 1, 2  # purposes: two permutations never share a key
+
+
+class Order:
+    """The order of training over one or more stores.
+
+    `sizes`: sequences in each store; several stores are dealt as if they were one. `block_size`:
+    sequences a block, of all stores or of each; only a store's last block may be shorter.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        block_size: int | Sequence[int],
+        global_batch: int,
+        seed: int = 0,
+        groups: int = 64,
+        shuffle: Literal["shuffle", "sequential"] = "shuffle",
+    ) -> None:
+        if sum(sizes) < 1:
+            raise ConfigError("cache.dir: there is no sequence to train on: generate the cache first")
+        if shuffle == "shuffle" and global_batch % groups:
+            fits = [d for d in range(1, groups + 1) if global_batch % d == 0]
+            raise ConfigError(
+                f"order.groups: {groups} does not divide train.global_batch {global_batch}: "
+                f"set order.groups to {fits[-1]}, or another divisor of the batch"
+            )
+        self.num_sequences = sum(sizes)
+        self.global_batch = global_batch
+        self.groups = groups
+        self.shuffle = shuffle
+        self.seed = seed
+        block_sizes = [block_size] * len(sizes) if isinstance(block_size, int) else list(block_size)
+        self.window = WINDOW_BLOCKS * max(block_sizes)
+        # Blocks of all stores in one table: where each begins in all sequences, and its length.
+        self._store_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        firsts = [
+            np.arange(0, size, block) + start
+            for size, block, start in zip(sizes, block_sizes, self._store_starts, strict=False)
+        ]
+        self._first = np.concatenate(firsts).astype(np.int64)
+        self._length = np.diff(self._first, append=self.num_sequences)
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)
+        # One window a group is open at a time; twice that where a batch straddles two.
+        self._permutation = lru_cache(maxsize=4 * groups)(permutation)
+
+    def batch(self, g: int) -> list[tuple[int, int]]:
+        """Global batch `g`: (store, sequence within the store) of each of its rows, in order."""
+        places = self._in_batch(g)
+        store = np.searchsorted(self._store_starts, places, side="right") - 1
+        return list(zip(store.tolist(), (places - self._store_starts[store]).tolist(), strict=True))
+
+    def _in_batch(self, g: int) -> np.ndarray:
+        """int64 [B]: the rows' sequences, numbered through all stores."""
+        positions = g * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+        if self.shuffle == "sequential":
+            return positions % self.num_sequences
+        positions = positions[np.argsort(positions % self.groups, kind="stable")]
+        epochs = positions // self.num_sequences
+        places = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            rows = epochs == epoch
+            places[rows] = self._shuffled(epoch, positions[rows])
+        return places
+
+    def _shuffled(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """The sequences at `positions` (numbered through all epochs) of one epoch."""
+        blocks, block_starts, first, count, slice_start = self._epoch(epoch)
+        group = positions % self.groups
+        turn = (positions - first[group]) // self.groups  # the how-manieth of its group
+        window, inside = np.divmod(turn, self.window)
+        line = slice_start[group] + window * self.window
+        for k, w in np.unique(np.stack([group, window], axis=1), axis=0).tolist():
+            rows = (group == k) & (window == w)
+            length = min(self.window, int(count[k]) - w * self.window)
+            shuffled = self._permutation(length, self.seed, _WINDOW, epoch, k, w)
+            line[rows] += shuffled[inside[rows]]
+        at = np.searchsorted(block_starts, line, side="right") - 1
+        return self._first[blocks[at]] + line - block_starts[at]
+
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, ...]:
+        """One epoch's permuted blocks and where each begins in the line; each group's first
+        position, number of positions, and where its slice of the line begins."""
+        blocks = permutation(len(self._first), self.seed, _BLOCKS, epoch)
+        lengths = self._length[blocks]
+        start = epoch * self.num_sequences
+        ahead = (np.arange(self.groups) - start) % self.groups
+        count = np.maximum(0, -((ahead - self.num_sequences) // self.groups))
+        return blocks, np.cumsum(lengths) - lengths, start + ahead, count, np.cumsum(count) - count

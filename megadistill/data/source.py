@@ -1,0 +1,53 @@
+"""Text in: the documents of a corpus, one after the other, in an order that never changes.
+
+A corpus is the standard library of the running interpreter (`data.source: python-stdlib`, real text
+on every machine), local files (`data.files`), or a dataset by name (`data.name`). Documents are
+numbered from 0 in that order; reading can start at any number, which is how tokenising resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from megadistill.config import DataConfig
+from megadistill.data import files, rows, stdlib
+from megadistill.data.document import Document
+from megadistill.errors import DataError
+
+__all__ = ["Document", "count_documents", "documents", "source_identity"]
+
+
+def documents(config: DataConfig, start: int = 0) -> Iterator[Document]:
+    """The corpus from document `start` on, at most `data.max_samples` documents in all.
+
+    DataError: no such corpus, file or column; a file that cannot be read.
+    """
+    if config.max_samples is None:
+        return _reader(config).read(config, start)
+    return islice(_reader(config).read(config, start), max(0, config.max_samples - start))
+
+
+def source_identity(config: DataConfig) -> dict[str, Any]:
+    """What the corpus is, for the recipe: by content or revision, not by path. Which documents and
+    in which order, but not how many: raising `data.max_samples` goes on with the same corpus."""
+    return _reader(config).identity(config)
+
+
+def count_documents(config: DataConfig) -> int | None:
+    """How many documents there are at most, where that is known without reading: for progress."""
+    known = _reader(config).count(config)
+    counts = [n for n in (known, config.max_samples) if n is not None]
+    return min(counts) if counts else None
+
+
+def _reader(config: DataConfig) -> Any:
+    """The module that reads this kind of corpus: read, identity, count."""
+    if config.source == "python-stdlib":
+        return stdlib
+    if config.files is not None:
+        return files if files.is_text(config) else rows
+    if config.name is not None:
+        return rows
+    raise DataError("data: no corpus: set data.source, data.files or data.name")

@@ -1,0 +1,143 @@
+"""Tokenising processes: batches in, encoded batches out, in the order they went in.
+
+Plain child processes talking pickle over their pipes, rather than multiprocessing: its children
+import the main script again (torch and DeepSpeed, under our launchers), its pools wait for ever
+when a child is killed, and its children stay when the parent is. These import what `encode` needs,
+a dead child is an error at once, and all end by themselves when their input does.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from megadistill.data.encode import Encoder, EncoderSpec, Unit
+from megadistill.errors import DataError
+
+
+class Workers:
+    """`count` processes with an Encoder each. A context manager: leaving it ends them."""
+
+    def __init__(self, spec: EncoderSpec, *, count: int) -> None:
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._all = [_Worker() for _ in range(count)]
+        for worker in self._all:
+            worker.send(spec)
+        for worker in self._all:  # all start beside each other; each says when it is ready
+            worker.receive()
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenise")
+
+    def encode(self, batches: Iterable[list[Unit]]) -> Iterator[tuple[list[Unit], Any]]:
+        """Each batch with what Encoder.encode gives for it, in order. At most two batches a process
+        are under way: what bounds the memory."""
+        under_way: deque[tuple[list[Unit], Future]] = deque()
+        for batch in batches:
+            if len(under_way) >= 2 * len(self._all):
+                units, future = under_way.popleft()
+                yield units, future.result()
+            under_way.append((batch, self._threads.submit(self._encode, batch)))
+        while under_way:
+            units, future = under_way.popleft()
+            yield units, future.result()
+
+    def _encode(self, batch: list[Unit]) -> Any:
+        worker = self._idle.get()
+        try:
+            worker.send(batch)
+            return worker.receive()
+        finally:
+            self._idle.put(worker)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._all:
+            worker.end()
+        self._threads.shutdown(wait=True)
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", "from megadistill.data.workers import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                # As many processes as cores: threads within them would only be in each other's way.
+                "TOKENIZERS_PARALLELISM": "false",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+
+    def send(self, value: Any) -> None:
+        try:
+            pickle.dump(value, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.flush()
+        except OSError as error:
+            raise self._died() from error
+
+    def receive(self) -> Any:
+        try:
+            value = pickle.load(self.process.stdout)  # noqa: S301
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._died() from error
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def _died(self) -> DataError:
+        code = self.process.wait()
+        return DataError(
+            f"a tokenising process ended with exit code {code}"
+            + (": out of memory? Set data.workers to fewer" if code == -signal.SIGKILL else "")
+        )
+
+    def end(self) -> None:
+        # Killed, not asked: it may be in the middle of a batch that nobody waits for, and it holds
+        # nothing that could be lost.
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):  # closing flushes what the process will not read any more
+                pipe.close()
+
+
+def serve() -> None:
+    """What a tokenising process does until its input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not come between the answers
+    requests = sys.stdin.buffer
+    encoder = None
+    while True:
+        try:
+            request = pickle.load(requests)  # noqa: S301
+        except (EOFError, pickle.UnpicklingError):  # the parent is gone, or was killed in mid-sentence
+            return
+        answer: Any = None
+        try:
+            if encoder is None:
+                encoder = Encoder(request)
+            else:
+                answer = encoder.encode(request)
+        except Exception as error:  # noqa: BLE001 - raised again in the parent
+            answer = error
+        try:
+            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:
+            return

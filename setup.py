@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 # 0.13, which wants transformers < 5 and numpy < 2.2. The environment that `make venv` builds has
 # newer ones: requirements.lock pins it, overrides.txt says where streaming's wishes are overruled.
 REQUIRES = [
+    "accelerate>=1.1",  # transformers asks for it before it partitions a model under ZeRO-3
     "datasets>=3",
     "deepspeed>=0.19.8,<0.20",
     "fsspec",
@@ -30,6 +31,7 @@ DEVELOP = [
     "pre-commit",
     "pytest>=8",
     "ruff>=0.12",
+    "types-tqdm",
     "uv",
 ]
 

@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -86,11 +87,11 @@ class Mesh:
                 answer: tuple[Any, Exception | None] = (function(), None)
             except MegadistillError as error:
                 answer = (None, error)
-            self.store.set(key, pickle.dumps(answer))
+            self.store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]
         else:
             while not self.store.check([key]):
                 time.sleep(poll_s)
-            answer = pickle.loads(self.store.get(key))
+            answer = pickle.loads(self.store.get(key))  # noqa: S301 - rank 0 wrote it
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
@@ -127,9 +128,14 @@ def start(
 ) -> Mesh:
     """Join the process group and lay out the mesh. Collective over all ranks.
 
-    cpu_threads: torch's threads a rank. Set here because sums, and so a cache's bytes, depend on it.
+    cpu_threads: torch's threads a rank. Set here, since sums, and so a cache's bytes, depend on it.
     """
     torch.set_num_threads(cpu_threads)
+    # DeepSpeed builds its operators with ninja, which pip puts beside the interpreter; a rank that
+    # was started over ssh does not have that folder on its PATH.
+    folder = os.path.dirname(sys.executable)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
     rank, world, local_rank = rank_from_environment()
     check_layout(tp=tp, world=world)
     _watch_launcher()

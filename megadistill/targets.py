@@ -147,7 +147,7 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
     for part in parts:
         offsets.append(part.offsets[1:] + base)
         base += int(part.offsets[-1])
-    joined = {
+    joined: dict[str, Any] = {
         name: None if getattr(first, name) is None else join([getattr(p, name) for p in parts])
         for name in ("ids", "weights", "tail", "entropy", "nll", "heads", "truth_added")
     }

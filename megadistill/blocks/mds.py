@@ -1,9 +1,9 @@
 """The one place where mosaicml-streaming is imported.
 
-`import streaming` imports `streaming.vision`, and that imports torchvision, which nothing here uses,
-and of which there is none for a CPU torch. A torchvision built for another torch is worse than
-none: its import dies with `operator torchvision::nms does not exist`, and transformers, which finds it
-installed, dies with it. So:
+`import streaming` imports `streaming.vision`, and that imports torchvision, which nothing here
+uses, and of which there is none for a CPU torch. A torchvision built for another torch is worse
+than none: its import dies with `operator torchvision::nms does not exist`, and transformers, which
+finds it installed, dies with it. So:
 
 - torchvision works: nothing is touched;
 - torchvision is absent: a placeholder stands in for `streaming.vision` during the import;

@@ -136,7 +136,7 @@ def _claims(mesh: Mesh, teacher: Teacher, missing: list[int], run: int) -> Itera
             yield missing[mine] if mine < len(missing) else None
         return
     while True:
-        index = mesh.store.add(f"megadistill/claim/{run}", 1) - 1 if mesh.tp_rank == 0 else None
+        index = mesh.store.add(f"megadistill/claim/{run}", 1) - 1 if mesh.tp_rank == 0 else 0
         if mesh.tp > 1:
             index = mesh.broadcast(index, group=mesh.tp_group)
         if index >= len(missing):

@@ -30,7 +30,7 @@ def cache_recipe(config: Config, tokens_recipe: dict[str, Any]) -> dict[str, Any
     """
     teacher, targets = config.teacher, config.targets
     folder = model_folder(teacher.model, teacher.revision, key="teacher.model")
-    method = {"varopt": {"tau": targets.tau}, "topk": {"k": targets.k}}[targets.method]
+    method = {"tau": targets.tau} if targets.method == "varopt" else {"k": targets.k}
     return {
         "attention": teacher.attention,
         "dtype": teacher.dtype,

@@ -132,10 +132,10 @@ class TargetsConfig(Section):
     )
     tau: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.06,
-        description="varopt: ids of at least this probability are kept, the rest is sampled in "
+        description="`varopt`: ids of at least this probability are kept, the rest is sampled in "
         "steps of it; at most 1/tau + 1 entries a position",
     )
-    k: PositiveInt = Field(default=64, description="topk: entries of a position")
+    k: PositiveInt = Field(default=64, description="`topk`: entries of a position")
     temperature: PositiveFloat = Field(default=1.0, description="the teacher's softmax temperature")
     seed: Seed = Field(default=0, description="seed of the sampling")
     positions: Literal["all", "loss_mask"] = Field(
@@ -226,7 +226,7 @@ class TrainConfig(Section):
     )
     decay_steps: PositiveInt | None = Field(
         default=None,
-        description="wsd: steps of the decay at the end; default: a fifth of the steps",
+        description="`wsd`: steps of the decay at the end; default: a fifth of the steps",
     )
     weight_decay: WeightFloat = Field(default=0.1, description="AdamW's, on matrices only")
     betas: tuple[ShareBelowOne, ShareBelowOne] = Field(default=(0.9, 0.95), description="AdamW's")

@@ -77,7 +77,7 @@ def tokenizer_identity(tokenizer: Any, *, chat: bool) -> dict[str, Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     identity = {
         "content": _digest(_settled({part: backend.get(part) for part in _TEXT_TO_ID})),
-        "vocab_size": len(tokenizer),
+        "vocab_size": 1 + max(tokenizer.get_vocab().values()),  # ids may have gaps
         "bos": begin_token(tokenizer),
         "eos": tokenizer.eos_token_id,
     }

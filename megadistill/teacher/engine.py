@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadistill.attention import check_isolation, forward_inputs
+from megadistill.attention import Pack, check_isolation, forward_inputs
 from megadistill.config import Config, TeacherConfig
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
@@ -43,7 +43,7 @@ class Teacher:
     engine: Any
     head: TeacherHead
     device: torch.device
-    pack: str
+    pack: Pack
     lockstep: bool
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ def _matmul(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, *, out: torch.Tens
     elif hidden_CH.is_cuda:
         torch.mm(hidden_CH, weight_VH.T, out_dtype=torch.float32, out=out)
     else:
-        # No mixed product on a CPU: rows of the head at a time, so that no float32 copy of it lives.
+        # A CPU has no mixed product: some rows at a time, so that no float32 copy of all lives.
         for start in range(0, len(weight_VH), 8192):
             rows = slice(start, start + 8192)
             out[:, rows] = hidden_CH.float() @ weight_VH[rows].float().T

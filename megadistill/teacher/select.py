@@ -289,8 +289,11 @@ def _varopt(
 def _heads(
     fixed_NK: torch.Tensor, total_N: torch.Tensor, threshold: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(heads_N, rest_N, points_N): how many ids keep their own probability, what mass is left, and
-    how many points are drawn from it. fixed_NK is sorted, so the heads are its beginning."""
+    """(heads_N, rest_N, points_N), all int64 [N].
+
+    How many ids keep their own probability, what mass is left, and how many points are drawn from
+    it. fixed_NK is sorted, so the heads are its beginning.
+    """
     before_NK = torch.nn.functional.pad(fixed_NK.cumsum(1), (1, 0))
     heads_N = (fixed_NK >= threshold).sum(1).clamp_min(1)
     while True:

@@ -11,9 +11,7 @@ from tests.ranks import run_ranks
 
 def peaked(n: int, vocab: int, seed: int = 0, temperature: float = 0.6) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    logits = -torch.log(torch.arange(vocab) + 2.7) + 3 * torch.randn(
-        n, vocab, generator=generator
-    )
+    logits = -torch.log(torch.arange(vocab) + 2.7) + 3 * torch.randn(n, vocab, generator=generator)
     return torch.log_softmax(logits / temperature, dim=1)
 
 

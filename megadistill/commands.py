@@ -1,0 +1,115 @@
+"""What every program does alike: the command line, logging, and errors without a traceback.
+
+    def main(argv: list[str]) -> int | None:
+        args = parse(argv, "Generate the cache.")
+        config = load_config(args.config, args.overrides)
+        ...
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from megadistill.errors import ConfigError, MegadistillError
+
+INTERRUPTED = 130  # what a shell gives a program that ended by control-C
+
+
+def parse(
+    argv: Sequence[str],
+    description: str,
+    *,
+    extra: Callable[[argparse.ArgumentParser], object] | None = None,
+    takes_config: bool = True,
+    takes_overrides: bool = True,
+) -> argparse.Namespace:
+    """The arguments, in any order: `.config`, `.overrides`, `.dry_run`, and what `extra` adds.
+
+    extra            called with the parser, to add a program's own arguments
+    takes_config     whether there is --config; `.config` is None where it is not given
+    takes_overrides  whether `a.b=value` and --dry_run are taken
+
+    `--local_rank=N`, which launchers add, is accepted anywhere and left unread: the rank comes from
+    the environment. Leaves the program (code 2) over arguments that it does not know.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    if takes_config:
+        parser.add_argument(
+            "--config", metavar="FILE",
+            help="a file; a bare name is looked up here, then in configs/ (default: zero3.yaml)",
+        )  # fmt: skip
+    if extra is not None:
+        extra(parser)
+    if takes_overrides:
+        parser.add_argument(
+            "--dry_run", "--dry-run", action="store_true",
+            help="print the resolved configuration and the plan, and do nothing",
+        )  # fmt: skip
+        parser.add_argument(
+            "overrides", nargs="*", metavar="a.b=value", help="keys to set, such as train.lr=1e-4"
+        )
+    return parser.parse_intermixed_args(list(argv))
+
+
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """`main` as a program: logging set up, our errors as lines on stderr. Returns the exit code."""
+    start_logging()
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+    except MegadistillError as error:
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def start_logging() -> None:
+    """Log lines with time, host and rank on stderr: INFO from rank 0, WARNING from the others."""
+    handler = logging.StreamHandler()
+    handler.addFilter(_add_rank)
+    handler.setFormatter(
+        logging.Formatter(
+            "%(asctime)s %(levelname)s [%(host)s rank %(rank)s] %(message)s", datefmt="%H:%M:%S"
+        )
+    )
+    package = logging.getLogger("megadistill")
+    package.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if _add_rank in h.filters]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+
+
+def _add_rank(record: logging.LogRecord) -> bool:
+    record.rank, record.host = _rank(), socket.gethostname()
+    return True
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _report(error: MegadistillError) -> None:
+    """A line for each mistake. Every rank finds the same mistakes in a configuration: one speaks.
+
+    A folder may be missing on one host alone, so that the first rank of each host speaks, naming
+    its host where that is not rank 0's. All other errors may be one rank's own and are all printed.
+    """
+    rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", 0))
+    if isinstance(error, ConfigError) and local_rank != 0:
+        return
+    where = "" if rank == 0 else f"[{socket.gethostname()} rank {rank}] "
+    for line in str(error).splitlines() or [type(error).__name__]:
+        sys.stderr.write(f"error: {where}{line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,251 @@
+"""The token store: a corpus, tokenised and packed, block by block, by several processes.
+
+    documents -> batches of bounded text -> tokenising processes -> stream -> blocks -> store
+
+The processes' answers are taken in the order of the batches, and a block's bytes depend on the
+corpus alone, so any number of processes writes the same store. Every marker says where in the
+corpus the next block begins: a run that was killed passes over the documents before and goes on.
+Memory: one block of tokens, two batches a process, and what the source holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadistill.blocks import BlockStore
+from megadistill.config import Config, DataConfig
+from megadistill.data.encode import Unit
+from megadistill.data.packing import Sequence
+from megadistill.data.progress import Progress
+from megadistill.data.source import count_documents, documents, source_identity
+from megadistill.data.stream import Block, Cursor, Stream
+from megadistill.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_identity
+from megadistill.data.workers import Workers
+from megadistill.errors import DataError, RecipeError
+
+log = logging.getLogger(__name__)
+
+# A tokenizer holds some 100 bytes for each token under way, and a character can be a token.
+BATCH_CHARACTERS = 128 * 1024
+BATCH_UNITS = 1024
+
+
+def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
+    """The token store of `config.data`, made or continued as far as needed.
+
+    A complete store is returned as it is. `progress`: a bar; by default where there is a terminal.
+    Raises DataError for a corpus that is missing, empty or shorter than a sequence (nothing is
+    written), ConfigError for its tokenizer, RecipeError and StoreError for what is at `data.dir`.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(config)
+    chat = data.messages_field is not None
+    settings = store_settings(config, tokenizer)
+    with ExitStack() as stack:
+        store = None
+        if _occupied(data.dir):
+            store = BlockStore.create(data.dir, **settings)
+            if _covers(store, data) and store.complete():
+                return store
+            _lock(store, stack)
+        number, cursor = _continue(store, data)
+        run = _Run(data, number, cursor, progress)
+        if number is not None:
+            workers = stack.enter_context(Workers(encoder_spec(tokenizer, chat=chat), count=_cores(data)))
+            ahead = set() if store is None else {b for b in store.committed() if b > number}
+            for block in run.blocks(workers):
+                if store is None:  # not before there is something to write
+                    store = BlockStore.create(data.dir, **settings)
+                    _lock(store, stack)
+                _commit(store, block)
+                if ahead and _covers(store, data):
+                    break  # a gap is closed
+        if store is None or not _covers(store, data):
+            raise DataError(_too_short(data, run))
+        store.plan(len(store))
+        store.finish()
+    _report(store)
+    return store
+
+
+def store_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What BlockStore.create is told: the recipe and the columns."""
+    data = config.data
+    chat, masked = data.messages_field is not None, data.completion_field is not None
+    columns = {"tokens": f"ndarray:uint32:{data.seq_len}", "documents": "ndarray:uint32"}
+    if chat or masked:
+        columns["loss_mask"] = f"ndarray:uint8:{data.seq_len}"
+    recipe = {
+        "source": source_identity(data),
+        "tokenizer": tokenizer_identity(tokenizer, chat=chat),
+        "seq_len": data.seq_len,
+        "pack": data.pack,
+    }
+    return {
+        "kind": "tokens",
+        "header": {"recipe": recipe},
+        "columns": columns,
+        "block_size": data.block_size,
+    }
+
+
+def token_counts(store: BlockStore) -> np.ndarray:
+    """int64 [V]: how often each id occurs in the store. Reads it once."""
+    vocab_size = store.recipe["tokenizer"]["vocab_size"]
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for block in store.committed():
+        for sample in store.block(block):
+            counts += np.bincount(sample["tokens"], minlength=vocab_size)
+    return counts
+
+
+def statistics(store: BlockStore) -> dict[str, int]:
+    """The counts of all blocks together, and how the corpus ended."""
+    total = {"sequences": len(store), "tokens": len(store) * store.recipe["seq_len"]}
+    for block in store.committed():
+        marker = store.marker(block)
+        end = {k: v for k, v in marker.get("end", {}).items() if k != "exhausted"}
+        for name, value in (marker["statistics"] | end).items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+class _Run:
+    """One run over the corpus, from a cursor on."""
+
+    def __init__(
+        self, data: DataConfig, number: int | None, cursor: Cursor, progress: bool | None
+    ) -> None:
+        self.data, self.cursor = data, cursor
+        self.read = cursor.document  # documents read, with those of earlier runs
+        self.stream = Stream(
+            seq_len=data.seq_len, block_size=data.block_size, isolate=data.pack == "isolate",
+            number=number or 0, cursor=cursor,
+        )  # fmt: skip
+        self.progress = progress
+
+    def blocks(self, workers: Workers) -> Iterator[Block]:
+        total = count_documents(self.data)
+        bar = Progress(total=total, done=self.cursor.document, show=self.progress)
+        with bar:
+            for units, encoded in workers.encode(_batches(self._units())):
+                self.stream.add(units, *encoded)
+                bar.add(sum(unit.last for unit in units), tokens=int(encoded[1].sum()))
+                yield from self.stream.full()
+        limit = self.data.max_samples
+        last = self.stream.last(exhausted=limit is None or self.read < limit)
+        if last is not None:
+            yield last
+
+    def _units(self) -> Iterator[Unit]:
+        start = self.cursor.document
+        for number, document in enumerate(documents(self.data, start), start):
+            self.read = number + 1
+            for unit in document.units(number):
+                if number > start or unit.piece >= self.cursor.piece:
+                    yield unit
+
+
+def _batches(units: Iterator[Unit]) -> Iterator[list[Unit]]:
+    batch: list[Unit] = []
+    characters = 0
+    for unit in units:
+        batch.append(unit)
+        characters += unit.characters
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_UNITS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _occupied(folder: str) -> bool:
+    path = Path(folder)
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def _cores(data: DataConfig) -> int:
+    return data.workers or min(16, len(os.sched_getaffinity(0)))
+
+
+def _lock(store: BlockStore, stack: ExitStack) -> None:
+    stack.enter_context(store.lock())
+    store.clean()
+
+
+def _covers(store: BlockStore, data: DataConfig) -> bool:
+    """Whether all blocks are there for as many documents as are asked for."""
+    blocks = store.committed()
+    if not blocks or blocks[-1] != len(blocks) - 1:
+        return False
+    end = store.marker(blocks[-1]).get("end")
+    return end is not None and (end["exhausted"] or end["documents_read"] == data.max_samples)
+
+
+def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, Cursor]:
+    """(the block to go on with, where it begins); (None, ...) where none is missing.
+
+    RecipeError where the store holds more documents than are asked for.
+    """
+    blocks = store.committed() if store is not None else []
+    if store is None or not blocks:
+        return 0, Cursor()
+    last = store.marker(blocks[-1])
+    held = last["end"]["documents_read"] if "end" in last else last["cursor"]["document"]
+    if data.max_samples is not None and held > data.max_samples:
+        raise RecipeError(
+            f"{data.dir}: holds the tokens of {held} documents, data.max_samples is "
+            f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another folder"
+        )
+    if _covers(store, data):
+        return None, Cursor()
+    number = next(n for n in range(len(blocks) + 1) if n not in set(blocks))
+    if number == len(blocks) and "end" in last:
+        number -= 1  # made for fewer documents: it may be a short one, and says that it is the last
+    if store.num_sequences is not None:
+        store.plan(None)  # it may become longer
+    if number == 0:
+        return 0, Cursor()
+    log.info("%s: %d blocks are there, going on", data.dir, number)
+    return number, Cursor(**store.marker(number - 1)["cursor"])
+
+
+def _commit(store: BlockStore, block: Block) -> None:
+    vocab_size = store.recipe["tokenizer"]["vocab_size"]
+    highest = max(int(s.tokens.max()) for s in block.sequences)
+    if highest >= vocab_size:
+        raise DataError(f"the tokenizer gave id {highest}, its vocabulary ends at {vocab_size - 1}")
+    samples = [_sample(s) for s in block.sequences]
+    store.commit(block.number, samples, statistics=block.statistics, **block.extra)
+
+
+def _sample(sequence: Sequence) -> dict[str, np.ndarray]:
+    sample = {"tokens": sequence.tokens, "documents": sequence.documents}
+    return sample if sequence.loss_mask is None else sample | {"loss_mask": sequence.loss_mask}
+
+
+def _too_short(data: DataConfig, run: _Run) -> str:
+    where = data.source or data.name or ", ".join(data.files or [])
+    if run.stream.held == 0:
+        return f"{where}: the corpus is empty: {run.read} documents without text were read"
+    return (
+        f"{where}: {run.read} documents with {run.stream.held} tokens are less than one sequence of "
+        f"data.seq_len {data.seq_len}: set data.seq_len lower, or read more text"
+    )
+
+
+def _report(store: BlockStore) -> None:
+    s = statistics(store)
+    log.info(
+        "%s: %d documents (%d characters) in %d sequences, %d tokens; dropped %d empty documents and "
+        "%d tokens at the end; %d documents cut at a sequence's end",
+        store.path, s["documents"], s["characters"], s["sequences"], s["tokens"],
+        s["empty_documents"], s["dropped_tokens"], s["cut_documents"],
+    )  # fmt: skip

@@ -148,7 +148,12 @@ def make_models() -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     corpus = load_config("demo.yaml", ["data.max_samples=null"]).data
-    tokenizer.train_from_iterator((d.text for d in documents(corpus)), trainer)
+    pieces = (
+        unit.text or ""
+        for number, document in enumerate(documents(corpus))
+        for unit in document.units(number)
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     )

@@ -105,8 +105,10 @@ def _histogram(codes: np.ndarray) -> list[int]:
 
 def _add(left: Any, right: Any) -> Any:
     if isinstance(right, dict):
-        return {k: _add(left[k], right[k]) if k in left and k in right else (left | right)[k]
-                for k in left | right}
+        return {
+            k: _add(left[k], right[k]) if k in left and k in right else (left | right)[k]
+            for k in left | right
+        }
     if isinstance(right, list):
         longest = max(len(left), len(right))
         pad = [values + [0] * (longest - len(values)) for values in (left, right)]

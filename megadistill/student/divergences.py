@@ -56,6 +56,13 @@ class Entries:
         table_CK[self.row_E, self.slot_E] = value_E
         return table_CK
 
+    def top_id(self) -> torch.Tensor:
+        """int64 [C]: each row's id of the largest weight; -1 for an empty row."""
+        if not self.width:
+            return torch.full_like(self.listed_C, -1)
+        slot_C = self.table(self.weight_E, -1.0).argmax(1)
+        return self.table(self.id_E, -1).gather(1, slot_C[:, None])[:, 0]
+
     def sum(self, value_E: torch.Tensor) -> torch.Tensor:
         return self.table(value_E, 0.0).sum(1)
 

@@ -38,6 +38,7 @@ class LossTerms(NamedTuple):
     ce_sum: torch.Tensor  # scalar float64
     kd_count: int  # positions with a label and a target
     ce_count: int  # positions with a label
+    agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the targets'
 
 
 def fused_linear_distillation(
@@ -71,6 +72,7 @@ def distillation_terms(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    agreement: bool = False,
 ) -> LossTerms:
     """kd_weight * T^2 * kd_sum / kd_normalizer + ce_weight * ce_sum / ce_normalizer.
 
@@ -80,6 +82,7 @@ def distillation_terms(
     adds to the cross-entropy only. labels_N: int64, the true next tokens; -100 drops a position
     from both terms. The weight may have more rows than the teacher's vocabulary.
     normalizer: of both terms or of (kd, ce); by default the number of positions in each.
+    agreement: count the positions where student and targets agree on the most probable id.
     Only forward_kl is served now, at the targets' own temperature.
 
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError
@@ -111,14 +114,15 @@ def distillation_terms(
         label_smoothing,
     )  # fmt: skip
     chunk = chunk_size or default_chunk(len(labels_N), weight_VH.shape[0])
-    loss, kd_sum, ce_sum = _FusedDistillation.apply(
-        hidden_NH, weight_VH, bias_V, targets, labels_N, scales, logit_scale, softcap, chunk
-    )
-    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count)
+    loss, kd_sum, ce_sum, agreed = _FusedDistillation.apply(
+        hidden_NH, weight_VH, bias_V, targets, labels_N, scales, logit_scale, softcap, chunk,
+        agreement,
+    )  # fmt: skip
+    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count, agreed)
 
 
 class _FusedDistillation(torch.autograd.Function):
-    """(loss, kd_sum, ce_sum); gradients of the loss are formed in the forward pass."""
+    """(loss, kd_sum, ce_sum, agreed); gradients of the loss are formed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -132,7 +136,8 @@ class _FusedDistillation(torch.autograd.Function):
         logit_scale: float,
         softcap: float | None,
         chunk: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        agreement: bool,
+    ) -> tuple[torch.Tensor, ...]:
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
         (count, _), vocab = hidden_NH.shape, weight_VH.shape[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
@@ -155,6 +160,7 @@ class _FusedDistillation(torch.autograd.Function):
         scaled = dataclasses.replace(scales, kd=scales.kd * factor, ce=scales.ce * factor)
         kd_sum = hidden_NH.new_zeros((), dtype=torch.float64)
         ce_sum = torch.zeros_like(kd_sum)
+        agreed = torch.zeros_like(kd_sum, dtype=torch.int64)
         for start in range(0, count, chunk):
             stop = min(start + chunk, count)
             hidden_CH, z_CV = hidden_NH[start:stop], z_buffer[: stop - start]
@@ -166,6 +172,8 @@ class _FusedDistillation(torch.autograd.Function):
             entries = None
             if targets is not None:
                 entries = Entries.of(targets.rows(start, stop), wide)
+                if agreement:
+                    agreed += entries.top_id().eq(z_CV.argmax(1)).sum()
             kd_C, ce_C = distill_rows(
                 z_CV, entries, labels_N[start:stop], scaled,
                 scratch_CV=None if scratch is None else scratch[: stop - start],
@@ -181,9 +189,9 @@ class _FusedDistillation(torch.autograd.Function):
             if want_bias:
                 grad_bias_V += z_CV.sum(0)
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
-        ctx.mark_non_differentiable(kd_sum, ce_sum)
+        ctx.mark_non_differentiable(kd_sum, ce_sum, agreed)
         loss = (scales.kd * kd_sum + scales.ce * ce_sum).to(wide)
-        return loss, kd_sum, ce_sum
+        return loss, kd_sum, ce_sum, agreed
 
     @staticmethod
     @once_differentiable
@@ -195,7 +203,7 @@ class _FusedDistillation(torch.autograd.Function):
                 if grad is not None:
                     # In place: at V = 128k a second [V, H] costs 2 GB.
                     grad.mul_(grad_loss)
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
 def _logits(

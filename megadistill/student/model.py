@@ -15,13 +15,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
-from megadistill.student.head import DistillationHead, LossTerms
+from megadistill.student.head import DistillationHead
 from megadistill.targets import SparseTargets
 from megadistill.teacher.head import logit_scale, soft_cap
 
@@ -46,19 +48,37 @@ class Student(nn.Module):
 
     def forward(
         self,
-        inputs: dict[str, Any],
         labels_N: torch.Tensor | None = None,
         targets: SparseTargets | None = None,
-        **options: Any,
-    ) -> LossTerms | torch.Tensor:
-        """The loss of a micro-batch; without labels its logits, [B, T, V], for small inputs.
+        options: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The `LossTerms` of a micro-batch; without labels what the model itself returns.
 
         inputs: of `attention.forward_inputs`. labels_N, targets, options: of `distillation_terms`.
         """
         if labels_N is None:
-            return self.model(**inputs).logits
+            return self.model(**inputs)
         hidden = self.model.base_model(**inputs).last_hidden_state
-        return self.head(hidden, labels_N, targets, **options)
+        return self.head(hidden, labels_N, targets, **(options or {}))
+
+    @torch.no_grad()
+    def check_head(self, *, name: str, device: torch.device) -> None:
+        """ConfigError where the model does more to its logits than our head knows. Collective.
+
+        One forward of 8 tokens each way.
+        """
+        inputs = forward_inputs(self.model, torch.arange(8)[None], [np.zeros(1)], device=device)
+        labels_N = torch.arange(8, device=device)
+        ours = self(labels_N, **inputs).ce_sum
+        logits_NV = self(**inputs).logits.reshape(8, -1)
+        theirs = nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="sum")
+        if not torch.isclose(ours, theirs, rtol=1e-2):
+            raise ConfigError(
+                f"{name}: {type(self.model).__name__} makes its logits in a way that our head does "
+                f"not know (cross-entropy {theirs:.4f}, ours {ours:.4f}): linear heads are, with "
+                "logit_scale, logits_scaling or final_logit_softcapping in config.json"
+            )
 
 
 def replace_head(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ host; torch's fused kernel is there on CPU and GPU alike, and updates the same f
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,10 @@ from megadistill.config import Config
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
-from megadistill.student.model import Student, load_student
+from megadistill.student.model import Student
+
+if TYPE_CHECKING:
+    from megadistill.train.data import MicroBatch
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
@@ -86,21 +89,10 @@ class Trainer:
         )
         self.student, self.mesh, self.loss = student, mesh, config.loss
 
-    def backward(
-        self, batch: MicroBatch, normalizer: tuple[float, float]
-    ) -> LossTerms:
+    def backward(self, batch: MicroBatch, normalizer: tuple[float, float]) -> LossTerms:
         """The gradients of one micro-batch, added to those of the step. Collective."""
-        terms = self.engine(
-            batch.inputs,
-            batch.labels_N,
-            batch.targets,
-            divergence=self.loss.divergence,
-            temperature=self.loss.temperature,
-            kd_weight=self.loss.kd_weight,
-            ce_weight=self.loss.ce_weight,
-            label_smoothing=self.loss.label_smoothing,
-            normalizer=normalizer,
-        )
+        options = self.loss.model_dump() | {"normalizer": normalizer}
+        terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
         self.engine.backward(terms.loss * self.mesh.world, scale_wrt_gas=False)
         return terms
 

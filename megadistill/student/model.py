@@ -202,11 +202,11 @@ def _no_init_weights() -> Any:
 
 def _deal(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> None:
     """Rank 0's weights and buffers into the partitioned model. Collective."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     source = {} if whole is None else dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
-        with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if whole is not None:
                 parameter.copy_(source[name])
     # Made under zero.Init, tables such as the rotary frequencies may have been rounded to the

@@ -89,15 +89,23 @@ class Trainer:
         )
         self.student, self.mesh, self.loss = student, mesh, config.loss
 
-    def backward(self, batch: MicroBatch, normalizer: tuple[float, float]) -> LossTerms:
+    def backward(
+        self, batch: MicroBatch, normalizer: tuple[float, float], *, last: bool
+    ) -> LossTerms:
         """The gradients of one micro-batch, added to those of the step. Collective."""
         options = self.loss.model_dump() | {"normalizer": normalizer}
         terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
         self.engine.backward(terms.loss * self.mesh.world, scale_wrt_gas=False)
+        if not last:
+            # DeepSpeed counts micro-batches here; it updates at the last one only.
+            self.engine.step()
         return terms
 
     def step(self, lr: float) -> float:
-        """Clip and update; the norm of the gradient before clipping. Collective."""
+        """Clip and update; the norm of the gradient before clipping. Collective.
+
+        A gradient that is not finite gives infinity, and updates nothing.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()

@@ -36,11 +36,11 @@ A causal language model trained with megadistill {version}.
 
 def gathered(student: Student, mesh: Mesh) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers on rank 0, in host memory; {} elsewhere. Collective."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     state: dict[str, torch.Tensor] = {}
     for name, parameter in student.model.named_parameters():
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             if mesh.rank == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
     if mesh.rank == 0:

@@ -101,7 +101,10 @@ def run_steps(
             if stop:
                 break
             lr = learning_rate(step, run.steps, settings)
-            sums = [_sums(trainer, batch, run, (kd_count, ce_count)) for batch in share]
+            sums = [
+                _sums(trainer, batch, run, (kd_count, ce_count), last=batch is share[-1])
+                for batch in share
+            ]
             kd_sum, ce_sum = mesh.sum(torch.stack(sums).sum(0)).tolist()
             if not math.isfinite(kd_sum + ce_sum):
                 _refuse_non_finite(run, mesh, step, [b for b, s in zip(share, sums, strict=True)
@@ -156,11 +159,16 @@ def save(run: Run, trainer: Trainer, mesh: Mesh, position: Position) -> int:
 
 
 def _sums(
-    trainer: Trainer, batch: MicroBatch, run: Run, normalizer: tuple[float, float]
+    trainer: Trainer,
+    batch: MicroBatch,
+    run: Run,
+    normalizer: tuple[float, float],
+    *,
+    last: bool,
 ) -> torch.Tensor:
     """float64 [2]: this micro-batch's sums of kd and ce, its gradients added to the step's."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
-    terms = trainer.backward(moved, normalizer)
+    terms = trainer.backward(moved, normalizer, last=last)
     return torch.stack([terms.kd_sum, terms.ce_sum]).cpu()
 
 

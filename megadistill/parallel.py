@@ -87,6 +87,11 @@ class Mesh:
                 answer: tuple[Any, Exception | None] = (function(), None)
             except MegadistillError as error:
                 answer = (None, error)
+            except BaseException as error:
+                # The others leave quietly: the traceback is rank 0's to print.
+                failed = MegadistillError(f"rank 0 failed: {type(error).__name__}")
+                self.store.set(key, pickle.dumps((None, failed)))  # type: ignore[arg-type]
+                raise
             self.store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]
         else:
             while not self.store.check([key]):

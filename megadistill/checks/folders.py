@@ -53,17 +53,19 @@ def check_run_folder(config: Config) -> None:
 
 
 def check_cache_is_there(config: Config) -> None:
-    """cache.dir is a cache."""
+    """cache.dir is a cache; where nothing is distilled, a token store serves as well."""
     path = config.cache.dir
     if not Path(path).is_dir():
         raise ConfigError(
             f"cache.dir: {path} does not exist, expected a cache: make it with launch/generate.py "
             "and the same configuration"
         )
-    if kind_of(Path(path)) != "cache":
+    found = kind_of(Path(path))
+    if found != "cache" and not (found == "tokens" and config.loss.kd_weight == 0):
         raise ConfigError(
             f"cache.dir: {path} holds no {KINDS['cache']}, expected a cache: make it with "
-            "launch/generate.py, or set cache.dir to where it is"
+            "launch/generate.py, or set cache.dir to where it is; to train on the text of a token "
+            "store alone, set loss.kd_weight=0 loss.ce_weight=1"
         )
 
 

@@ -147,6 +147,7 @@ def load_student(
     mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
     with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
         model = _from_config(config, settings, dtype)
+    model.tie_weights()  # which transformers leaves out where it initialises no weights
     _deal(model, whole.pop() if whole else None, mesh)
     return Student(model)
 

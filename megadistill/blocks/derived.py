@@ -40,8 +40,8 @@ _HEAD = struct.Struct("<8sIIQ")
 _MAGIC, _VERSION = b"MDBLOCKS", 1
 
 
-def record_of(marker: dict[str, Any]) -> np.void:
-    """A marker's fixed-size record."""
+def record_of(marker: dict[str, Any]) -> Any:
+    """A marker's fixed-size record, a scalar of dtype RECORD."""
     record = np.zeros((), RECORD)
     record["block"], record["sequences"] = marker["block"], marker["sequences"]
     record["shard_size"] = marker["shard"]["size"]

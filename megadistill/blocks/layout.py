@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +186,6 @@ def same_bytes(path: Path, data: bytes) -> bool:
         handle, size = open_regular(path)
     except FileNotFoundError:
         return False
-    import os
-
     os.close(handle)
     return size == len(data) and read_file(path, limit=size) == data
 

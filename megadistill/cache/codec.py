@@ -71,11 +71,12 @@ def encode_targets(targets: SparseTargets, *, vocab_size: int, codec: object = N
         ),
         counts.astype(f"<u{count_bytes}").tobytes(),
     ]
+    heads = np.zeros(0, np.int64) if t.heads is None else t.heads
     if t.method == "varopt":
-        parts.append(t.heads.astype(f"<u{count_bytes}").tobytes())
+        parts.append(heads.astype(f"<u{count_bytes}").tobytes())
     parts.append(np.ascontiguousarray(_bytes_of(t.ids)[:, :id_bytes]).tobytes())
     if t.method == "varopt":
-        is_head, shared = _split(t.offsets, counts, t.heads)
+        is_head, shared = _split(t.offsets, counts, heads)
         parts += [t.weights[is_head].astype("<f4").tobytes(), t.weights[shared].tobytes()]
     else:
         parts.append(t.weights.astype("<f4").tobytes())
@@ -207,10 +208,9 @@ def _known(codec: object) -> None:
 def _check(t: SparseTargets, counts: np.ndarray, vocab_size: int) -> None:
     if t.offsets[0] != 0 or t.offsets[-1] != len(t.ids) or (counts < 0).any():
         raise ValueError("offsets must rise from 0 to the number of ids")
-    if len(t.ids) and not (0 <= t.ids.min() and t.ids.max() < vocab_size):
-        raise ValueError(
-            f"ids go from {t.ids.min()} to {t.ids.max()}, expected 0 to {vocab_size - 1}"
-        )
+    if len(t.ids) and (t.ids.min() < 0 or t.ids.max() >= vocab_size):
+        low, high = t.ids.min(), t.ids.max()
+        raise ValueError(f"ids go from {low} to {high}, expected 0 to {vocab_size - 1}")
     rows = np.repeat(np.arange(len(counts)), counts)
     _finite(t.weights, rows, "weight")
     _finite(t.tail, None, "tail")

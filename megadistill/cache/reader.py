@@ -15,7 +15,7 @@ Sample = dict[str, Any]
 
 
 class Cache:
-    """A cache of teacher targets. cache[i] is sequence i:
+    """A cache of teacher targets; cache[i] is sequence i.
 
     tokens     uint32 [T]
     documents  uint32 [D], where documents start
@@ -79,12 +79,13 @@ class Cache:
         return combine([self.store.marker(b)["statistics"] for b in self.store.committed()])
 
     def verify(
-        self, *, workers: int = 1, progress: Callable[[int], None] | None = None
+        self, *, workers: int = 1, progress: Callable[[int], object] | None = None
     ) -> list[str]:
         """Check every byte, decode every target, recompute every statistic; what is wrong."""
-        return self.store.verify(workers=workers, progress=progress, check=self._check)
+        return self.store.verify(workers=workers, progress=progress, check=self.check)
 
-    def _check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
+    def check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
+        """What is wrong with a block's targets or statistics, a line each."""
         block = marker["block"]
         first = block * self.store.block_size
         decoded = [self._decoded(s, first + i)["targets"] for i, s in enumerate(samples)]

@@ -40,7 +40,7 @@ class CacheWriter:
         *,
         made_with: dict[str, Any] | None = None,
         depth: int = 1,
-        on_commit: Callable[[int], None] | None = None,
+        on_commit: Callable[[int], object] | None = None,
     ) -> None:
         self._store = store
         self._vocab_size = int(store.recipe["vocab_size"])

@@ -116,8 +116,11 @@ class Order:
         return self._first[blocks[at]] + line - block_starts[at]
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, ...]:
-        """One epoch's permuted blocks and where each begins in the line; each group's first
-        position, number of positions, and where its slice of the line begins."""
+        """How an epoch is laid out.
+
+        The permuted blocks and where each begins in the line; each group's first position, number
+        of positions, and where its slice of the line begins.
+        """
         blocks = permutation(len(self._first), self.seed, _BLOCKS, epoch)
         lengths = self._length[blocks]
         start = epoch * self.num_sequences

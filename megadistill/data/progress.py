@@ -1,4 +1,4 @@
-"""Progress over a corpus: a bar where somebody watches, a line in the log now and then elsewhere."""
+"""Progress over a corpus: a bar where somebody watches, else a line in the log now and then."""
 
 from __future__ import annotations
 

@@ -52,19 +52,12 @@ def check_run_folder(config: Config) -> None:
         )
 
 
-def check_cache_is_there(config: Config) -> None:
-    """cache.dir is a cache."""
-    path = config.cache.dir
-    if not Path(path).is_dir():
-        raise ConfigError(
-            f"cache.dir: {path} does not exist, expected a cache: make it with launch/generate.py "
-            "and the same configuration"
-        )
-    if kind_of(Path(path)) != "cache":
-        raise ConfigError(
-            f"cache.dir: {path} holds no {KINDS['cache']}, expected a cache: make it with "
-            "launch/generate.py, or set cache.dir to where it is"
-        )
+def check_cache_is_there(path: str, *, key: str, way_out: str) -> None:
+    """There is a cache at `path`, complete or not."""
+    there = Path(path).is_dir()
+    if not there or kind_of(Path(path)) != "cache":
+        what = f"holds no {KINDS['cache']}" if there else "does not exist"
+        raise ConfigError(f"{key}: {path} {what}, expected a cache: {way_out}")
 
 
 def _entries(folder: Path, *, besides: set[str] | None = None) -> list[str]:

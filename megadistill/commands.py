@@ -79,7 +79,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 
 def start_logging() -> None:
-    """Log lines with time, host and rank on stderr: INFO from rank 0, WARNING from the others."""
+    """Our log lines, with time, host and rank, on stderr: INFO from rank 0, else WARNING."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_rank)
     handler.setFormatter(
@@ -87,12 +87,12 @@ def start_logging() -> None:
             "%(asctime)s %(levelname)s [%(host)s rank %(rank)s] %(message)s", datefmt="%H:%M:%S"
         )
     )
+    # On our own logger, not on the root: other libraries have handlers, and would speak twice.
     package = logging.getLogger("megadistill")
     package.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
-    root = logging.getLogger()
-    for old in [h for h in root.handlers if _add_rank in h.filters]:
-        root.removeHandler(old)
-    root.addHandler(handler)
+    for old in [h for h in package.handlers if _add_rank in h.filters]:
+        package.removeHandler(old)
+    package.addHandler(handler)
 
 
 def _add_rank(record: logging.LogRecord) -> bool:

@@ -142,6 +142,7 @@ def may_be_hub_id(name: str) -> bool:
 
 def _hub_config(name: str, *, key: str, revision: str | None, fetch: bool) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import logging as hub_logging
 
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -151,6 +152,8 @@ def _hub_config(name: str, *, key: str, revision: str | None, fetch: bool) -> Pa
         return Path(cached)
     if not fetch:
         raise ConfigError(f"{key}: {name} is no folder here, and not in the hub's cache")
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # six lines for each of six attempts, and one of ours after
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # noqa: BLE001 - the client raises its own, httpx's and OSError
@@ -159,6 +162,8 @@ def _hub_config(name: str, *, key: str, revision: str | None, fetch: bool) -> Pa
             f"({type(error).__name__}: {first_line(error)}): check the name, `hf auth login` for a "
             "gated model, or download it and give the folder"
         ) from None
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def hub_file_names(model: ModelFiles) -> list[str] | None:

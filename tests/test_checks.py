@@ -275,6 +275,13 @@ def test_training_without_a_cache(workplace):
     assert refused(check_train).startswith("cache.dir: cache does not exist, expected a cache")
 
 
+def test_training_with_a_held_out_cache_that_is_not_there(workplace):
+    a_cache()
+    assert refused(check_train, "eval.cache=heldout").startswith(
+        "eval.cache: heldout does not exist, expected a cache: make it with launch/generate.py"
+    )
+
+
 def test_training_without_a_student(workplace):
     assert refused(check_train, "student=null").startswith("student: there is nothing to train")
 

@@ -95,10 +95,10 @@ def test_rank_0_logs_progress_with_host_and_rank_and_the_others_do_not():
 
 @pytest.fixture
 def logging_as_before():
-    root, package = logging.getLogger(), logging.getLogger("megadistill")
-    handlers, level = list(root.handlers), package.level
+    package = logging.getLogger("megadistill")
+    handlers, level = list(package.handlers), package.level
     yield
-    root.handlers[:] = handlers
+    package.handlers[:] = handlers
     package.setLevel(level)
 
 

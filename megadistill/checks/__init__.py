@@ -57,7 +57,21 @@ def check_train(config: Config, *, world: int) -> None:
             "a hub id"
         )
     found = _Mistakes()
-    found.of(folders.check_cache_is_there, config)
+    found.of(
+        folders.check_cache_is_there,
+        config.cache.dir,
+        key="cache.dir",
+        way_out="make it with launch/generate.py and the same configuration",
+        text_is_enough=config.loss.kd_weight == 0,
+    )
+    if config.eval.cache is not None:
+        found.of(
+            folders.check_cache_is_there,
+            config.eval.cache,
+            key="eval.cache",
+            way_out="make it with launch/generate.py, targets.method=topk and held-out text, or "
+            "train without by eval.cache=null",
+        )
     found.of(folders.check_run_folder, config)
     with_weights = config.student.init == "pretrained"
     student = found.of(

@@ -52,21 +52,15 @@ def check_run_folder(config: Config) -> None:
         )
 
 
-def check_cache_is_there(config: Config) -> None:
-    """cache.dir is a cache; where nothing is distilled, a token store serves as well."""
-    path = config.cache.dir
-    if not Path(path).is_dir():
-        raise ConfigError(
-            f"cache.dir: {path} does not exist, expected a cache: make it with launch/generate.py "
-            "and the same configuration"
-        )
-    found = kind_of(Path(path))
-    if found != "cache" and not (found == "tokens" and config.loss.kd_weight == 0):
-        raise ConfigError(
-            f"cache.dir: {path} holds no {KINDS['cache']}, expected a cache: make it with "
-            "launch/generate.py, or set cache.dir to where it is; to train on the text of a token "
-            "store alone, set loss.kd_weight=0 loss.ce_weight=1"
-        )
+def check_cache_is_there(
+    path: str, *, key: str, way_out: str, text_is_enough: bool = False
+) -> None:
+    """There is a cache at `path`, complete or not; with `text_is_enough` a token store serves."""
+    there = Path(path).is_dir()
+    found = kind_of(Path(path)) if there else None
+    if found != "cache" and not (found == "tokens" and text_is_enough):
+        what = f"holds no {KINDS['cache']}" if there else "does not exist"
+        raise ConfigError(f"{key}: {path} {what}, expected a cache: {way_out}")
 
 
 def _entries(folder: Path, *, besides: set[str] | None = None) -> list[str]:

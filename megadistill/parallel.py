@@ -85,7 +85,7 @@ class Mesh:
         key = f"megadistill/first/{next(_FIRST)}"
         if self.rank == 0:
             try:
-                answer: tuple[Any, Exception | None] = (function(), None)
+                answer: tuple[Any, MegadistillError | None] = (function(), None)
             except MegadistillError as error:
                 answer = (None, error)
             except BaseException as error:
@@ -161,12 +161,19 @@ def start(
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout_s),
-            auto_mpi_discovery=False,
-            verbose=False,
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                timeout=timedelta(seconds=timeout_s),
+                auto_mpi_discovery=False,
+                verbose=False,
+            )
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise MegadistillError(
+                f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}): another run on "
+                "that host may have the port: give the launcher --master_port"
+            ) from error
     if not cuda:
         # DeepSpeed's shared-memory all-reduce ignores the process group it is given and sums over
         # the world: with tp < world the teacher's logits come out wrong, silently.

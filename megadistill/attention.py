@@ -3,11 +3,12 @@
 Teacher and student call the same function, so that the distributions of the cache and those of the
 student are conditioned on the same context.
 
-A sequence holds several documents. Positions restart at 0 where a document starts, and no attention
-mask is given: transformers (4.53 and later) then derives from the restarts a mask that is causal
-within each document, for eager and sdpa attention, with the layer's own sliding window. A ready-made
-4D mask would be simpler to reason about, but it replaces the windows of models such as Gemma 2. Not
-every architecture takes part, so `check_isolation` asks the model itself, once, after loading.
+A sequence holds several documents. Positions restart at 0 where a document starts, and no
+attention mask is given: transformers (4.53 and later) then derives from the restarts a mask that is
+causal within each document, for eager and sdpa attention, with the layer's own sliding window. A
+ready-made 4D mask would be simpler to reason about, but it replaces the windows of models such as
+Gemma 2. Not every architecture takes part, so `check_isolation` asks the model itself, once, after
+loading.
 
 Shapes: B sequences, T positions.
 """
@@ -52,7 +53,7 @@ def forward_inputs(
     pack: "isolate" keeps documents apart; "concat" lets every position see all before it.
 
     With flash attention the sequences are laid end to end, [1, B*T], because its packed form exists
-    for a batch of one only; so flatten what the model returns to [N, ...] rather than to [B, T, ...].
+    for a batch of one only: bring what the model returns to [N, ...] with a reshape.
     """
     tokens_BT = torch.as_tensor(np.asarray(tokens_BT).astype(np.int64), device=device)
     batch, seq_len = tokens_BT.shape

@@ -54,7 +54,9 @@ def fill(
 
 def tree(path: Path) -> dict[str, bytes]:
     """Relative name to bytes of every file below a folder."""
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
 
 
 def same_sample(left: dict[str, Any], right: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import pytest
 from megadistill.blocks import BlockStore
 from megadistill.blocks.files import Files
 from megadistill.blocks.layout import kind_of
+from megadistill.errors import StoreError
 from tests.blocks.stores import commit, create, fill, make_samples, same_sample, tree
 
 SAMPLES = make_samples(10)
@@ -53,6 +54,16 @@ class Recorder(Files):
     def mkdir(self, path: Path) -> None:
         super().mkdir(path)
         self.operations.append(("mkdir", path, None))
+
+
+class Unsynced(Files):
+    """For recovering in tests: the same operations, without waiting for a real disk."""
+
+    def fsync(self, path: Path) -> None:
+        pass
+
+    def fsync_dir(self, path: Path) -> None:
+        pass
 
 
 class NoFileSync(Recorder):
@@ -129,11 +140,12 @@ class Disk:
 
     def crash(self, root: Path, target: Path, *, names_kept: bool, torn: bool) -> None:
         """Write to `target` what is left of `root` after the power went."""
-        for folder in self.folders:
+        for folder in sorted(f for f in self.folders if f.is_relative_to(root)):
             (target / folder.relative_to(root)).mkdir(parents=True, exist_ok=True)
         for path, file in (self.seen if names_kept else self.known).items():
             lost = file.data[: len(file.data) // 2] if torn else b""
             place = target / path.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)  # streaming makes a folder of its own
             place.write_bytes(file.data if file.kept is not None else lost)
 
 
@@ -152,8 +164,9 @@ def record(root: Path, files: Recorder) -> list[Operation]:
 
 def check_every_prefix(root: Path, operations: list[Operation], work: Path) -> int:
     """AssertionError or one of our errors where a crash is not recovered from; else how many."""
-    reference = tree(fill(work / "reference", SAMPLES).path)
+    reference = tree(fill(work / "reference", SAMPLES, files=Unsynced()).path)
     disk, crashes = Disk(), 0
+    states: set[int] = set()  # most operations are on temporary files, and change nothing here
     for operation in operations:
         if operation[0] == "reported gone":
             disk.reported.discard(operation[2])
@@ -163,7 +176,10 @@ def check_every_prefix(root: Path, operations: list[Operation], work: Path) -> i
             left = work / "left"
             left.mkdir()
             disk.crash(root, left, names_kept=names_kept, torn=torn)
-            check_recovery(left / "store", disk.reported, reference)
+            state = hash((frozenset(tree(left / "store").items()), frozenset(disk.reported)))
+            if state not in states:
+                check_recovery(left / "store", disk.reported, reference)
+            states.add(state)
             shutil.rmtree(left)
             crashes += 1
     return crashes
@@ -183,7 +199,7 @@ def check_recovery(path: Path, reported: set[int], reference: dict[str, bytes]) 
         assert [f for f in store.verify() if not any(s in f for s in strays)] == []
     else:
         assert not reported
-    store = create(path)
+    store = create(path, files=Unsynced())
     store.clean()
     store.plan(10)
     for block in store.missing():
@@ -210,7 +226,7 @@ def test_the_replay_notices_what_is_broken_on_purpose(
         check_every_prefix(tmp_path / "run", operations, tmp_path / "work")
 
 
-class Failing(Files):
+class Failing(Unsynced):
     """Fails at operation number `at`, as a full disk or a dying one does."""
 
     def __init__(self, at: int) -> None:
@@ -243,7 +259,7 @@ def test_an_error_at_any_operation_leaves_a_store_that_a_rerun_finishes(tmp_path
     at, done = 0, False
     while not done:
         path = tmp_path / f"store{at}"
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             fill(path, SAMPLES, files=Failing(at))
             done = True
         check_recovery(path, set(), reference)

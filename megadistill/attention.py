@@ -82,16 +82,17 @@ def check_isolation(model: nn.Module, *, name: str, device: torch.device | str =
     documents = [np.array([0, 4]), np.array([0])]
     was_training = model.training
     model.eval()
-    outputs = []
+    outputs: list[torch.Tensor] = []
     for first in (1, 0):
         tokens_BT[0, :4] = first
         output = model(**forward_inputs(model, tokens_BT, documents, device=device))
         hidden = output.logits if hasattr(output, "logits") else output.last_hidden_state
         outputs.append(hidden.reshape(16, -1)[4:8].float())
     model.train(was_training)
-    if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3):
+        config: Any = model.config
         raise ConfigError(
-            f"data.pack: isolate, but in {name} ({model.config.model_type}, attention "
-            f"{model.config._attn_implementation}) a document sees the one before it: set "
+            f"data.pack: isolate, but in {name} ({config.model_type}, attention "
+            f"{config._attn_implementation}) a document sees the one before it: set "
             "data.pack=concat, or use another architecture"
         )

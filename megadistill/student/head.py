@@ -143,7 +143,9 @@ class _FusedDistillation(torch.autograd.Function):
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden_NH = torch.empty_like(hidden_NH) if want_hidden else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if want_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if want_bias else None
+        grad_bias_V = None
+        if bias_V is not None and want_bias:
+            grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
 
         def buffer() -> torch.Tensor:
             return hidden_NH.new_empty(min(chunk, count), vocab, dtype=wide)
@@ -165,7 +167,7 @@ class _FusedDistillation(torch.autograd.Function):
             stop = min(start + chunk, count)
             hidden_CH, z_CV = hidden_NH[start:stop], z_buffer[: stop - start]
             _logits(hidden_CH, weight_VH, bias_V, logit_scale, z_CV)
-            if softcap is not None:
+            if softcap is not None and slope is not None:
                 z_CV.div_(softcap).tanh_()
                 torch.square(z_CV, out=slope[: stop - start]).neg_().add_(1)
                 z_CV.mul_(softcap)
@@ -180,13 +182,13 @@ class _FusedDistillation(torch.autograd.Function):
             )  # fmt: skip
             kd_sum += kd_C.double().sum()
             ce_sum += ce_C.double().sum()
-            if softcap is not None:
+            if slope is not None:
                 z_CV.mul_(slope[: stop - start])
-            if want_hidden:
+            if grad_hidden_NH is not None:
                 torch.mm(z_CV.to(weight_VH.dtype), weight_VH, out=grad_hidden_NH[start:stop])
-            if want_weight:
+            if grad_weight_VH is not None:
                 _accumulate(grad_weight_VH, z_CV, hidden_CH)
-            if want_bias:
+            if grad_bias_V is not None:
                 grad_bias_V += z_CV.sum(0)
         ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
         ctx.mark_non_differentiable(kd_sum, ce_sum, agreed)
@@ -286,8 +288,10 @@ class DistillationHead(nn.Module):
         self, linear: nn.Module, *, logit_scale: float = 1.0, softcap: float | None = None
     ) -> None:
         super().__init__()
-        self.weight = linear.weight
-        self.bias = getattr(linear, "bias", None)
+        weight, bias = linear.weight, getattr(linear, "bias", None)
+        assert isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
+        self.weight: nn.Parameter = weight
+        self.bias: nn.Parameter | None = bias
         self.logit_scale, self.softcap = logit_scale, softcap
 
     def forward(

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 class Student(nn.Module):
     """A causal language model whose head returns the loss. The module that DeepSpeed runs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         self.head_name = replace_head(model)
@@ -44,7 +44,9 @@ class Student(nn.Module):
 
     @property
     def head(self) -> DistillationHead:
-        return self.model.get_submodule(self.head_name)
+        head = self.model.get_submodule(self.head_name)
+        assert isinstance(head, DistillationHead)
+        return head
 
     def forward(
         self,
@@ -81,7 +83,7 @@ class Student(nn.Module):
             )
 
 
-def replace_head(model: nn.Module) -> str:
+def replace_head(model: Any) -> str:
     """Put a `DistillationHead` in the place of the output projection; its name is returned.
 
     ConfigError for a model that has none, or that keeps its backbone where we do not find it.
@@ -117,8 +119,8 @@ def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
     """ConfigError where the model has fewer ids than the data, or is made for less context."""
     if settings.vocab_size < vocab_size:
         raise ConfigError(
-            f"student.model: has {settings.vocab_size} token ids, the cache's teacher and tokenizer "
-            f"have {vocab_size}: take a student of the same tokenizer"
+            f"student.model: has {settings.vocab_size} token ids, the cache's teacher and "
+            f"tokenizer have {vocab_size}: take a student of the same tokenizer"
         )
     if settings.vocab_size > vocab_size:
         log.info(
@@ -146,8 +148,9 @@ def load_student(
     whole: list[nn.Module] = []  # rank 0 only; what `first` returns would travel to every rank
     mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
     with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
-        model = _from_config(config, settings, dtype)
-    model.tie_weights()  # which transformers leaves out where it initialises no weights
+        model: Any = _from_config(config, settings, dtype)
+    # Weights that transformers 5 does not fill it does not tie either.
+    model.tie_weights()
     _deal(model, whole.pop() if whole else None, mesh)
     return Student(model)
 

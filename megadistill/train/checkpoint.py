@@ -76,8 +76,8 @@ def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
         return path, Position(**manifest["position"])
     if found:
         raise TrainError(
-            f"{folder}: none of its {len(found)} checkpoint(s) is sound: restore one from a backup, "
-            "or choose another train.out_dir to start again"
+            f"{folder}: none of its {len(found)} checkpoint(s) is sound: restore one from a "
+            "backup, or choose another train.out_dir to start again"
         )
     return None
 

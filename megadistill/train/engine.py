@@ -61,7 +61,8 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
 
 def parameter_groups(student: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases, which have one dimension, do not."""
-    decayed, spared = [], []
+    decayed: list[torch.Tensor] = []
+    spared: list[torch.Tensor] = []
     for parameter in student.parameters():
         # Under ZeRO-3 `shape` is that of a partition.
         shape = getattr(parameter, "ds_shape", parameter.shape)

@@ -21,11 +21,12 @@ def make_store(
     """A cache, or with method=None a token store; `blocks`: commit only so many."""
     rng = np.random.default_rng(seed)
     kind = "tokens" if method is None else "cache"
-    common = {"tokenizer": TOKENIZER, "seq_len": SEQ_LEN, **recipe}
+    common = {"tokenizer": TOKENIZER, "seq_len": SEQ_LEN}
     columns = {"tokens": f"ndarray:uint32:{SEQ_LEN}", "documents": "ndarray:uint32"}
     if method is not None:
         common |= {"method": method, "temperature": 1.0, "vocab_size": vocab}
         columns["targets"] = "bytes"
+    common |= recipe
     store = BlockStore.create(
         path, kind=kind, header={"recipe": common}, columns=columns, block_size=block_size
     )

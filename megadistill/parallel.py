@@ -221,7 +221,7 @@ def _watch_launcher(interval_s: float = 1.0) -> None:
             time.sleep(interval_s)
         log.error("rank %s: the launcher is gone, leaving", os.environ.get("RANK"))
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10 * interval_s)
+        time.sleep(20 * interval_s)  # training saves first
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

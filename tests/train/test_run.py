@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.commands import parse, run
-
 from megadistill.config import load_config
 
 
@@ -30,10 +29,9 @@ def main(argv: list[str]) -> int:
         show_plan(config)
         return 0
 
-    from megadistill.checks import check_generate
-
     from megadistill import parallel
     from megadistill.cache.build import build_cache
+    from megadistill.checks import check_generate
 
     _, world, _ = parallel.rank_from_environment()
     check_generate(config, world=world)

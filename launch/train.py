@@ -24,8 +24,11 @@ def main(argv: list[str]) -> int:
         return 0
 
     from megadistill import parallel
+    from megadistill.checks import check_train
     from megadistill.train.loop import train
 
+    _, world, _ = parallel.rank_from_environment()
+    check_train(config, world=world)
     mesh = parallel.start(
         expect_hosts=config.parallel.expect_hosts,
         timeout_s=config.parallel.timeout_s,

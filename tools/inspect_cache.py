@@ -11,23 +11,21 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.cache.inspection import inspect_store
 from megadistill.cache.report import table
-from megadistill.errors import MegadistillError
+from megadistill.commands import run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    try:
-        path = args.cache or configured(args.config, args.overrides)
-        return show(path, args)
-    except MegadistillError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    return show(args.cache or configured(args.config, args.overrides), args)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a cache or a token store holds.")
     parser.add_argument("cache", nargs="?", metavar="CACHE", help="default: the configured one")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change the configuration")
@@ -70,4 +68,4 @@ def show(path: str, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -11,27 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.merge import merge_stores
 from megadistill.cache.inspection import block_check, inspect_store
 from megadistill.cache.report import table
-from megadistill.errors import MegadistillError
+from megadistill.commands import run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    try:
-        merge(args)
-        facts = inspect_store(args.out)
-    except MegadistillError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    merge(args)
+    facts = inspect_store(args.out)
     print(json.dumps(facts, sort_keys=True) if args.json else table(facts))
     return 0 if facts["complete"] else 1
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Merge caches of one recipe.")
     parser.add_argument("caches", nargs="+", metavar="CACHE")
     parser.add_argument("--out", required=True, help="a new folder, or a store to merge into")
@@ -57,4 +56,4 @@ def merge(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

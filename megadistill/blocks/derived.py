@@ -81,6 +81,14 @@ def read_blocks_bin(path: Path) -> np.ndarray:
     return records
 
 
+def known_blocks(path: Path) -> np.ndarray:
+    """The records of blocks.bin; none where it is absent or damaged: the markers have it all."""
+    try:
+        return read_blocks_bin(path)
+    except CorruptBlockError:
+        return np.zeros(0, RECORD)
+
+
 def encode_index(markers: list[dict[str, Any]], columns: list[Column]) -> bytes:
     """The bytes of index.json for these markers, which are in block order."""
     config = shard_config(columns) | {"hashes": ["xxh3_64"], "zip_data": None}

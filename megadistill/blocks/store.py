@@ -12,21 +12,18 @@ a store's bytes: those go to the folder `<store>.run` beside it.
 
 from __future__ import annotations
 
-import json
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from megadistill.blocks.derived import (
     RECORD,
     combined_hash,
     encode_blocks_bin,
     encode_index,
+    known_blocks,
     read_blocks_bin,
     record_of,
 )
@@ -40,13 +37,13 @@ from megadistill.blocks.install import (
     temporary_folder,
 )
 from megadistill.blocks.layout import (
-    FORMAT_VERSION,
     KINDS,
     MARKER_NAME,
     MAX_BLOCKS,
     SHARD_NAME,
     Layout,
     kind_of,
+    new_header,
     prepare_folder,
     read_header,
     read_marker,
@@ -57,11 +54,10 @@ from megadistill.blocks.layout import (
 from megadistill.blocks.lock import StoreLock
 from megadistill.blocks.recipe import require_same_recipe
 from megadistill.blocks.records import encode_json, put_file
-from megadistill.blocks.shard import Shard, write_shard
+from megadistill.blocks.shard import OpenShards, Shard, write_shard
 from megadistill.errors import CorruptBlockError, StoreError
 
 Sample = dict[str, Any]
-_OPEN_SHARDS = 64  # mapped at once: bounded by file descriptors, not by memory
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
 
 
@@ -79,10 +75,9 @@ class BlockStore:
         self.kind = kind
         self._files = files
         self.header, self._columns = read_header(self.layout, kind)
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards = OpenShards()
         self._total = read_plan(self.layout, self.block_size)
-        self._records = read_blocks_bin_or_none(self.layout)
+        self._records = known_blocks(self.layout.blocks_bin)
 
     @classmethod
     def create(
@@ -103,16 +98,9 @@ class BlockStore:
         Raises RecipeError for another recipe, StoreError for a folder that holds something else.
         """
         layout = Layout(Path(path))
-        full = {
-            **header,
-            "format_version": FORMAT_VERSION,
-            "features": [],
-            "kind": kind,
-            "block_size": block_size,
-            "columns": columns | {"sum": "uint64"},
-        }
-        if ids_bin is not None:
-            full["ids_bin"] = {"size": len(ids_bin), "xxh3": xxhash.xxh3_64_hexdigest(ids_bin)}
+        full = new_header(
+            header, kind=kind, columns=columns, block_size=block_size, ids_bin=ids_bin
+        )
         shape = ("recipe", "block_size", "columns", "ids_bin")
         if prepare_folder(layout, kind, files) is None:
             temporary = temporary_folder(files, layout)
@@ -123,7 +111,7 @@ class BlockStore:
         store = cls(path, kind=kind, files=files)
         require_same_recipe(
             {key: store.header[key] for key in shape if key in store.header},
-            {key: _as_json(full[key]) for key in shape if key in full},
+            {key: full[key] for key in shape if key in full},
             file=str(layout.header(kind)),
             other="this run's is",
             way_out="restore the setting, or choose another folder",
@@ -345,10 +333,11 @@ class BlockStore:
     def __getitem__(self, index: int) -> Sample:
         """Sequence `index`, verified: column to array (fresh, writable), bytes or int."""
         block, row = divmod(index, self.block_size)
-        shard = self._shard(block)
-        if index < 0 or row >= len(shard):
-            raise IndexError(f"{self.path}: no sequence {index}")
-        return shard[row]
+        if index >= 0 and (self._total is None or index < self._total):
+            shard = self._shard(block)
+            if row < len(shard):
+                return shard[row]
+        raise IndexError(f"{self.path}: no sequence {index}")
 
     def block(self, block: int) -> list[Sample]:
         """All samples of a block, verified."""
@@ -403,23 +392,17 @@ class BlockStore:
         return record_of(self.marker(block))
 
     def _shard(self, block: int) -> Shard:
-        with self._lock:
-            if block in self._shards:
-                self._shards.move_to_end(block)
-                return self._shards[block]
+        return self._shards.get(block, self._open_shard)
+
+    def _open_shard(self, block: int) -> Shard:
         record = self._record(block)
-        shard = Shard(
+        return Shard(
             self.layout.shard(block),
             columns=self._columns,
             first=block * self.block_size,
             samples=int(record["sequences"]),
             size=int(record["shard_size"]),
         )
-        with self._lock:
-            self._shards[block] = shard
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)  # unmapped when its last reader lets go
-        return shard
 
     def _install(self, block: int, shard: Path, marker: dict[str, Any], temporary: Path) -> None:
         data = encode_json(marker)
@@ -429,22 +412,8 @@ class BlockStore:
         install_block(
             self._files, self.layout, block, shard=shard, marker=data, temporary=temporary
         )
-        with self._lock:
-            self._shards.pop(block, None)
+        self._shards.drop(block)
 
     def _forget(self) -> None:
         """Believe the markers alone until the next `finish`."""
         self._records = np.zeros(0, RECORD)
-
-
-def read_blocks_bin_or_none(layout: Layout) -> np.ndarray:
-    """The records of blocks.bin; none where it is absent or damaged: the markers have it all."""
-    try:
-        return read_blocks_bin(layout.blocks_bin)
-    except CorruptBlockError:
-        return np.zeros(0, RECORD)
-
-
-def _as_json(value: Any) -> Any:
-    """What `value` reads as after being written: tuples are lists, and so on."""
-    return json.loads(json.dumps(value))

@@ -54,11 +54,11 @@ def encode_targets(targets: SparseTargets, *, vocab_size: int, codec: object = N
     targets that are not what their method says.
     """
     _known(codec)
+    id_bytes = _id_bytes(vocab_size)
     t = targets.numpy()
     counts = np.diff(t.offsets).astype(np.int64)
     _check(t, counts, vocab_size)
     count_bytes = next(b for b in (1, 2, 4) if counts.max(initial=0) < 1 << (8 * b))
-    id_bytes = _id_bytes(vocab_size)
     flags = (
         (_ENTROPY if t.entropy is not None else 0)
         | (_NLL if t.nll is not None else 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 
 from megadistill.data.encode import Unit
 from megadistill.data.pieces import PIECE, split_text
@@ -15,8 +15,11 @@ from megadistill.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """Exactly one of: `text`; `file`, a text file that is read piece by piece; `messages`, a chat
-    ({"role", "content", ...} a turn); `prompt` with `completion`. None of them: an empty row."""
+    """One row or file, in one of four shapes. None of them: an empty row.
+
+    `text`; `file`, a text file that is read piece by piece; `messages`, a chat with {"role",
+    "content", ...} a turn; `prompt` with `completion`.
+    """
 
     text: str | None = None
     file: str | None = None

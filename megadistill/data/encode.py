@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megadistill.blocks.mds import hide_broken_torchvision
 from megadistill.errors import DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -39,8 +41,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What a tokenising process needs of a tokenizer. `backend`: the tokenizers library's JSON.
-    `chat`: the pickled transformers tokenizer, for chat templates only."""
+    """What a tokenising process needs of a tokenizer.
+
+    `backend`: the tokenizers library's JSON. `chat`: the pickled transformers tokenizer, for chat
+    templates only.
+    """
 
     backend: str
     eos: int
@@ -60,25 +65,21 @@ class Encoder:
         self.backend.no_padding()
         self.begin = [] if spec.bos is None else [spec.bos]
         self.eos = spec.eos
-        self.chat = None if spec.chat is None else pickle.loads(spec.chat)  # noqa: S301
+        if spec.chat is not None:
+            hide_broken_torchvision()  # transformers comes with the tokenizer
+            self.chat: Any = pickle.loads(spec.chat)  # noqa: S301
 
     def encode(self, units: list[Unit]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(ids uint32 [n], lengths int64 [units], loss mask uint8 [n] or None where all is learned).
+        """(ids uint32 [n], lengths int64 [units], loss mask uint8 [n] or None: all is learned).
 
         A unit of length 0 is a document without text: it is dropped, and has no bos or eos either.
         """
         if units[0].text is not None:
-            parts = [(ids, None) for ids in self._texts(units)]
-        elif units[0].messages is not None:
-            parts = [self._messages(u) for u in units]
-        else:
-            parts = [self._completion(u) for u in units]
-        lengths = np.array([len(ids) for ids, _ in parts], dtype=np.int64)
-        ids = np.concatenate([np.asarray(ids, dtype=np.uint32) for ids, _ in parts])
-        if units[0].text is not None:
-            return ids, lengths, None
-        mask = np.concatenate([np.asarray(mask, dtype=np.uint8) for _, mask in parts])
-        return ids, lengths, mask
+            return *_joined(self._texts(units)), None
+        one = self._completion if units[0].messages is None else self._messages
+        ids, masks = zip(*map(one, units), strict=True)
+        mask = np.concatenate([np.asarray(m, dtype=np.uint8) for m in masks])
+        return *_joined(ids), mask
 
     def _texts(self, units: list[Unit]) -> list[list[int]]:
         result = []
@@ -108,7 +109,7 @@ class Encoder:
                 ids, mask = self._by_difference(messages, unit.document)
         except DataError:
             raise
-        except Exception as error:  # noqa: BLE001 - a template is a program of the model's author
+        except Exception as error:
             raise DataError(
                 f"document {unit.document}: the tokenizer's chat template refuses it: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -127,8 +128,11 @@ class Encoder:
     def _by_difference(
         self, messages: list[dict[str, Any]], document: int
     ) -> tuple[list[int], list[int]]:
-        """A template without {% generation %} marks: an assistant's turn is what rendering the chat
-        up to and with it adds to the chat before it and the header of an assistant's turn."""
+        """The mask under a template without {% generation %} marks.
+
+        An assistant's turn is what rendering the chat up to and with it adds to the chat before it
+        and the header of an assistant's turn.
+        """
         whole = self._render(messages)
         turns = []
         for i, message in enumerate(messages):
@@ -156,3 +160,8 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The fast variant leaves out offsets, which are most of an encoding's memory.
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _joined(parts: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    arrays = [np.asarray(ids, dtype=np.uint32) for ids in parts]
+    return np.concatenate(arrays), np.array([len(a) for a in arrays], dtype=np.int64)

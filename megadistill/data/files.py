@@ -63,8 +63,10 @@ def kind(paths: list[str]) -> str:
 
 
 def fingerprint(path: str) -> str:
-    """xxh3_128 of a file's size and content; of one over 64 MiB, of 64 pieces of 1 MiB spread
-    evenly over it, so that looking at a corpus of terabytes again takes seconds a thousand files.
+    """xxh3_128 of a file's size and content.
+
+    Of a file over 64 MiB, 64 pieces of 1 MiB spread evenly over it are taken, so that looking at a
+    corpus of terabytes again takes seconds a thousand files.
     """
     size = Path(path).stat().st_size
     digest = xxhash.xxh3_128(str(size).encode())
@@ -80,24 +82,29 @@ def fingerprint(path: str) -> str:
 
 
 def content_identity(paths: list[str]) -> str:
+    """One digest over the files, in their order, whatever their names."""
     digest = hashlib.sha256("\n".join(map(fingerprint, paths)).encode())
     return digest.hexdigest()
 
 
 def is_text(config: DataConfig) -> bool:
+    """Whether `data.files` are text files, which this module reads."""
     return kind(find(config.files or [])) == "text"
 
 
 def read(config: DataConfig, start: int) -> Iterator[Document]:
+    """The documents from number `start` on."""
     for path in _ordered(config)[start:]:
         yield Document(file=path)
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
+    """What the corpus is, for the recipe."""
     return {"source": "text", "content": content_identity(_ordered(config))}
 
 
 def count(config: DataConfig) -> int:
+    """How many documents there are."""
     return len(find(config.files or []))
 
 

@@ -23,7 +23,9 @@ def key(*parts: int) -> int:
 
 def permutation(length: int, *parts: int) -> np.ndarray:
     """int64 [length]: 0 .. length - 1 in an order that depends on `parts` alone."""
-    counter = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key(*parts))
+    counter = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(
+        key(*parts)
+    )
     # The finaliser is a bijection and the counters differ, so there are no ties to break.
     return np.argsort(_mix(counter))
 

@@ -53,7 +53,9 @@ class Order:
         shuffle: Literal["shuffle", "sequential"] = "shuffle",
     ) -> None:
         if sum(sizes) < 1:
-            raise ConfigError("cache.dir: there is no sequence to train on: generate the cache first")
+            raise ConfigError(
+                "cache.dir: there is no sequence to train on: generate the cache first"
+            )
         if shuffle == "shuffle" and global_batch % groups:
             fits = [d for d in range(1, groups + 1) if global_batch % d == 0]
             raise ConfigError(
@@ -114,8 +116,11 @@ class Order:
         return self._first[blocks[at]] + line - block_starts[at]
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, ...]:
-        """One epoch's permuted blocks and where each begins in the line; each group's first
-        position, number of positions, and where its slice of the line begins."""
+        """How an epoch is laid out.
+
+        The permuted blocks and where each begins in the line; each group's first position, number
+        of positions, and where its slice of the line begins.
+        """
         blocks = permutation(len(self._first), self.seed, _BLOCKS, epoch)
         lengths = self._length[blocks]
         start = epoch * self.num_sequences

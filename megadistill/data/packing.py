@@ -1,5 +1,6 @@
-"""From a stream of tokens with document starts to sequences of equal length, and what follows from
-a sequence's document starts: positions and labels. Pure functions on numpy arrays.
+"""From a stream of tokens to sequences of equal length, and their positions and labels.
+
+Pure functions on numpy arrays.
 
     stream     d0 d0 d0 d0 d0 | d1 d1 d1 | d2 d2 d2 d2 d2 d2 | ...      every document ends with eos
     sequences  [d0 d0 d0 d0] [d0 d1 d1 d1] [d2 d2 d2 d2] [d2 d2 ...     cut at every T-th token
@@ -22,9 +23,13 @@ IGNORED = -100  # the label of a position without a target, as in transformers a
 
 @dataclass(frozen=True)
 class Sequence:
-    """`tokens` uint32 [T]; `documents` uint32 [D], rising, beginning with 0: where in `tokens` a
-    document (or the rest of one) begins; `loss_mask` uint8 [T] (1: learn to predict this token) or
-    None: all of them."""
+    """One row of a training batch.
+
+    tokens     uint32 [T]
+    documents  uint32 [D], rising, beginning with 0: where in `tokens` a document, or the rest of
+               one, begins
+    loss_mask  uint8 [T], 1: learn to predict this token; None: learn all of them
+    """
 
     tokens: np.ndarray
     documents: np.ndarray

@@ -2,8 +2,9 @@
 
 A tokenizer holds some 100 bytes for each token it makes, so a text of a gigabyte in one go would
 need tens of gigabytes. A piece is at most `PIECE` characters. Pieces end where a word of common
-pre-tokenizers ends anyway (after a line break, or else before a space, that stands alone), so byte-level tokenizers make the same tokens of the pieces as of the whole
-text; one that marks the beginning of a text adds its mark to every piece.
+pre-tokenizers ends anyway (after a line break, or else before a space, that stands alone), so
+byte-level tokenizers make the same tokens of the pieces as of the whole text; one that marks the
+beginning of a text adds its mark to every piece.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ _SPACE = re.compile(r"(?<=\S)(?= \S)")
 
 
 def split_text(chunks: Iterable[str], *, piece: int = PIECE) -> Iterator[str]:
-    """The text that `chunks` make together, in pieces. Where the cuts lie depends on the text only,
-    not on the chunks. An empty text gives one empty piece."""
+    """The text that `chunks` make together, in pieces; an empty text gives one empty piece.
+
+    Where the cuts lie depends on the text only, not on the chunks.
+    """
     rest = ""
     for chunk in chunks:
         rest = rest + chunk if rest else chunk

@@ -1,4 +1,4 @@
-"""Progress over a corpus: a bar where somebody watches, a line in the log now and then elsewhere."""
+"""Progress over a corpus: a bar where somebody watches, else a line in the log now and then."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Progress:
         self._tokens += tokens
         now = time.monotonic()
         rate = self._tokens / max(now - self._begun, 1e-9)
-        self._bar.set_postfix_str(f"{self._tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"{self._tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s", refresh=False
+        )
         self._bar.update(documents)
         if self._lines and now - self._said >= LINE_EVERY_S:
             self._said = now

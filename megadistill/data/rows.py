@@ -1,5 +1,4 @@
-"""Corpora made of rows, through `datasets`: a name on the hub (streamed or not), local parquet,
-json lines and arrow files.
+"""Corpora made of rows, through `datasets`: a name on the hub, local parquet, json, arrow files.
 
 Rows are read as Arrow tables and only the columns that are asked for become Python objects: a
 resumed run passes over millions of rows in seconds. Local files are streamed too unless they are
@@ -31,8 +30,10 @@ _SHUFFLE_ALL, _SHUFFLE_WINDOW = 5, 6  # purposes of the permutations
 
 
 def read(config: DataConfig, start: int) -> Iterator[Document]:
-    """The documents from number `start` on. Raises DataError before the first one where there is no
-    such corpus or column."""
+    """The documents from number `start` on.
+
+    Raises DataError before the first one where there is no such corpus or column.
+    """
     import datasets
 
     try:
@@ -54,22 +55,23 @@ def read(config: DataConfig, start: int) -> Iterator[Document]:
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
-    fields = {"fields": _fields(config)}
+    """What the corpus is, for the recipe."""
+    fields: dict[str, Any] = {"fields": _fields(config)}
     if config.shuffle:
         window = WINDOW if config.streaming else None
         fields["shuffle"] = {"seed": config.seed, "window": window}
     if config.files is not None:
         paths = files.find(config.files)
         return {"source": files.kind(paths), "content": files.content_identity(paths), **fields}
-    fields = {"config": config.config, "split": config.split, **fields}
-    if Path(config.name).is_dir():
-        paths = sorted(str(p) for p in Path(config.name).rglob("*") if p.is_file())
+    fields |= {"config": config.config, "split": config.split}
+    if _is_folder(config):
+        paths = sorted(str(p) for p in Path(_name(config)).rglob("*") if p.is_file())
         return {"source": "folder", "content": files.content_identity(paths), **fields}
-    return {"source": config.name, "revision": _revision(config), **fields}
+    return {"source": _name(config), "revision": _revision(config), **fields}
 
 
-def count(config: DataConfig) -> int | None:
-    return None
+def count(config: DataConfig) -> None:
+    """How many documents there are is not known without reading."""
 
 
 def _load(config: DataConfig) -> Any:
@@ -83,10 +85,9 @@ def _load(config: DataConfig) -> Any:
         return datasets.load_dataset(
             files.kind(paths), data_files={"train": paths}, split="train", streaming=streaming
         )
-    local = Path(config.name).is_dir()
     return datasets.load_dataset(
-        config.name, config.config, split=config.split, streaming=streaming,
-        revision=None if local else _revision(config),
+        _name(config), config.config, split=config.split, streaming=streaming,
+        revision=None if _is_folder(config) else _revision(config),
     )  # fmt: skip
 
 
@@ -103,7 +104,9 @@ def _tables_of_all(dataset: Any, config: DataConfig, start: int) -> Iterator[Any
 
 def _tables_by_window(dataset: Any, config: DataConfig, start: int) -> Iterator[Any]:
     """A stream, shuffled within windows."""
-    log.info("%s: documents shuffled in windows of %d, seed %d", _where(config), WINDOW, config.seed)
+    log.info(
+        "%s: documents shuffled in windows of %d, seed %d", _where(config), WINDOW, config.seed
+    )
     window, passed = divmod(start, WINDOW)
     stream = dataset.with_format("arrow").skip(window * WINDOW)
     for table in stream.iter(WINDOW):
@@ -147,8 +150,11 @@ def _document(config: DataConfig, number: int, values: tuple[Any, ...]) -> Docum
 
 
 def _chat(config: DataConfig, number: int, value: Any) -> list[dict[str, Any]]:
-    """The turns of a chat. Turns of mixed shape come as JSON, and a key that only some turns have
-    comes as null in the others."""
+    """The turns of a chat.
+
+    Turns of mixed shape come as JSON, and a key that only some turns have comes as null in the
+    others.
+    """
     value = json.loads(value) if isinstance(value, str) else value or []
     turns = [json.loads(turn) if isinstance(turn, str) else turn for turn in value]
     turns = [{k: v for k, v in turn.items() if v is not None or k == "content"} for turn in turns]
@@ -160,28 +166,42 @@ def _chat(config: DataConfig, number: int, value: Any) -> list[dict[str, Any]]:
     return turns
 
 
+def _name(config: DataConfig) -> str:
+    assert config.name is not None
+    return config.name
+
+
+def _is_folder(config: DataConfig) -> bool:
+    return Path(_name(config)).is_dir()
+
+
 def _where(config: DataConfig) -> str:
     if config.files is not None:
         return config.files[0] if len(config.files) == 1 else f"{config.files[0]} and others"
-    return config.name if config.config is None else f"{config.name} ({config.config})"
+    return _name(config) if config.config is None else f"{config.name} ({config.config})"
 
 
 def _revision(config: DataConfig) -> str:
-    """The commit of the hub dataset: what a branch's name points to changes, so the recipe and the
-    reading are bound to the commit."""
+    """The commit of the hub dataset.
+
+    What a branch's name points to changes, so recipe and reading are bound to the commit.
+    """
     if config.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.revision):
         return config.revision
     import huggingface_hub as hub
 
+    name = _name(config)
     try:
-        return hub.HfApi().dataset_info(config.name, revision=config.revision).sha
-    except Exception as error:  # noqa: BLE001 - offline, refused, unknown: each client has its own
-        folder = hub.constants.REPO_ID_SEPARATOR.join(["datasets", *config.name.split("/")])
+        revision = hub.HfApi().dataset_info(name, revision=config.revision).sha
+        assert revision is not None
+        return revision
+    except Exception as error:  # offline, refused, unknown: each client has errors of its own
+        folder = hub.constants.REPO_ID_SEPARATOR.join(["datasets", *name.split("/")])
         noted = Path(hub.constants.HF_HUB_CACHE, folder, "refs", config.revision or "main")
         if noted.is_file():
             return noted.read_text().strip()  # what was downloaded last
         lines = str(error).splitlines() or [type(error).__name__]
         raise DataError(
-            f"data.name: {config.name} cannot be found on the hub ({lines[0]}): check the name, the "
+            f"data.name: {name} cannot be found on the hub ({lines[0]}): check the name, the "
             "connection and HF_TOKEN, or set data.files to local files"
         ) from error

@@ -30,8 +30,11 @@ def documents(config: DataConfig, start: int = 0) -> Iterator[Document]:
 
 
 def source_identity(config: DataConfig) -> dict[str, Any]:
-    """What the corpus is, for the recipe: by content or revision, not by path. Which documents and
-    in which order, but not how many: raising `data.max_samples` goes on with the same corpus."""
+    """What the corpus is, for the recipe: by content or revision, not by path.
+
+    Which documents and in which order, but not how many: raising `data.max_samples` goes on with
+    the same corpus.
+    """
     return _reader(config).identity(config)
 
 
@@ -47,6 +50,11 @@ def _reader(config: DataConfig) -> Any:
     if config.source == "python-stdlib":
         return stdlib
     if config.files is not None:
+        if config.split != "train":
+            raise DataError(
+                f"data.split: data.files have no splits, found {config.split!r}: leave data.split "
+                "out, and name that split's files"
+            )
         return files if files.is_text(config) else rows
     if config.name is not None:
         return rows

@@ -1,5 +1,6 @@
-"""The corpus `python-stdlib`: the sources of the running interpreter's standard library, without
-its tests. About 670 files and 11 MB of real text that every machine has.
+"""The corpus `python-stdlib`: the running interpreter's standard library, without its tests.
+
+About 670 files and 11 MB of real text that every machine has.
 
 The split `validation` is every sixteenth file by a hash of its path, `train` the others.
 """
@@ -25,6 +26,7 @@ _SHUFFLE = 3  # purpose of the permutation
 
 
 def read(config: DataConfig, start: int) -> Iterator[Document]:
+    """The documents from number `start` on."""
     root, names = _files(config)
     for name in names[start:]:
         with tokenize.open(root / name) as file:  # a few are not UTF-8, and say so
@@ -32,6 +34,7 @@ def read(config: DataConfig, start: int) -> Iterator[Document]:
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
+    """What the corpus is, for the recipe."""
     root, names = _files(config)
     digest = hashlib.sha256()
     for name in names:
@@ -46,13 +49,15 @@ def identity(config: DataConfig) -> dict[str, Any]:
 
 
 def count(config: DataConfig) -> int:
+    """How many documents there are."""
     return len(_files(config)[1])
 
 
 def _files(config: DataConfig) -> tuple[Path, list[str]]:
     if config.split not in ("train", "validation"):
         raise DataError(
-            f"data.split: python-stdlib has no split {config.split!r}: set it to train or validation"
+            f"data.split: python-stdlib has no split {config.split!r}: set it to train or "
+            "validation"
         )
     root = Path(sysconfig.get_path("stdlib"))
     names = []

@@ -20,8 +20,10 @@ from megadistill.data.packing import Sequence, pack
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a block begins in the corpus: in document number `document`, in its piece `piece`, at
-    token `token` of that piece."""
+    """Where in the corpus a block begins.
+
+    In document number `document`, in its piece `piece`, at token `token` of that piece.
+    """
 
     document: int = 0
     piece: int = 0
@@ -121,12 +123,13 @@ class Stream:
             loss_mask=_take(self._masks, count * self.seq_len) if self._masks else None,
             isolate=self.isolate,
         )
-        whole = int(np.isin(np.arange(1, count) * self.seq_len, starts).sum())
+        uncut = int(np.isin(np.arange(1, count) * self.seq_len, starts).sum())
         ahead = self._pieces[0] if self._pieces else None
-        whole += ahead is None or (ahead.begin == stop and ahead.unit.first)
-        statistics["cut_documents"] = count - whole
-        if self._masks:
-            statistics["learned_tokens"] = sum(int(s.loss_mask.sum()) for s in sequences)
+        uncut += ahead is None or (ahead.begin == stop and ahead.unit.first)
+        statistics["cut_documents"] = count - uncut
+        masks = [s.loss_mask for s in sequences if s.loss_mask is not None]
+        if masks:
+            statistics["learned_tokens"] = int(np.sum(masks))
         cursor = Cursor(self._next_document)
         if ahead is not None:
             cursor = Cursor(ahead.unit.document, ahead.unit.piece, stop - ahead.begin)
@@ -157,8 +160,10 @@ class Stream:
 
 
 def _take(arrays: list[np.ndarray], count: int) -> np.ndarray:
-    """The first `count` elements; `arrays` keeps the others. Copies them, so that a small rest does
-    not keep a large array alive."""
+    """The first `count` elements; `arrays` keeps the others.
+
+    Those are copied, so that a small rest does not keep a large array alive.
+    """
     whole = np.concatenate(arrays)
     arrays[:] = [whole[count:].copy()]
     return whole[:count]

@@ -7,6 +7,7 @@ import json
 import pickle
 from typing import Any
 
+from megadistill.blocks.mds import hide_broken_torchvision
 from megadistill.config import Config
 from megadistill.data.encode import EncoderSpec
 from megadistill.errors import ConfigError
@@ -23,6 +24,7 @@ def load_tokenizer(config: Config) -> Any:
     ConfigError: there is none, it is a slow one, it has no end token, or a chat is asked for and it
     has no chat template.
     """
+    hide_broken_torchvision()
     from transformers import AutoTokenizer
 
     own = config.data.tokenizer is not None
@@ -34,7 +36,7 @@ def load_tokenizer(config: Config) -> Any:
             revision=None if own else config.teacher.revision,
             trust_remote_code=config.teacher.trust_remote_code,
         )
-    except Exception as error:  # noqa: BLE001 - whatever a tokenizer's own code may raise
+    except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{key}: {name}: no tokenizer can be loaded: {lines[0]}") from error
     if not tokenizer.is_fast:
@@ -50,8 +52,8 @@ def load_tokenizer(config: Config) -> Any:
         )
     if config.data.messages_field is not None and not tokenizer.chat_template:
         raise ConfigError(
-            f"{key}: {name}: data.messages_field is set and the tokenizer has no chat template: set "
-            "data.tokenizer to the folder of one that has (a chat_template.jinja)"
+            f"{key}: {name}: data.messages_field is set and the tokenizer has no chat template: "
+            "set data.tokenizer to the folder of one that has (a chat_template.jinja)"
         )
     return tokenizer
 
@@ -87,8 +89,10 @@ def tokenizer_identity(tokenizer: Any, *, chat: bool) -> dict[str, Any]:
 
 
 def _settled(value: Any) -> Any:
-    """Versions of the tokenizers library write the same tokenizer differently: settings at null or
-    false may be left out, and a merge is a pair or two words with a space between."""
+    """`value` without what versions of the tokenizers library write differently.
+
+    Settings at null or false may be left out; a merge is a pair, or two words with a space between.
+    """
     if isinstance(value, dict):
         kept = {k: _settled(v) for k, v in value.items() if v is not None and v is not False}
         merges = kept.get("merges")

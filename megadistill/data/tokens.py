@@ -58,7 +58,9 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
         number, cursor = _continue(store, data)
         run = _Run(data, number, cursor, progress)
         if number is not None:
-            workers = stack.enter_context(Workers(encoder_spec(tokenizer, chat=chat), count=_cores(data)))
+            workers = stack.enter_context(
+                Workers(encoder_spec(tokenizer, chat=chat), count=_cores(data))
+            )
             ahead = set() if store is None else {b for b in store.committed() if b > number}
             for block in run.blocks(workers):
                 if store is None:  # not before there is something to write
@@ -202,11 +204,12 @@ def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, C
     if data.max_samples is not None and held > data.max_samples:
         raise RecipeError(
             f"{data.dir}: holds the tokens of {held} documents, data.max_samples is "
-            f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another folder"
+            f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another "
+            "folder"
         )
     if _covers(store, data):
         return None, Cursor()
-    number = next(n for n in range(len(blocks) + 1) if n not in set(blocks))
+    number = next((n for n, b in enumerate(blocks) if n != b), len(blocks))
     if number == len(blocks) and "end" in last:
         number -= 1  # made for fewer documents: it may be a short one, and says that it is the last
     if store.num_sequences is not None:
@@ -236,16 +239,16 @@ def _too_short(data: DataConfig, run: _Run) -> str:
     if run.stream.held == 0:
         return f"{where}: the corpus is empty: {run.read} documents without text were read"
     return (
-        f"{where}: {run.read} documents with {run.stream.held} tokens are less than one sequence of "
-        f"data.seq_len {data.seq_len}: set data.seq_len lower, or read more text"
+        f"{where}: {run.read} documents with {run.stream.held} tokens are less than one sequence "
+        f"of data.seq_len {data.seq_len}: set data.seq_len lower, or read more text"
     )
 
 
 def _report(store: BlockStore) -> None:
     s = statistics(store)
     log.info(
-        "%s: %d documents (%d characters) in %d sequences, %d tokens; dropped %d empty documents and "
-        "%d tokens at the end; %d documents cut at a sequence's end",
+        "%s: %d documents (%d characters) in %d sequences, %d tokens; dropped %d empty documents "
+        "and %d tokens at the end; %d documents cut at a sequence's end",
         store.path, s["documents"], s["characters"], s["sequences"], s["tokens"],
         s["empty_documents"], s["dropped_tokens"], s["cut_documents"],
     )  # fmt: skip

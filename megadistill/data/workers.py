@@ -30,16 +30,22 @@ class Workers:
     def __init__(self, spec: EncoderSpec, *, count: int) -> None:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all = [_Worker() for _ in range(count)]
-        for worker in self._all:
-            worker.send(spec)
-        for worker in self._all:  # all start beside each other; each says when it is ready
-            worker.receive()
-            self._idle.put(worker)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenise")
+        try:
+            for worker in self._all:
+                worker.send(spec)
+            for worker in self._all:  # all start beside each other; each says when it is ready
+                worker.receive()
+                self._idle.put(worker)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def encode(self, batches: Iterable[list[Unit]]) -> Iterator[tuple[list[Unit], Any]]:
-        """Each batch with what Encoder.encode gives for it, in order. At most two batches a process
-        are under way: what bounds the memory."""
+        """Each batch with what Encoder.encode gives for it, in order.
+
+        At most two batches a process are under way: what bounds the memory.
+        """
         under_way: deque[tuple[list[Unit], Future]] = deque()
         for batch in batches:
             if len(under_way) >= 2 * len(self._all):
@@ -70,7 +76,7 @@ class Workers:
 
 class _Worker:
     def __init__(self) -> None:
-        self.process = subprocess.Popen(  # noqa: S603
+        self.process = subprocess.Popen(
             [sys.executable, "-c", "from megadistill.data.workers import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -82,17 +88,19 @@ class _Worker:
                 "OMP_NUM_THREADS": "1",
             },
         )
+        self._requests: Any = self.process.stdin
+        self._answers: Any = self.process.stdout
 
     def send(self, value: Any) -> None:
         try:
-            pickle.dump(value, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self.process.stdin.flush()
+            pickle.dump(value, self._requests, protocol=pickle.HIGHEST_PROTOCOL)
+            self._requests.flush()
         except OSError as error:
             raise self._died() from error
 
     def receive(self) -> Any:
         try:
-            value = pickle.load(self.process.stdout)  # noqa: S301
+            value = pickle.load(self._answers)  # noqa: S301
         except (EOFError, pickle.UnpicklingError) as error:
             raise self._died() from error
         if isinstance(value, Exception):
@@ -111,7 +119,7 @@ class _Worker:
         # nothing that could be lost.
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self._requests, self._answers):
             with suppress(OSError):  # closing flushes what the process will not read any more
                 pipe.close()
 
@@ -126,8 +134,8 @@ def serve() -> None:
     while True:
         try:
             request = pickle.load(requests)  # noqa: S301
-        except (EOFError, pickle.UnpicklingError):  # the parent is gone, or was killed in mid-sentence
-            return
+        except (EOFError, pickle.UnpicklingError):
+            return  # the parent is gone, or was killed in mid-sentence
         answer: Any = None
         try:
             if encoder is None:

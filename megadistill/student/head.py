@@ -289,7 +289,8 @@ class DistillationHead(nn.Module):
     ) -> None:
         super().__init__()
         weight, bias = linear.weight, getattr(linear, "bias", None)
-        assert isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
         self.weight: nn.Parameter = weight
         self.bias: nn.Parameter | None = bias
         self.logit_scale, self.softcap = logit_scale, softcap

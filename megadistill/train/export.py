@@ -6,6 +6,7 @@ ever holds the whole model. The folder is written under another name and renamed
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from megadistill.config import Config
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
+
+log = logging.getLogger(__name__)
 
 CARD = """---
 library_name: transformers
@@ -85,19 +88,21 @@ def student_tokenizer(config: Config) -> Any:
 
     A tokenizer that cannot be loaded is no reason not to train: ids are what the student sees.
     """
+    assert config.student is not None
+    return _tokenizer(config.student.model, config.student.revision) or _tokenizer(
+        config.data.tokenizer or config.teacher.model,
+        None if config.data.tokenizer else config.teacher.revision,
+    )
+
+
+def _tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    assert config.student is not None
-    places = [
-        (config.student.model, config.student.revision),
-        (config.data.tokenizer or config.teacher.model, config.teacher.revision),
-    ]
-    for name, revision in places:
-        try:
-            return AutoTokenizer.from_pretrained(name, revision=revision)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # noqa: BLE001 - transformers 4 raises whatever comes up
+        log.debug("%s: no tokenizer: %s", name, error)
+        return None
 
 
 def model_card(
@@ -130,18 +135,13 @@ def check_tokenizer(config: Config, content: str, *, store: str) -> None:
 
     content: the digest in the store's recipe. A student's folder without a tokenizer passes.
     """
-    from transformers import AutoTokenizer
-
     from megadistill.data.tokenizer import tokenizer_identity
 
     assert config.student is not None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.student.model, revision=config.student.revision
-        )
-        own = tokenizer_identity(tokenizer, chat=False)["content"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    tokenizer = _tokenizer(config.student.model, config.student.revision)
+    if tokenizer is None or not tokenizer.is_fast:
         return
+    own = tokenizer_identity(tokenizer, chat=False)["content"]
     if own != content:
         raise ConfigError(
             f"student.model: {config.student.model} has the tokenizer {own[:16]}, {store} was made "

@@ -63,7 +63,7 @@ def test_a_model_that_is_not_a_causal_language_model_is_refused():
 def test_too_few_ids_or_too_little_context_is_refused():
     settings = AutoConfig.for_model("llama", vocab_size=96, max_position_embeddings=32)
     check_fits(settings, vocab_size=90, seq_len=32)
-    with pytest.raises(ConfigError, match="has 96 token ids, .* 97"):
+    with pytest.raises(ConfigError, match=r"has 96 token ids, .* 97"):
         check_fits(settings, vocab_size=97, seq_len=32)
     with pytest.raises(ConfigError, match=r"data\.seq_len: 33 exceeds .* 32 positions"):
         check_fits(settings, vocab_size=96, seq_len=33)

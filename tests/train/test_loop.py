@@ -75,7 +75,7 @@ def plain_steps(config):
         labels_N = np.concatenate([labels(s["tokens"], s["documents"]) for s in samples])
         hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)
         targets = concatenate([s["targets"] for s in samples]).torch()
-        loss, kd_sum, ce_sum = dense_terms(
+        loss, _kd_sum, _ce_sum = dense_terms(
             hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
             kd_weight=config.loss.kd_weight, ce_weight=config.loss.ce_weight,
         )  # fmt: skip
@@ -115,7 +115,8 @@ def test_a_line_of_metrics_holds_what_the_contract_names(undisturbed):
 def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(undisturbed):
     config = elsewhere(undisturbed, "stopped", save_every=None)
     done = run_ranks(2, STOPPED, config=config, lines=1)
-    assert done[0] == done[1] and 1 <= done[0] < 4
+    assert done[0] == done[1]
+    assert 1 <= done[0] < 4
     assert run_ranks(2, RUN, config=config) == [4, 4]
     assert series(config) == series(undisturbed)
     for name, value in weights(config).items():
@@ -154,7 +155,8 @@ def test_a_number_that_is_not_finite_stops_all_ranks_and_names_the_sequences(und
     results = run_ranks(2, MESSAGE, config=config)
     assert results[0] == results[1]
     kind, text = results[0]
-    assert kind == "TrainError" and "is not finite; among sequences" in text
+    assert kind == "TrainError"
+    assert "is not finite; among sequences" in text
     assert sum(part.strip(",").isdigit() for part in text.split(":")[1].split()) == 8
 
 

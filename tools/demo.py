@@ -68,7 +68,7 @@ def build(stages: Stages, seeds: int) -> None:
     stages.deepspeed("cache", "launch/generate.py")
     stages.deepspeed(
         "held-out cache", "launch/generate.py",
-        "data.split=validation", "data.max_samples=null", f"data.dir={RUN}/heldout_tokens",
+        "data.split=validation", "data.max_samples=15", f"data.dir={RUN}/heldout_tokens",
         f"cache.dir={RUN}/heldout", "targets.method=topk",
     )  # fmt: skip
     stages.python("inspect", "tools/inspect_cache.py", cache=True)
@@ -188,7 +188,7 @@ def report(stages: Stages, seeds: int) -> None:
         for name in ("labels", "cache")
     ]
     gains = [
-        labels["eval_loss"] - cached["eval_loss"]
+        labels["loss"] - cached["loss"]
         for labels, cached in zip(students[::2], students[1::2], strict=True)
     ]
     summary = {
@@ -207,8 +207,8 @@ def report(stages: Stages, seeds: int) -> None:
     log.info(row, "student trained on", "seed", "held-out loss", "KL to teacher", "top-1")
     names = {"labels": "hard labels", "cache": "the teacher's cache"}
     for s in students:
-        log.info(row, names[s["student"]], s["seed"], f"{s['eval_loss']:.4f}",
-                 f"{s['eval_kl']:.4f}", f"{s['eval_top1']:.1%}")  # fmt: skip
+        log.info(row, names[s["student"]], s["seed"], f"{s['loss']:.4f}",
+                 f"{s['kl']:.4f}", f"{s['top1_agreement']:.1%}")  # fmt: skip
     log.info(
         "\nthe cache: %d positions, %.1f entries and %.1f bytes a position",
         cache["num_positions"], cache["entries_per_position"], cache["bytes_per_position"],
@@ -222,8 +222,7 @@ def report(stages: Stages, seeds: int) -> None:
 
 def held_out(folder: Path) -> list[dict]:
     """The held-out evaluations of a training run, in order of steps."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [line for line in lines if "eval_loss" in line]
+    return [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
 
 
 def plot(seeds: int) -> None:
@@ -239,7 +238,7 @@ def plot(seeds: int) -> None:
         for seed in range(seeds):
             points = held_out(student_folder(name, seed))
             axes.plot(
-                [p["step"] for p in points], [p["eval_loss"] for p in points], marker="o",
+                [p["step"] for p in points], [p["loss"] for p in points], marker="o",
                 markersize=3, color=colour, label=label if seed == 0 else None,
             )  # fmt: skip
     axes.set(

@@ -9,6 +9,9 @@ the folder, keeps the accelerators from waiting for it. Started again, it goes o
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.commands import parse, run
 from megadistill.config import load_config, to_yaml

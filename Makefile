@@ -38,8 +38,7 @@ test-long: .venv/.installed ## the tests that take long; AREA=blocks picks tests
 test-transformers-4: .venv-transformers-4/.installed ## what meets transformers, on 4.57, as plain `pip install .` resolves it
 	@python=.venv-transformers-4/bin/python
 	$$python -c 'import transformers; v = transformers.__version__; assert v.startswith("4."), v'
-	$(WITH_VENV_4) $$python -m pytest -m "not long" $(ARGS) \
-	    tests/blocks tests/data tests/teacher tests/student
+	$(WITH_VENV_4) $$python -m pytest -m "not long and not launcher" $(ARGS) tests
 
 .PHONY: lint
 lint: .venv/.installed ## formatting, lint rules, types, and the direction of imports

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from megadistill import workarounds
+
 __version__ = "0.1.0"
+
+workarounds.install()
 
 # Loaded on first use, so that `import megadistill` costs neither torch nor streaming.
 _EXPORTS = {

@@ -3,11 +3,12 @@
 Teacher and student call the same function, so that the distributions of the cache and those of the
 student are conditioned on the same context.
 
-A sequence holds several documents. Positions restart at 0 where a document starts, and no attention
-mask is given: transformers (4.53 and later) then derives from the restarts a mask that is causal
-within each document, for eager and sdpa attention, with the layer's own sliding window. A ready-made
-4D mask would be simpler to reason about, but it replaces the windows of models such as Gemma 2. Not
-every architecture takes part, so `check_isolation` asks the model itself, once, after loading.
+A sequence holds several documents. Positions restart at 0 where a document starts, and no
+attention mask is given: transformers (4.53 and later) then derives from the restarts a mask that is
+causal within each document, for eager and sdpa attention, with the layer's own sliding window. A
+ready-made 4D mask would be simpler to reason about, but it replaces the windows of models such as
+Gemma 2. Not every architecture takes part, so `check_isolation` asks the model itself, once, after
+loading.
 
 Shapes: B sequences, T positions.
 """
@@ -52,7 +53,7 @@ def forward_inputs(
     pack: "isolate" keeps documents apart; "concat" lets every position see all before it.
 
     With flash attention the sequences are laid end to end, [1, B*T], because its packed form exists
-    for a batch of one only; so flatten what the model returns to [N, ...] rather than to [B, T, ...].
+    for a batch of one only: bring what the model returns to [N, ...] with a reshape.
     """
     tokens_BT = torch.as_tensor(np.asarray(tokens_BT).astype(np.int64), device=device)
     batch, seq_len = tokens_BT.shape
@@ -81,16 +82,17 @@ def check_isolation(model: nn.Module, *, name: str, device: torch.device | str =
     documents = [np.array([0, 4]), np.array([0])]
     was_training = model.training
     model.eval()
-    outputs = []
+    outputs: list[torch.Tensor] = []
     for first in (1, 0):
         tokens_BT[0, :4] = first
         output = model(**forward_inputs(model, tokens_BT, documents, device=device))
         hidden = output.logits if hasattr(output, "logits") else output.last_hidden_state
         outputs.append(hidden.reshape(16, -1)[4:8].float())
     model.train(was_training)
-    if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3):
+        config: Any = model.config
         raise ConfigError(
-            f"data.pack: isolate, but in {name} ({model.config.model_type}, attention "
-            f"{model.config._attn_implementation}) a document sees the one before it: set "
+            f"data.pack: isolate, but in {name} ({config.model_type}, attention "
+            f"{config._attn_implementation}) a document sees the one before it: set "
             "data.pack=concat, or use another architecture"
         )

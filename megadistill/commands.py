@@ -42,7 +42,11 @@ def parse(
     `--local_rank=N`, which launchers add, is accepted anywhere and left unread: the rank comes from
     the environment. Leaves the program (code 2) over arguments that it does not know.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # so that __doc__ stays as it is
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     if takes_config:
         parser.add_argument(
@@ -75,7 +79,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 
 def start_logging() -> None:
-    """Log lines with time, host and rank on stderr: INFO from rank 0, WARNING from the others."""
+    """Our log lines, with time, host and rank, on stderr: INFO from rank 0, else WARNING."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_rank)
     handler.setFormatter(
@@ -83,12 +87,12 @@ def start_logging() -> None:
             "%(asctime)s %(levelname)s [%(host)s rank %(rank)s] %(message)s", datefmt="%H:%M:%S"
         )
     )
+    # On our own logger, not on the root: other libraries have handlers, and would speak twice.
     package = logging.getLogger("megadistill")
     package.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
-    root = logging.getLogger()
-    for old in [h for h in root.handlers if _add_rank in h.filters]:
-        root.removeHandler(old)
-    root.addHandler(handler)
+    for old in [h for h in package.handlers if _add_rank in h.filters]:
+        package.removeHandler(old)
+    package.addHandler(handler)
 
 
 def _add_rank(record: logging.LogRecord) -> bool:
@@ -104,10 +108,12 @@ def _report(error: MegadistillError) -> None:
     """A line for each mistake. Every rank finds the same mistakes in a configuration: one speaks.
 
     A folder may be missing on one host alone, so that the first rank of each host speaks, naming
-    its host where that is not rank 0's. All other errors may be one rank's own and are all printed.
+    its host where that is not rank 0's. Of an error marked `common`, which every rank was told of,
+    rank 0 speaks alone. All others may be one rank's own and are all printed.
     """
     rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", 0))
-    if isinstance(error, ConfigError) and local_rank != 0:
+    common = getattr(error, "common", False)
+    if (common and rank != 0) or (isinstance(error, ConfigError) and local_rank != 0):
         return
     where = "" if rank == 0 else f"[{socket.gethostname()} rank {rank}] "
     for line in str(error).splitlines() or [type(error).__name__]:

@@ -9,6 +9,7 @@ class MegadistillError(Exception):
     """The root: something the user can mend."""
 
     exit_code = 2
+    common = False  # whether all ranks raise it, so that one of them reports it
 
 
 class ConfigError(MegadistillError):

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,9 +85,16 @@ class Mesh:
         key = f"megadistill/first/{next(_FIRST)}"
         if self.rank == 0:
             try:
-                answer: tuple[Any, Exception | None] = (function(), None)
+                answer: tuple[Any, MegadistillError | None] = (function(), None)
             except MegadistillError as error:
                 answer = (None, error)
+            except BaseException as error:
+                # The others leave quietly: the traceback is rank 0's to print.
+                failed = MegadistillError(f"rank 0 failed: {type(error).__name__}")
+                self.store.set(key, pickle.dumps((None, failed)))  # type: ignore[arg-type]
+                raise
+            if answer[1] is not None:
+                answer[1].common = True
             self.store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]
         else:
             while not self.store.check([key]):
@@ -131,6 +139,8 @@ def start(
     cpu_threads: torch's threads a rank. Set here, since sums, and so a cache's bytes, depend on it.
     """
     torch.set_num_threads(cpu_threads)
+    # DeepSpeed calls collectives by names that torch 2.13 has replaced.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed builds its operators with ninja, which pip puts beside the interpreter; a rank that
     # was started over ssh does not have that folder on its PATH.
     folder = os.path.dirname(sys.executable)
@@ -151,12 +161,19 @@ def start(
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout_s),
-            auto_mpi_discovery=False,
-            verbose=False,
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                timeout=timedelta(seconds=timeout_s),
+                auto_mpi_discovery=False,
+                verbose=False,
+            )
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise MegadistillError(
+                f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}): another run on "
+                "that host may have the port: give the launcher --master_port"
+            ) from error
     if not cuda:
         # DeepSpeed's shared-memory all-reduce ignores the process group it is given and sums over
         # the world: with tp < world the teacher's logits come out wrong, silently.
@@ -204,7 +221,7 @@ def _watch_launcher(interval_s: float = 1.0) -> None:
             time.sleep(interval_s)
         log.error("rank %s: the launcher is gone, leaving", os.environ.get("RANK"))
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10 * interval_s)
+        time.sleep(20 * interval_s)  # training saves first
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -17,7 +17,5 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
-from megadistill.blocks.mds import hide_broken_torchvision  # noqa: E402
-
-# Many tests import transformers first, at their top, before the package could do this.
-hide_broken_torchvision()
+# Many tests import transformers at their top: megadistill must have come before it.
+import megadistill  # noqa: E402, F401

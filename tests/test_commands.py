@@ -95,10 +95,10 @@ def test_rank_0_logs_progress_with_host_and_rank_and_the_others_do_not():
 
 @pytest.fixture
 def logging_as_before():
-    root, package = logging.getLogger(), logging.getLogger("megadistill")
-    handlers, level = list(root.handlers), package.level
+    package = logging.getLogger("megadistill")
+    handlers, level = list(package.handlers), package.level
     yield
-    root.handlers[:] = handlers
+    package.handlers[:] = handlers
     package.setLevel(level)
 
 
@@ -113,6 +113,21 @@ def test_an_error_that_may_be_one_ranks_own_is_printed_by_that_rank(
 
     assert run(fail, []) == 2
     assert capsys.readouterr().err.endswith(" rank 3] x: no space left\n")
+
+
+def test_an_error_that_every_rank_was_told_of_is_printed_by_rank_0(
+    capsys, monkeypatch, logging_as_before
+):
+    error = StoreError("x: no space left")
+    error.common = True
+
+    def fail(argv):
+        raise error
+
+    for rank, said in (("0", "error: x: no space left\n"), ("3", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run(fail, []) == 2
+        assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

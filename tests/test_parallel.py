@@ -1,5 +1,10 @@
 """Ranks: the mesh, and what every other multi-rank test relies on."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -39,3 +44,19 @@ def test_a_failing_rank_fails_the_call():
 def test_tp_that_does_not_divide_the_ranks_is_refused():
     with pytest.raises(ConfigError, match=r"teacher\.tp: 2 does not divide the 3 ranks"):
         parallel.check_layout(tp=2, world=3)
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            [sys.executable, "-c", "from megadistill import parallel; parallel.start()"],
+            env={
+                **os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]),
+            },
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert "MegadistillError: the ranks cannot meet at 127.0.0.1" in done.stderr
+    assert "--master_port" in done.stderr

@@ -13,6 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megadistill.commands import parse, run
 from megadistill.config.reference import reference, updated
 from megadistill.errors import ConfigError

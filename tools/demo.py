@@ -148,7 +148,12 @@ def make_models() -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     corpus = load_config("demo.yaml", ["data.max_samples=null"]).data
-    tokenizer.train_from_iterator((d.text for d in documents(corpus)), trainer)
+    pieces = (
+        unit.text or ""
+        for number, document in enumerate(documents(corpus))
+        for unit in document.units(number)
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     )
@@ -168,6 +173,84 @@ def use_teacher() -> None:
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(RUN / "teacher_run" / "model", target)
+
+
+def report(stages: Stages, seeds: int) -> None:
+    """The comparison: a table on the terminal, report.json and report.png in the run's folder."""
+    inspected = subprocess.run(
+        [sys.executable, "tools/inspect_cache.py", str(RUN / "cache"), "--json"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    cache = json.loads(inspected.stdout)
+    students = [
+        {"student": name, "seed": seed, **held_out(student_folder(name, seed))[-1]}
+        for seed in range(seeds)
+        for name in ("labels", "cache")
+    ]
+    gains = [
+        labels["eval_loss"] - cached["eval_loss"]
+        for labels, cached in zip(students[::2], students[1::2], strict=True)
+    ]
+    summary = {
+        "students": students,
+        "gain_in_held_out_loss": gains,
+        "cache": {
+            key: cache[key]
+            for key in ("num_positions", "entries_per_position", "bytes_per_position", "entropy")
+        },
+        "seconds": {name: stage["seconds"] for name, stage in stages.done.items()},
+    }
+    (RUN / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(seeds)
+    row = "%-22s %5s %14s %14s %10s"
+    log.info("\nheld-out text (nobody trained on it), equal steps, equal start:\n")
+    log.info(row, "student trained on", "seed", "held-out loss", "KL to teacher", "top-1")
+    names = {"labels": "hard labels", "cache": "the teacher's cache"}
+    for s in students:
+        log.info(row, names[s["student"]], s["seed"], f"{s['eval_loss']:.4f}",
+                 f"{s['eval_kl']:.4f}", f"{s['eval_top1']:.1%}")  # fmt: skip
+    log.info(
+        "\nthe cache: %d positions, %.1f entries and %.1f bytes a position",
+        cache["num_positions"], cache["entries_per_position"], cache["bytes_per_position"],
+    )  # fmt: skip
+    log.info("distilling lowered the held-out loss by %s", ", ".join(f"{g:.3f}" for g in gains))
+    log.info("\nstage                        seconds")
+    for name, seconds in summary["seconds"].items():
+        log.info("%-28s %7.0f", name, seconds)
+    log.info("\n%s/report.json, %s/report.png", RUN, RUN)
+
+
+def held_out(folder: Path) -> list[dict]:
+    """The held-out evaluations of a training run, in order of steps."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [line for line in lines if "eval_loss" in line]
+
+
+def plot(seeds: int) -> None:
+    """The held-out loss of both students over the steps, all seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    styles = {"labels": ("hard labels", "tab:grey"), "cache": ("teacher's cache", "tab:blue")}
+    for name, (label, colour) in styles.items():
+        for seed in range(seeds):
+            points = held_out(student_folder(name, seed))
+            axes.plot(
+                [p["step"] for p in points], [p["eval_loss"] for p in points], marker="o",
+                markersize=3, color=colour, label=label if seed == 0 else None,
+            )  # fmt: skip
+    axes.set(
+        xlabel="training step", ylabel="held-out loss (nats a token)",
+        title="Two equal students, equal steps",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(RUN / "report.png", dpi=150)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def encode_record(
     columns: list[Column], sample: dict[str, Any], *, sequence: int
 ) -> tuple[bytes, int]:
     """(one sample's record, its `sum`). A `sum` in the sample is not looked at."""
-    head, body, before_sum = [], [], 0
+    head: list[int] = []
+    body: list[bytes] = []
+    before_sum = 0
     for column in columns:
         if column.name == "sum":
             before_sum = sum(map(len, body))

@@ -40,8 +40,8 @@ _HEAD = struct.Struct("<8sIIQ")
 _MAGIC, _VERSION = b"MDBLOCKS", 1
 
 
-def record_of(marker: dict[str, Any]) -> np.void:
-    """A marker's fixed-size record."""
+def record_of(marker: dict[str, Any]) -> Any:
+    """A marker's fixed-size record, a scalar of dtype RECORD."""
     record = np.zeros((), RECORD)
     record["block"], record["sequences"] = marker["block"], marker["sequences"]
     record["shard_size"] = marker["shard"]["size"]
@@ -79,6 +79,14 @@ def read_blocks_bin(path: Path) -> np.ndarray:
     if (np.diff(records["block"].astype(np.int64)) <= 0).any():
         raise CorruptBlockError(str(path), "records in block order", "another order")
     return records
+
+
+def known_blocks(path: Path) -> np.ndarray:
+    """The records of blocks.bin; none where it is absent or damaged: the markers have it all."""
+    try:
+        return read_blocks_bin(path)
+    except CorruptBlockError:
+        return np.zeros(0, RECORD)
 
 
 def encode_index(markers: list[dict[str, Any]], columns: list[Column]) -> bytes:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from megadistill.blocks.columns import Column, parse_columns
 from megadistill.blocks.files import Files, open_regular, read_file
@@ -106,6 +110,28 @@ def prepare_folder(layout: Layout, kind: str, files: Files) -> str | None:
     return found
 
 
+def new_header(
+    header: dict[str, Any],
+    *,
+    kind: str,
+    columns: dict[str, str],
+    block_size: int,
+    ids_bin: bytes | None,
+) -> dict[str, Any]:
+    """The whole header of a new store, as it will be read: tuples are lists, and so on."""
+    full = {
+        **header,
+        "format_version": FORMAT_VERSION,
+        "features": [],
+        "kind": kind,
+        "block_size": block_size,
+        "columns": columns | {"sum": "uint64"},
+    }
+    if ids_bin is not None:
+        full["ids_bin"] = {"size": len(ids_bin), "xxh3": xxhash.xxh3_64_hexdigest(ids_bin)}
+    return json.loads(json.dumps(full))
+
+
 def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]]:
     """(the header, its columns), checked. StoreError, CorruptBlockError."""
     file = layout.header(kind)
@@ -185,8 +211,6 @@ def same_bytes(path: Path, data: bytes) -> bool:
         handle, size = open_regular(path)
     except FileNotFoundError:
         return False
-    import os
-
     os.close(handle)
     return size == len(data) and read_file(path, limit=size) == data
 

@@ -67,8 +67,7 @@ class StoreLock:
 
     def held(self) -> bool:
         """Whether the lock is still ours: False after another run took us for dead."""
-        holder = _read(self.path)
-        return bool(holder) and holder.get("nonce") == self._nonce
+        return (_read(self.path) or {}).get("nonce") == self._nonce
 
     def _acquire(self, ours: Path) -> None:
         for _ in range(100):

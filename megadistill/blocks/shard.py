@@ -14,6 +14,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,34 @@ class Shard:
                 str(self.path), f"offsets that rise from {start} to {size}", "others"
             )
         return offsets.tolist()
+
+
+class OpenShards:
+    """The shards last read from, kept mapped. Safe to use from several threads."""
+
+    def __init__(self, *, most: int = 64) -> None:
+        # Bounded by file descriptors, not by memory.
+        self._most = most
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, block: int, opened: Callable[[int], Shard]) -> Shard:
+        """The shard of a block; `opened` maps one that is not there."""
+        with self._lock:
+            if block in self._shards:
+                self._shards.move_to_end(block)
+                return self._shards[block]
+        shard = opened(block)
+        with self._lock:
+            self._shards[block] = shard
+            if len(self._shards) > self._most:
+                self._shards.popitem(last=False)  # unmapped when its last reader lets go
+        return shard
+
+    def drop(self, block: int) -> None:
+        """Forget a block whose shard was replaced."""
+        with self._lock:
+            self._shards.pop(block, None)
 
 
 def write_shard(

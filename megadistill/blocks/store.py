@@ -12,33 +12,38 @@ a store's bytes: those go to the folder `<store>.run` beside it.
 
 from __future__ import annotations
 
-import threading
-import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from megadistill.blocks.derived import (
     RECORD,
     combined_hash,
     encode_blocks_bin,
     encode_index,
+    known_blocks,
     read_blocks_bin,
     record_of,
 )
-from megadistill.blocks.files import LOCAL, Files, read_file
+from megadistill.blocks.files import LOCAL, Files
+from megadistill.blocks.install import (
+    install_block,
+    is_installed,
+    marker_of,
+    put,
+    retract_block,
+    temporary_folder,
+)
 from megadistill.blocks.layout import (
-    FORMAT_VERSION,
     KINDS,
     MARKER_NAME,
     MAX_BLOCKS,
     SHARD_NAME,
     Layout,
     kind_of,
+    new_header,
     prepare_folder,
     read_header,
     read_marker,
@@ -48,12 +53,11 @@ from megadistill.blocks.layout import (
 )
 from megadistill.blocks.lock import StoreLock
 from megadistill.blocks.recipe import require_same_recipe
-from megadistill.blocks.records import encode_json, hex64, put_file
-from megadistill.blocks.shard import Shard, write_shard
+from megadistill.blocks.records import encode_json, put_file
+from megadistill.blocks.shard import OpenShards, Shard, write_shard
 from megadistill.errors import CorruptBlockError, StoreError
 
 Sample = dict[str, Any]
-_OPEN_SHARDS = 64  # mapped at once: bounded by file descriptors, not by memory
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
 
 
@@ -71,10 +75,9 @@ class BlockStore:
         self.kind = kind
         self._files = files
         self.header, self._columns = read_header(self.layout, kind)
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards = OpenShards()
         self._total = read_plan(self.layout, self.block_size)
-        self._records = read_blocks_bin_or_none(self.layout)
+        self._records = known_blocks(self.layout.blocks_bin)
 
     @classmethod
     def create(
@@ -95,19 +98,12 @@ class BlockStore:
         Raises RecipeError for another recipe, StoreError for a folder that holds something else.
         """
         layout = Layout(Path(path))
-        full = {
-            **header,
-            "format_version": FORMAT_VERSION,
-            "features": [],
-            "kind": kind,
-            "block_size": block_size,
-            "columns": columns | {"sum": "uint64"},
-        }
-        if ids_bin is not None:
-            full["ids_bin"] = {"size": len(ids_bin), "xxh3": xxhash.xxh3_64_hexdigest(ids_bin)}
+        full = new_header(
+            header, kind=kind, columns=columns, block_size=block_size, ids_bin=ids_bin
+        )
         shape = ("recipe", "block_size", "columns", "ids_bin")
         if prepare_folder(layout, kind, files) is None:
-            temporary = _temporary(layout, files)
+            temporary = temporary_folder(files, layout)
             if ids_bin is not None:
                 put_file(files, layout.ids_bin, ids_bin, temporary=temporary / "ids")
             put_file(files, layout.header(kind), encode_json(full), temporary=temporary / "header")
@@ -115,7 +111,7 @@ class BlockStore:
         store = cls(path, kind=kind, files=files)
         require_same_recipe(
             {key: store.header[key] for key in shape if key in store.header},
-            {key: _as_json(full[key]) for key in shape if key in full},
+            {key: full[key] for key in shape if key in full},
             file=str(layout.header(kind)),
             other="this run's is",
             way_out="restore the setting, or choose another folder",
@@ -182,7 +178,7 @@ class BlockStore:
             )
         if num_sequences == self._total:
             return
-        present = self._present()
+        present = self.present()
         if (self._total or 0) > num_sequences or (present and present[-1] >= blocks):
             held = max(self._total or 0, len(present) and present[-1] * self.block_size + 1)
             raise StoreError(
@@ -194,14 +190,15 @@ class BlockStore:
                 self.block_size if block < blocks - 1 else num_sequences - block * self.block_size
             )
             if int(self._record(block)["sequences"]) != short:
-                self._retract(block)
+                retract_block(self._files, self.layout, block)
+                self._forget()
         plan = {"num_sequences": num_sequences, "num_blocks": blocks}
-        self._put(self.layout.plan, encode_json(plan))
+        put(self._files, self.layout, self.layout.plan, encode_json(plan))
         self._total = num_sequences
 
     def committed(self) -> list[int]:
         """The blocks whose marker is in place, ascending. Looks at the directory each time."""
-        blocks = self._present()
+        blocks = self.present()
         if self._total is None:
             return blocks
         last = self.num_blocks - 1  # type: ignore[operator]
@@ -211,6 +208,11 @@ class BlockStore:
             if int(self._record(last)["sequences"]) != expected:
                 blocks.pop()
         return blocks
+
+    def present(self) -> list[int]:
+        """The blocks that have a marker, planned or not, ascending."""
+        names = (p.name for p in self.layout.blocks.iterdir())
+        return sorted(int(name[:6]) for name in names if MARKER_NAME.fullmatch(name))
 
     def missing(self) -> list[int]:
         """The planned blocks that are not committed, ascending. StoreError without a plan."""
@@ -225,11 +227,11 @@ class BlockStore:
         Reads all markers and asks for the size of all shards; reads no shard. CorruptBlockError
         for a damaged marker.
         """
-        if self._total is None or self.missing() or len(self._present()) != self.num_blocks:
+        if self._total is None or self.missing() or len(self.present()) != self.num_blocks:
             return False
         markers = self._markers()
         return (
-            all(self._shard_is_there(m) for m in markers)
+            all(self.shard_is_there(m) for m in markers)
             and same_bytes(self.layout.blocks_bin, encode_blocks_bin(markers))
             and same_bytes(self.layout.index, encode_index(markers, self._columns))
         )
@@ -250,7 +252,7 @@ class BlockStore:
             raise ValueError(f"the marker's own keys cannot be set: {sorted(extra)}")
         if not 0 < len(samples) <= self.block_size or not 0 <= block < MAX_BLOCKS:
             raise ValueError(f"block {block} with {len(samples)} sequences does not fit the store")
-        temporary = _temporary(self.layout, self._files)
+        temporary = temporary_folder(self._files, self.layout)
         try:
             path, shard = write_shard(
                 temporary / "shard",
@@ -258,11 +260,9 @@ class BlockStore:
                 columns=self._columns,
                 first=block * self.block_size,
             )
-            marker = self._marker_of(block, samples, shard, statistics, extra)
+            marker = marker_of(block, samples, shard, statistics=statistics, extra=extra)
             shard.close()
-            data = encode_json(marker)
-            if not self._is_committed(block, marker, data):
-                self._install(block, path, data, temporary)
+            self._install(block, path, marker, temporary)
         finally:
             self._files.remove_tree(temporary)
         return marker
@@ -274,7 +274,7 @@ class BlockStore:
         """
         markers = self._markers()
         for marker in markers:
-            if not self._shard_is_there(marker):
+            if not self.shard_is_there(marker):
                 file = str(self.layout.shard(marker["block"]))
                 raise CorruptBlockError(file, f"{marker['shard']['size']} bytes", "another size")
         derived = {
@@ -283,7 +283,7 @@ class BlockStore:
         }
         for path, data in derived.items():
             if not same_bytes(path, data):
-                self._put(path, data)
+                put(self._files, self.layout, path, data)
         self._records = read_blocks_bin(self.layout.blocks_bin)
 
     def clean(self) -> None:
@@ -293,7 +293,7 @@ class BlockStore:
         looks the same as a dead one's.
         """
         self._files.remove_tree(self.layout.run / "tmp")
-        present = {shard_name(b) for b in self._present()}
+        present = {shard_name(b) for b in self.present()}
         strays = [
             p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name) and p.name not in present
         ]
@@ -311,6 +311,17 @@ class BlockStore:
         self._files.mkdir(self.layout.run)
         return StoreLock(self.layout.run / "lock", what=str(self.path), patience_s=patience_s)
 
+    def adopt(self, block: int, source: BlockStore) -> None:
+        """Take a block over from a store of the same recipe, sharing its bytes on disk."""
+        temporary = temporary_folder(self._files, self.layout)
+        try:
+            path = temporary / "shard" / "shard"
+            self._files.mkdir(path.parent)
+            self._files.link(source.layout.shard(block), path)
+            self._install(block, path, source.marker(block), temporary)
+        finally:
+            self._files.remove_tree(temporary)
+
     # Reading ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -322,10 +333,11 @@ class BlockStore:
     def __getitem__(self, index: int) -> Sample:
         """Sequence `index`, verified: column to array (fresh, writable), bytes or int."""
         block, row = divmod(index, self.block_size)
-        shard = self._shard(block)
-        if index < 0 or row >= len(shard):
-            raise IndexError(f"{self.path}: no sequence {index}")
-        return shard[row]
+        if index >= 0 and (self._total is None or index < self._total):
+            shard = self._shard(block)
+            if row < len(shard):
+                return shard[row]
+        raise IndexError(f"{self.path}: no sequence {index}")
 
     def block(self, block: int) -> list[Sample]:
         """All samples of a block, verified."""
@@ -343,6 +355,14 @@ class BlockStore:
         except FileNotFoundError:
             raise StoreError(f"{self.path}: block {block} is not committed") from None
 
+    def shard_is_there(self, marker: dict[str, Any]) -> bool:
+        """Whether the marker's shard has the size it must have; its bytes are not read."""
+        path = self.layout.shard(marker["block"])
+        try:
+            return path.lstat().st_size == marker["shard"]["size"] and not path.is_symlink()
+        except FileNotFoundError:
+            return False
+
     def content_hash(self) -> str:
         """128 bits, hexadecimal, over the content of the committed blocks in block order."""
         records = [self._record(b) for b in self.committed()]
@@ -352,7 +372,7 @@ class BlockStore:
         self,
         *,
         workers: int = 1,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
         check: Callable[[list[Sample], dict[str, Any]], list[str]] | None = None,
     ) -> list[str]:
         """Check every byte; returns what is wrong, a line each. See `blocks.verify`."""
@@ -361,10 +381,6 @@ class BlockStore:
         return verify_store(self, workers=workers, progress=progress, check=check)
 
     # Inside -------------------------------------------------------------------------------------
-
-    def _present(self) -> list[int]:
-        names = (p.name for p in self.layout.blocks.iterdir())
-        return sorted(int(name[:6]) for name in names if MARKER_NAME.fullmatch(name))
 
     def _markers(self) -> list[dict[str, Any]]:
         return [self.marker(b) for b in self.committed()]
@@ -376,105 +392,28 @@ class BlockStore:
         return record_of(self.marker(block))
 
     def _shard(self, block: int) -> Shard:
-        with self._lock:
-            if block in self._shards:
-                self._shards.move_to_end(block)
-                return self._shards[block]
+        return self._shards.get(block, self._open_shard)
+
+    def _open_shard(self, block: int) -> Shard:
         record = self._record(block)
-        shard = Shard(
+        return Shard(
             self.layout.shard(block),
             columns=self._columns,
             first=block * self.block_size,
             samples=int(record["sequences"]),
             size=int(record["shard_size"]),
         )
-        with self._lock:
-            self._shards[block] = shard
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)  # unmapped when its last reader lets go
-        return shard
 
-    def _shard_is_there(self, marker: dict[str, Any]) -> bool:
-        path = self.layout.shard(marker["block"])
-        try:
-            return path.lstat().st_size == marker["shard"]["size"] and not path.is_symlink()
-        except FileNotFoundError:
-            return False
+    def _install(self, block: int, shard: Path, marker: dict[str, Any], temporary: Path) -> None:
+        data = encode_json(marker)
+        if is_installed(self.layout, block, marker=marker, data=data):
+            return
+        self._forget()
+        install_block(
+            self._files, self.layout, block, shard=shard, marker=data, temporary=temporary
+        )
+        self._shards.drop(block)
 
-    def _marker_of(
-        self, block: int, samples: list[Sample], shard: Shard, statistics: dict, extra: dict
-    ) -> dict[str, Any]:
-        tokens = xxhash.xxh3_64()
-        for sample in samples:
-            tokens.update(np.ascontiguousarray(sample["tokens"]))
-        return {
-            **extra,
-            "block": block,
-            "sequences": len(samples),
-            "shard": {
-                "file": shard_name(block),
-                "size": shard.size,
-                "xxh3": hex64(shard.xxh3()),
-            },
-            "tokens_xxh3": tokens.hexdigest(),
-            "content_hash": hex64(shard.content_hash()),
-            "statistics": statistics,
-        }
-
-    def _is_committed(self, block: int, marker: dict[str, Any], data: bytes) -> bool:
-        if not same_bytes(self.layout.marker(block), data):
-            return False
-        try:
-            shard = read_file(self.layout.shard(block), limit=marker["shard"]["size"])
-        except (FileNotFoundError, CorruptBlockError):
-            return False
-        return xxhash.xxh3_64_hexdigest(shard) == marker["shard"]["xxh3"]
-
-    def _install(self, block: int, shard: Path, marker: bytes, temporary: Path) -> None:
-        files, layout = self._files, self.layout
-        if layout.marker(block).exists():
-            self._retract(block)
-        files.fsync(shard)
-        files.replace(shard, layout.shard(block))
-        files.fsync_dir(self.path)
-        files.fsync_dir(shard.parent)
-        put_file(files, layout.marker(block), marker, temporary=temporary / "marker")
-        with self._lock:
-            self._shards.pop(block, None)
-
-    def _retract(self, block: int) -> None:
-        """Take a block back, so that it can be replaced without ever contradicting its marker."""
-        self._files.unlink(self.layout.blocks_bin)
-        self._files.fsync_dir(self.path)
+    def _forget(self) -> None:
+        """Believe the markers alone until the next `finish`."""
         self._records = np.zeros(0, RECORD)
-        self._files.unlink(self.layout.marker(block))
-        self._files.fsync_dir(self.layout.blocks)
-
-    def _put(self, path: Path, data: bytes) -> None:
-        temporary = _temporary(self.layout, self._files)
-        try:
-            put_file(self._files, path, data, temporary=temporary / path.name)
-        finally:
-            self._files.remove_tree(temporary)
-
-
-def read_blocks_bin_or_none(layout: Layout) -> np.ndarray:
-    """The records of blocks.bin; none where it is absent or damaged: the markers have it all."""
-    try:
-        return read_blocks_bin(layout.blocks_bin)
-    except CorruptBlockError:
-        return np.zeros(0, RECORD)
-
-
-def _temporary(layout: Layout, files: Files) -> Path:
-    # Unique to this writer: ranks of several hosts share the folder.
-    path = layout.run / "tmp" / uuid.uuid4().hex
-    files.mkdir(path)
-    return path
-
-
-def _as_json(value: Any) -> Any:
-    """What `value` reads as after being written: tuples are lists, and so on."""
-    import json
-
-    return json.loads(json.dumps(value))

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from megadistill.blocks.derived import encode_blocks_bin, encode_index, read_blocks_bin, record_of
 from megadistill.blocks.files import read_file
+from megadistill.blocks.install import tokens_hash
 from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, Layout, same_bytes, shard_name
 from megadistill.blocks.records import hex64, read_json
 from megadistill.blocks.shard import Shard
@@ -29,7 +29,7 @@ def verify_store(
     store: BlockStore,
     *,
     workers: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     check: Check | None = None,
 ) -> list[str]:
     """What is wrong with a store, a line each; nothing for a sound one, complete or not.
@@ -38,7 +38,7 @@ def verify_store(
     progress  called with each block's number when it is checked, in block order
     check     called with each sound block's samples and marker, for what only the caller knows
     """
-    present = store._present()
+    present = store.present()
     findings = _names(store, present)
     markers = []
 
@@ -84,16 +84,24 @@ def verify_block(
             str(shard.path), f"xxh3 {marker['shard']['xxh3']}", hex64(shard.xxh3())
         )
     samples = [shard[row] for row in range(len(shard))]
-    tokens = xxhash.xxh3_64()
-    for sample in samples:
-        tokens.update(np.ascontiguousarray(sample["tokens"]))
-    found = {"tokens_xxh3": tokens.hexdigest(), "content_hash": hex64(shard.content_hash())}
+    found = {"tokens_xxh3": tokens_hash(samples), "content_hash": hex64(shard.content_hash())}
     findings += [
         f"{file}: {key}: expected {value} from the shard, found {marker[key]}"
         for key, value in found.items()
         if marker[key] != value
     ]
     return marker, findings + (check(samples, marker) if check else [])
+
+
+def read_markers(store: BlockStore) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the markers that can be believed, in block order; what is wrong with the others)."""
+    markers, findings = [], []
+    for block in store.present():
+        try:
+            markers.append(store.marker(block))
+        except StoreError as error:
+            findings.append(str(error))
+    return markers, findings
 
 
 def _sequences(store: BlockStore, block: int) -> int | None:

@@ -18,6 +18,7 @@ import xxhash
 
 from megadistill.config import Config
 from megadistill.errors import ConfigError
+from megadistill.model_files import ModelFiles, find_model
 
 # Keys of config.json that change with the library or the copy, never with what the model computes.
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -29,7 +30,7 @@ def cache_recipe(config: Config, tokens_recipe: dict[str, Any]) -> dict[str, Any
     Reads every byte of the teacher's weights once. Raises ConfigError when they cannot be found.
     """
     teacher, targets = config.teacher, config.targets
-    folder = model_folder(teacher.model, teacher.revision, key="teacher.model")
+    files = find_model(teacher.model, key="teacher.model", revision=teacher.revision)
     method = {"tau": targets.tau} if targets.method == "varopt" else {"k": targets.k}
     return {
         "attention": teacher.attention,
@@ -40,12 +41,12 @@ def cache_recipe(config: Config, tokens_recipe: dict[str, Any]) -> dict[str, Any
         "positions": targets.positions,
         "seed": targets.seed,
         "seq_len": config.data.seq_len,
-        "teacher": model_identity(folder),
+        "teacher": model_identity(_with_weights(files)),
         "temperature": targets.temperature,
         "tokenizer": tokens_recipe["tokenizer"],
         "tokens": tokens_recipe,
         "tp": teacher.tp,
-        "vocab_size": vocabulary_size(folder),
+        "vocab_size": files.vocab_size,
         **method,
     }
 
@@ -56,24 +57,6 @@ def made_with(*, device: str, accelerator: str, cpu_threads: int) -> dict[str, A
         name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")
     }
     return {**versions, "accelerator": accelerator, "cpu_threads": cpu_threads, "device": device}
-
-
-def model_folder(model: str, revision: str | None, *, key: str) -> Path:
-    """The folder that holds `model`: itself, or the snapshot downloaded from the hub."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-        )
-    except Exception as error:  # the hub client's errors share no base below Exception
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{key}: {model} is neither a folder nor a model that can be had from the hub "
-            f"({type(error).__name__}: {reason})"
-        ) from error
 
 
 def model_identity(folder: Path) -> dict[str, str]:
@@ -99,10 +82,20 @@ def model_identity(folder: Path) -> dict[str, str]:
     }
 
 
-def vocabulary_size(folder: Path) -> int:
-    """Ids the model's head gives: config.json's vocab_size (of the text part)."""
-    settings = json.loads((folder / "config.json").read_text())
-    return int(settings.get("vocab_size") or settings["text_config"]["vocab_size"])
+def _with_weights(files: ModelFiles) -> Path:
+    """The model's folder; one of the hub is downloaded into the hub's cache first."""
+    if not files.on_hub:
+        return files.folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(files.name, revision=files.revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{files.key}: {files.name} cannot be downloaded from the hub: {reason}"
+        ) from error
 
 
 def _file_hash(path: Path) -> bytes:

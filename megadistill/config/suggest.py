@@ -40,7 +40,9 @@ def closest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str
     return found[0] if found else None
 
 
-def did_you_mean(key: str, siblings: Iterable[str], *, prefix: str, all_keys: Iterable[str] = ()):
+def did_you_mean(
+    key: str, siblings: Iterable[str], *, prefix: str, all_keys: Iterable[str] = ()
+) -> str:
     """`, did you mean a.b?`, or what there is to choose from.
 
     key        the unknown key, without the path to it

@@ -106,9 +106,9 @@ class TeacherHead:
 
 
 def _sum_exp(logits_CV: torch.Tensor, columns: int = 16384) -> torch.Tensor:
-    """[C]: the sum of exponentials, in float64 and a few columns at a time."""
-    parts = [part.exp().sum(1, dtype=torch.float64) for part in logits_CV.split(columns, dim=1)]
-    return torch.stack(parts).sum(0).float()
+    """float32 [C]: the sum of exponentials, a few columns at a time, added up in float64."""
+    parts = [part.exp().sum(1) for part in logits_CV.split(columns, dim=1)]
+    return torch.stack(parts).double().sum(0).float()
 
 
 def _matmul(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, *, out: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ from megadistill.targets import SparseTargets
 
 FIXED_POINT = 1 << 40
 SELECT, ROUND, TRUNCATE = 1, 2, 3  # purposes of a random start; two must never share one
-_BLOCK = 256  # ids a block of the two-level prefix sum
+_BLOCK = 64  # ids a block of the two-level prefix sum
 
 
 @dataclass(frozen=True)
@@ -134,49 +134,44 @@ def _select(
     seed: int,
     temperature: float,
 ) -> SparseTargets:
-    fixed_NV = fixed_point(log_probs_NV, vocabulary, keys_N)
-    total_N = vocabulary.gather(fixed_NV.sum(1)).sum(0)
-    common = {
-        "method": method,
-        "temperature": temperature,
-        "entropy": _entropy(log_probs_NV, vocabulary),
-        "nll": None,
-    }
+    probs_NV = log_probs_NV.exp()
+    entropy_N = _entropy(probs_NV, log_probs_NV, vocabulary)
+    _require_distributions(probs_NV, vocabulary, keys_N)
+    # A float32 times a power of two is exact, and so is what int64 keeps of it: units of 2^-40.
+    fixed_NV = probs_NV.mul_(FIXED_POINT).to(torch.int64)
+    common = {"method": method, "temperature": temperature, "entropy": entropy_N, "nll": None}
     truth_N = None
     if labels_N is not None:
         truth_N = _log_prob_of(labels_N, log_probs_NV, vocabulary)
         common["nll"] = -truth_N
     if method == "topk":
-        return _topk(log_probs_NV, fixed_NV, total_N, vocabulary, k, labels_N, truth_N, common)
+        return _topk(log_probs_NV, fixed_NV, vocabulary, k, labels_N, truth_N, common)
     if method == "varopt":
         start_N = uniform(keys_N, seed=seed, purpose=SELECT)
-        return _varopt(log_probs_NV, fixed_NV, total_N, vocabulary, tau, start_N, common)
+        return _varopt(log_probs_NV, fixed_NV, vocabulary, tau, start_N, common)
     raise ValueError(f"method is {method!r}, expected 'varopt' or 'topk'")
 
 
-def fixed_point(
-    log_probs_NV: torch.Tensor, vocabulary: VocabularySlice, keys_N: torch.Tensor
-) -> torch.Tensor:
-    """int64 [N, V]: probabilities in units of 2^-40, rounded down."""
-    bad_N = ~(log_probs_NV < 1e-3).all(1)  # nan compares false, too
-    bad_N = vocabulary.gather(bad_N.to(torch.int32)).amax(0) > 0
+def _require_distributions(
+    probs_NV: torch.Tensor, vocabulary: VocabularySlice, keys_N: torch.Tensor
+) -> None:
+    """TeacherError where a position's probabilities do not sum to 1: nan, inf, not a softmax."""
+    sum_N = vocabulary.gather(probs_NV.sum(1)).sum(0)
+    bad_N = ~((sum_N - 1).abs() < 0.01)  # nan compares false, too
     if bad_N.any():
         sequence, position = keys_N[bad_N][0].tolist()
         raise TeacherError(
-            f"sequence {sequence}, position {position}: the teacher's log-probabilities are not "
-            "finite: found nan or a value above 0; check the weights, or run the teacher in "
+            f"sequence {sequence}, position {position}: the teacher's probabilities sum to "
+            f"{float(sum_N[bad_N][0])}, expected 1: check the weights, or run the teacher in "
             "teacher.dtype=float32"
         )
-    # A float32 times a power of two is exact, and so is what int64 keeps of it.
-    return (log_probs_NV.exp() * FIXED_POINT).to(torch.int64)
 
 
-def _entropy(log_probs_NV: torch.Tensor, vocabulary: VocabularySlice) -> torch.Tensor:
-    """float32 [N], nats. Summed in fixed point: the same whatever the slicing."""
-    terms_NV = log_probs_NV.exp() * log_probs_NV
-    terms_NV.nan_to_num_(0.0)  # 0 * -inf
-    fixed_N = (terms_NV * -FIXED_POINT).to(torch.int64).sum(1)
-    return (vocabulary.gather(fixed_N).sum(0).double() / FIXED_POINT).float()
+def _entropy(
+    probs_NV: torch.Tensor, log_probs_NV: torch.Tensor, vocabulary: VocabularySlice
+) -> torch.Tensor:
+    """float32 [N], nats. 0 * log 0 counts as 0."""
+    return -vocabulary.gather((probs_NV * log_probs_NV).nansum(1)).sum(0)
 
 
 def _log_prob_of(
@@ -194,45 +189,70 @@ def _candidates(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k most probable ids of the whole vocabulary: ids_NK, log_probs_NK, fixed_NK, sorted.
 
-    A candidate is one int64: the float's bits, made to order like an integer, above the id's
-    complement. So one comparison orders by value, then by lower id, on any device.
+    Of equal values the lower id comes first, on any device and at any slicing.
     """
-    bits_NV = log_probs_NV.view(torch.int32)
-    order_NV = (bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    ids_V = torch.arange(vocabulary.size, device=log_probs_NV.device) + vocabulary.first
-    keys_NV = (order_NV << 32) | (0xFFFFFFFF - ids_V)
-    local = keys_NV.topk(min(k, vocabulary.size), dim=1)
-    fixed_NK = fixed_NV.gather(1, local.indices)
+    local_NK = _local_best(log_probs_NV, k)
+    keys_NK = _ordered(log_probs_NV.gather(1, local_NK), local_NK + vocabulary.first)
+    fixed_NK = fixed_NV.gather(1, local_NK)
     if vocabulary.ranks > 1:
         # Slices may differ in size by one id: pad to k, below every real candidate.
-        pad = k - local.values.shape[1]
+        pad = (0, k - keys_NK.shape[1])
         lowest = torch.iinfo(torch.int64).min
-        keys_NK = torch.nn.functional.pad(local.values, (0, pad), value=lowest)
-        fixed_NK = torch.nn.functional.pad(fixed_NK, (0, pad))
+        keys_NK = torch.nn.functional.pad(keys_NK, pad, value=lowest)
+        fixed_NK = torch.nn.functional.pad(fixed_NK, pad)
         keys_NK = torch.cat(list(vocabulary.gather(keys_NK)), 1)
         fixed_NK = torch.cat(list(vocabulary.gather(fixed_NK)), 1)
-        best = keys_NK.topk(k, dim=1)
-        keys_NK, fixed_NK = best.values, fixed_NK.gather(1, best.indices)
-        real = (keys_NK > lowest).all(0)
-        keys_NK, fixed_NK = keys_NK[:, real], fixed_NK[:, real]
-    else:
-        keys_NK = local.values
+    best = keys_NK.topk(min(k, keys_NK.shape[1]), dim=1)
+    keys_NK, fixed_NK = best.values, fixed_NK.gather(1, best.indices)
+    if vocabulary.ranks > 1:
+        real_K = (keys_NK > lowest).all(0)
+        keys_NK, fixed_NK = keys_NK[:, real_K], fixed_NK[:, real_K]
     ids_NK = 0xFFFFFFFF - (keys_NK & 0xFFFFFFFF)
     order_NK = (keys_NK >> 32).to(torch.int32)
     log_probs_NK = (order_NK ^ ((order_NK >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return ids_NK, log_probs_NK, fixed_NK
 
 
+def _local_best(log_probs_NV: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 [N, K]: columns of the k largest values, in no order; ties go to the lower column.
+
+    torch.topk leaves open which of equal values it takes: rows with a tie at the border are done
+    again on integers that hold value and column. Doing so for all rows took twice the time.
+    """
+    V = log_probs_NV.shape[1]
+    if k >= V:
+        columns_V = torch.arange(V, device=log_probs_NV.device)
+        return columns_V.expand(log_probs_NV.shape)
+    best = log_probs_NV.topk(k + 1, dim=1)
+    columns_NK = best.indices[:, :k]
+    tied_N = best.values[:, k] == best.values[:, k - 1]
+    if tied_N.any():
+        tied_NV = log_probs_NV[tied_N]
+        columns_V = torch.arange(V, device=log_probs_NV.device)
+        columns_NK[tied_N] = _ordered(tied_NV, columns_V).topk(k, dim=1).indices
+    return columns_NK
+
+
+def _ordered(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """int64, larger for a larger value, then for a lower id (below 2^32).
+
+    The bits of a float, made to order like an integer, stand above the id's complement.
+    """
+    bits = log_probs.view(torch.int32)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    return (order << 32) | (0xFFFFFFFF - ids)
+
+
 def _topk(
     log_probs_NV: torch.Tensor,
     fixed_NV: torch.Tensor,
-    total_N: torch.Tensor,
     vocabulary: VocabularySlice,
     k: int,
     labels_N: torch.Tensor | None,
     truth_N: torch.Tensor | None,
     common: dict,
 ) -> SparseTargets:
+    total_N = vocabulary.gather(fixed_NV.sum(1)).sum(0)
     ids_NK, log_probs_NK, fixed_NK = _candidates(log_probs_NV, fixed_NV, vocabulary, k)
     listed_N = fixed_NK.sum(1)
     keep_NK = torch.ones_like(ids_NK, dtype=torch.bool)
@@ -254,7 +274,6 @@ def _topk(
 def _varopt(
     log_probs_NV: torch.Tensor,
     fixed_NV: torch.Tensor,
-    total_N: torch.Tensor,
     vocabulary: VocabularySlice,
     tau: float,
     start_N: torch.Tensor,
@@ -265,13 +284,20 @@ def _varopt(
     # so there are at most 2/tau + 1 heads.
     k = int(2 / tau) + 2
     ids_NK, _, fixed_NK = _candidates(log_probs_NV, fixed_NV, vocabulary, k)
+    blocks_NBb = _in_blocks(fixed_NV)
+    sums_NB = blocks_NBb.sum(2)
+    total_N = vocabulary.gather(sums_NB.sum(1)).sum(0)
     heads_N, rest_N, points_N = _heads(fixed_NK, total_N, threshold)
 
+    # The heads leave the mass that is drawn from.
     head_NK = torch.arange(fixed_NK.shape[1], device=heads_N.device) < heads_N[:, None]
     local_NK = ids_NK - vocabulary.first
     mine_NK = head_NK & (local_NK >= 0) & (local_NK < vocabulary.size)
-    fixed_NV[mine_NK.nonzero()[:, 0], local_NK[mine_NK]] = 0
-    drawn_NM = _systematic(fixed_NV, rest_N, points_N, start_N, vocabulary)
+    row_E, column_E = mine_NK.nonzero()[:, 0], local_NK[mine_NK]
+    block_E, inside_E = column_E // _BLOCK, column_E % _BLOCK
+    blocks_NBb[row_E, block_E, inside_E] = 0
+    sums_NB.index_put_((row_E, block_E), -fixed_NK[mine_NK], accumulate=True)
+    drawn_NM = _systematic(blocks_NBb, sums_NB, rest_N, points_N, start_N, vocabulary)
 
     total = total_N.double()[:, None]
     drawn_weight_N = rest_N.double() / points_N.clamp_min(1).double()
@@ -306,8 +332,16 @@ def _heads(
         heads_N = more_N
 
 
+def _in_blocks(fixed_NV: torch.Tensor) -> torch.Tensor:
+    """[N, V / _BLOCK, _BLOCK], a view where V is a multiple of _BLOCK."""
+    N, V = fixed_NV.shape
+    padded = torch.nn.functional.pad(fixed_NV, (0, -V % _BLOCK)) if V % _BLOCK else fixed_NV
+    return padded.view(N, -(-V // _BLOCK), _BLOCK)
+
+
 def _systematic(
-    fixed_NV: torch.Tensor,
+    blocks_NBb: torch.Tensor,
+    sums_NB: torch.Tensor,
     rest_N: torch.Tensor,
     points_N: torch.Tensor,
     start_N: torch.Tensor,
@@ -315,37 +349,40 @@ def _systematic(
 ) -> torch.Tensor:
     """int64 [N, M]: the ids that the points (start + j * rest) / points fall on; -1 beyond.
 
-    fixed_NV holds 0 for the heads. No id has more than rest / points, so none is drawn twice.
+    blocks_NBb holds 0 for the heads. No id has more than rest / points, so none is drawn twice.
     """
     M = int(points_N.max()) if len(points_N) else 0
-    j_M = torch.arange(M, device=fixed_NV.device)
+    j_M = torch.arange(M, device=sums_NB.device)
     safe_N = points_N.clamp_min(1)
     point_NM = (below(rest_N, start_N)[:, None] + j_M * rest_N[:, None]) // safe_N[:, None]
-    mass_N = fixed_NV.sum(1)
+    ends_NB = sums_NB.cumsum(1)
+    mass_N = ends_NB[:, -1]
     masses_RN = vocabulary.gather(mass_N)
     point_NM = point_NM - masses_RN[: vocabulary.rank].sum(0)[:, None]
     mine_NM = (j_M < points_N[:, None]) & (point_NM >= 0) & (point_NM < mass_N[:, None])
-    ids_NM = torch.where(mine_NM, _search(fixed_NV, point_NM) + vocabulary.first, -1)
-    return vocabulary.gather(ids_NM).amax(0)
+    found_NM = torch.full_like(point_NM, -1)
+    row_E = mine_NM.nonzero()[:, 0]
+    found_NM[mine_NM] = vocabulary.first + _search(blocks_NBb, ends_NB, row_E, point_NM, mine_NM)
+    return vocabulary.gather(found_NM).amax(0)
 
 
-def _search(fixed_NV: torch.Tensor, point_NM: torch.Tensor) -> torch.Tensor:
-    """int64 [N, M]: the first id whose prefix sum exceeds the point.
+def _search(
+    blocks_NBb: torch.Tensor,
+    ends_NB: torch.Tensor,
+    row_E: torch.Tensor,
+    point_NM: torch.Tensor,
+    mine_NM: torch.Tensor,
+) -> torch.Tensor:
+    """int64 [E]: for each of the points `mine_NM`, the first column whose prefix sum exceeds it.
 
-    Two levels, sums of blocks and then one block a point, so that no prefix sum over V is stored.
+    Two levels, the sums of blocks and then one block a point, so that no prefix sum over V is
+    stored.
     """
-    N, V = fixed_NV.shape
-    blocks_NB = torch.nn.functional.pad(fixed_NV, (0, -V % _BLOCK))
-    blocks_NB = blocks_NB.view(N, -(-V // _BLOCK), _BLOCK)
-    ends_NB = blocks_NB.sum(2).cumsum(1)
-    block_NM = torch.searchsorted(ends_NB, point_NM.contiguous(), right=True)
-    block_NM.clamp_(max=ends_NB.shape[1] - 1)
-    starts_NB = torch.nn.functional.pad(ends_NB, (1, 0))
-    inside_NM = point_NM - starts_NB.gather(1, block_NM)
-    row_NM = torch.arange(N, device=fixed_NV.device)[:, None].expand_as(block_NM)
-    prefix_NMb = blocks_NB[row_NM, block_NM].cumsum(2)
-    index_NM = (prefix_NMb <= inside_NM[:, :, None]).sum(2).clamp_max(_BLOCK - 1)
-    return block_NM * _BLOCK + index_NM
+    block_E = torch.searchsorted(ends_NB, point_NM, right=True)[mine_NM]
+    before_E = torch.nn.functional.pad(ends_NB, (1, 0))[row_E, block_E]
+    prefix_Eb = blocks_NBb[row_E, block_E].cumsum(1)
+    inside_E = (prefix_Eb <= (point_NM[mine_NM] - before_E)[:, None]).sum(1)
+    return block_E * _BLOCK + inside_E
 
 
 def uniform(keys_N: torch.Tensor, *, seed: int, purpose: int) -> torch.Tensor:

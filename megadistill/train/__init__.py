@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Training: from stores of sequences to checkpoints, metrics and an exported model."""

@@ -113,14 +113,9 @@ def test_a_broken_torchvision_breaks_neither_streaming_nor_transformers(
     assert "operator torchvision::nms does not exist" in premise.stderr
 
 
-def test_a_broken_torchvision_can_be_hidden_before_transformers_alone(packages: Path) -> None:
+def test_a_broken_torchvision_is_hidden_whoever_imports_transformers(packages: Path) -> None:
     install_torchvision(packages, BROKEN)
-    hide = (
-        "from megadistill.blocks.mds import hide_broken_torchvision\n"
-        "assert not hide_broken_torchvision()\n"
-        "assert not hide_broken_torchvision()\n"
-    )
-    done = run(hide + USE_TRANSFORMERS, packages)
+    done = run("import megadistill\n" + USE_TRANSFORMERS, packages)
     assert done.returncode == 0, done.stderr
     premise = run(USE_TRANSFORMERS, packages)
     assert premise.returncode != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ def tool(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "tools/config_reference.py"), *arguments],
         capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
 
 

@@ -135,5 +135,6 @@ def test_every_slicing_of_the_vocabulary_gives_the_same_targets(method, ranks):
     for targets in run_ranks(
         ranks, "tests.teacher.test_select:sliced", tp=ranks, method=method, vocab=vocab
     ):
-        for name in ("offsets", "ids", "weights", "tail", "entropy", "nll"):
+        for name in ("offsets", "ids", "weights", "tail", "nll"):
             np.testing.assert_array_equal(getattr(targets, name), getattr(whole, name), name)
+        np.testing.assert_allclose(targets.entropy, whole.entropy, rtol=1e-5)

@@ -1,0 +1,52 @@
+"""Generate a cache: run the teacher over a corpus, keep what it says about every position.
+
+    deepspeed [--hostfile hosts | --num_gpus N] launch/generate.py [--config zero3.yaml] [a.b=c ...]
+
+Continues where an earlier run stopped, at any number of ranks; on a complete cache it does nothing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megadistill.commands import parse, run
+from megadistill.config import load_config
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no_validate", action="store_true",
+                        help="do not score a few sequences again at the end")  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv, __doc__, extra=options)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from megadistill.plan import show_plan
+
+        show_plan(config)
+        return 0
+
+    from megadistill import parallel
+    from megadistill.cache.build import build_cache
+    from megadistill.checks import check_generate
+
+    _, world, _ = parallel.rank_from_environment()
+    check_generate(config, world=world)
+    mesh = parallel.start(
+        tp=config.teacher.tp,
+        expect_hosts=config.parallel.expect_hosts,
+        timeout_s=config.parallel.timeout_s,
+        cpu_threads=config.parallel.cpu_threads,
+    )
+    try:
+        build_cache(config, mesh, validate=not arguments.no_validate)
+    finally:
+        parallel.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,45 @@
+"""Train a student from a cache; or on the text of a token store, with loss.kd_weight=0.
+
+    deepspeed [--hostfile hosts | --num_gpus N] launch/train.py [--config zero3.yaml] [a.b=c ...]
+
+Goes on where the run in train.out_dir stopped; on a finished run it does nothing.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megadistill.commands import parse, run
+from megadistill.config import load_config
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv, __doc__)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from megadistill.plan import show_plan
+
+        show_plan(config)
+        return 0
+
+    from megadistill import parallel
+    from megadistill.checks import check_train
+    from megadistill.train.loop import train
+
+    _, world, _ = parallel.rank_from_environment()
+    check_train(config, world=world)
+    mesh = parallel.start(
+        expect_hosts=config.parallel.expect_hosts,
+        timeout_s=config.parallel.timeout_s,
+        cpu_threads=config.parallel.cpu_threads,
+    )
+    try:
+        train(config, mesh)
+    finally:
+        parallel.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

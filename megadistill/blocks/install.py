@@ -1,0 +1,102 @@
+"""The order of operations that puts a block in place, and the one that takes it back.
+
+A crash after any single operation leaves the block whole, or absent. tests/blocks/test_crash.py
+stops after each of them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megadistill.blocks.files import Files, read_file
+from megadistill.blocks.layout import Layout, same_bytes, shard_name
+from megadistill.blocks.records import hex64, put_file
+from megadistill.blocks.shard import Shard
+from megadistill.errors import CorruptBlockError
+
+
+def install_block(
+    files: Files, layout: Layout, block: int, *, shard: Path, marker: bytes, temporary: Path
+) -> None:
+    """Make a block durable: the shard first, its marker last.
+
+    shard      the complete file, in a folder of its own under `temporary`
+    temporary  from `temporary_folder`
+    """
+    if layout.marker(block).exists():
+        retract_block(files, layout, block)
+    files.fsync(shard)
+    files.replace(shard, layout.shard(block))
+    files.fsync_dir(layout.path)
+    files.fsync_dir(shard.parent)
+    put_file(files, layout.marker(block), marker, temporary=temporary / "marker")
+
+
+def retract_block(files: Files, layout: Layout, block: int) -> None:
+    """Take a block back, so that its shard can be replaced without contradicting its marker."""
+    # blocks.bin goes first: it may know fewer blocks than there are, and never another one.
+    files.unlink(layout.blocks_bin)
+    files.fsync_dir(layout.path)
+    files.unlink(layout.marker(block))
+    files.fsync_dir(layout.blocks)
+
+
+def is_installed(layout: Layout, block: int, *, marker: dict[str, Any], data: bytes) -> bool:
+    """Whether the block is there, byte for byte. `data` is the marker's bytes."""
+    if not same_bytes(layout.marker(block), data):
+        return False
+    try:
+        shard = read_file(layout.shard(block), limit=marker["shard"]["size"])
+    except (FileNotFoundError, CorruptBlockError):
+        return False
+    return xxhash.xxh3_64_hexdigest(shard) == marker["shard"]["xxh3"]
+
+
+def marker_of(
+    block: int,
+    samples: list[dict[str, Any]],
+    shard: Shard,
+    *,
+    statistics: dict[str, Any],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """What the marker of a written shard says."""
+    return {
+        **extra,
+        "block": block,
+        "sequences": len(samples),
+        "shard": {"file": shard_name(block), "size": shard.size, "xxh3": hex64(shard.xxh3())},
+        "tokens_xxh3": tokens_hash(samples),
+        "content_hash": hex64(shard.content_hash()),
+        "statistics": statistics,
+    }
+
+
+def tokens_hash(samples: list[dict[str, Any]]) -> str:
+    """xxh3_64 over the token ids of the samples, uint32, one sequence after another."""
+    digest = xxhash.xxh3_64()
+    for sample in samples:
+        digest.update(np.ascontiguousarray(sample["tokens"]).data)
+    return digest.hexdigest()
+
+
+def put(files: Files, layout: Layout, path: Path, data: bytes) -> None:
+    """Write a file of the store whole and durably, or leave it as it was."""
+    temporary = temporary_folder(files, layout)
+    try:
+        put_file(files, path, data, temporary=temporary / path.name)
+    finally:
+        files.remove_tree(temporary)
+
+
+def temporary_folder(files: Files, layout: Layout) -> Path:
+    """A new folder beside the store, on its file system, for one writer."""
+    # Unique to this writer: ranks of several hosts share the store.
+    path = layout.run / "tmp" / uuid.uuid4().hex
+    files.mkdir(path)
+    return path

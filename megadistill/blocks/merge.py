@@ -1,0 +1,178 @@
+"""Merging stores of one recipe: blocks are taken over as they are, never encoded again.
+
+Parts may overlap. A block that two parts hold must be the same bytes in both: a recipe decides its
+blocks' bytes, so a difference means that something is not what its recipe says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megadistill.blocks.files import LOCAL, Files
+from megadistill.blocks.layout import kind_of
+from megadistill.blocks.recipe import require_same_recipe
+from megadistill.blocks.records import encode_json
+from megadistill.blocks.store import BlockStore
+from megadistill.blocks.verify import Check, verify_block
+from megadistill.errors import CorruptBlockError, StoreError
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 8  # blocks listed in a message
+
+
+def merge_stores(
+    out: str | Path,
+    parts: list[BlockStore],
+    *,
+    prefer: str | Path | None = None,
+    check: Check | None = None,
+    progress: Callable[[int], object] | None = None,
+    files: Files = LOCAL,
+) -> BlockStore:
+    """Every block of the parts in one store at `out`, sharing their bytes on disk where it can.
+
+    out       a new folder, or a store of the same recipe, which then counts as a part
+    prefer    the part whose blocks win where two parts differ
+    check     what only the caller can check of a block, see verify_store
+    progress  called with each block's number when it is in place
+
+    Every block is verified before it is taken. Raises RecipeError for parts of different recipes,
+    naming the field; StoreError listing the blocks that differ; CorruptBlockError. Until a block's
+    bytes are known to be sound and undisputed, nothing is written.
+    """
+    if not parts:
+        raise StoreError(f"{out}: nothing to merge, expected at least one store")
+    for part in parts:
+        _require_same_kind(parts[0], part)
+    wanted = _preferred(parts, prefer)
+    if kind_of(Path(out)) == parts[0].kind:
+        existing = BlockStore.open(out, files=files)
+        _require_same_kind(parts[0], existing)
+        if not any(_same_folder(p, existing) for p in parts):
+            parts = [existing, *parts]
+    total = _common_plan(parts)
+    holders = _holders(parts, total, prefer=wanted)
+    for block, candidates in holders.items():
+        holders[block] = [_sound(block, candidates, check)]
+    first = parts[0]
+    ids = first.layout.ids_bin
+    merged = BlockStore.create(
+        out,
+        kind=first.kind,
+        header=first.header,
+        columns={k: v for k, v in first.columns.items() if k != "sum"},
+        block_size=first.block_size,
+        ids_bin=ids.read_bytes() if "ids_bin" in first.header else None,
+        files=files,
+    )
+    with merged.lock():
+        merged.clean()
+        if total is not None:
+            merged.plan(total)
+        for block, (holder,) in holders.items():
+            if not _same_folder(holder, merged):
+                merged.adopt(block, holder)
+            if progress:
+                progress(block)
+        merged.finish()
+    return merged
+
+
+def _require_same_kind(first: BlockStore, other: BlockStore) -> None:
+    keys = ("kind", "recipe", "block_size", "columns", "ids_bin")
+    require_same_recipe(
+        {k: first.header.get(k) for k in keys},
+        {k: other.header.get(k) for k in keys},
+        file=str(first.layout.header(first.kind)),
+        other=f"in {other.layout.header(other.kind)} it is",
+        way_out="they cannot be one store; training takes a list of caches instead",
+    )
+
+
+def _preferred(parts: list[BlockStore], prefer: str | Path | None) -> BlockStore | None:
+    if prefer is None:
+        return None
+    for part in parts:
+        if part.path.resolve() == Path(prefer).resolve():
+            return part
+    raise StoreError(f"{prefer}: is not among the stores to merge, and cannot be preferred")
+
+
+def _common_plan(parts: list[BlockStore]) -> int | None:
+    plans = sorted({p.num_sequences for p in parts if p.num_sequences is not None})
+    if len(plans) > 1:
+        log.warning("the parts plan %s sequences; the merged store plans %d", plans, plans[-1])
+    return plans[-1] if plans else None
+
+
+def _holders(
+    parts: list[BlockStore], total: int | None, *, prefer: BlockStore | None
+) -> dict[int, list[BlockStore]]:
+    """block -> the parts that hold it, all with equal bytes or the preferred one alone."""
+    found: dict[int, dict[bytes, list[BlockStore]]] = {}
+    for part in parts:
+        for block in part.present():
+            marker = part.marker(block)
+            if total is not None and marker["sequences"] != _planned(block, total, part.block_size):
+                log.info("%s: block %d is short under the merged plan, left out", part.path, block)
+                continue
+            found.setdefault(block, {}).setdefault(encode_json(marker), []).append(part)
+    holders, disputed = {}, []
+    for block in sorted(found):
+        versions = list(found[block].values())
+        if prefer is not None and len(versions) > 1:
+            versions = [v for v in versions if prefer in v] or versions
+        holders[block] = versions[0]
+        if len(versions) > 1:
+            disputed.append((block, versions))
+    if disputed:
+        raise StoreError(_dispute(disputed))
+    return holders
+
+
+def _planned(block: int, total: int, block_size: int) -> int:
+    return max(0, min(block_size, total - block * block_size))
+
+
+def _dispute(disputed: list[tuple[int, list[list[BlockStore]]]]) -> str:
+    shown = [
+        f"{block} ({' and '.join(str(v[0].path) for v in versions)}: {_what(block, versions)})"
+        for block, versions in disputed[:_SHOWN]
+    ]
+    more = f" and {len(disputed) - _SHOWN} more" if len(disputed) > _SHOWN else ""
+    return (
+        f"blocks held twice with different bytes: {', '.join(shown)}{more}: "
+        "choose with --prefer CACHE, after `inspect_cache.py CACHE --verify` of each"
+    )
+
+
+def _what(block: int, versions: list[list[BlockStore]]) -> str:
+    left, right = (v[0].marker(block) for v in versions[:2])
+    keys = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
+    return "differ in " + ", ".join(keys)
+
+
+def _sound(block: int, candidates: list[BlockStore], check: Check | None) -> BlockStore:
+    """The first part whose copy of the block is whole."""
+    error: StoreError | None = None
+    for part in candidates:
+        try:
+            _, findings = verify_block(part, block, check=check)
+        except CorruptBlockError as found:
+            error = error or found
+            continue
+        # A block may be short under the part's own plan and right under the merged one.
+        findings = [f for f in findings if " by the plan, " not in f]
+        if not findings:
+            return part
+        error = error or StoreError(findings[0])
+    assert error is not None
+    raise error
+
+
+def _same_folder(a: Any, b: Any) -> bool:
+    return a.path.resolve() == b.path.resolve()

@@ -1,0 +1,110 @@
+"""Reading a cache: sequences with their targets, every one verified before it is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megadistill.blocks import BlockStore
+from megadistill.cache.codec import decode_targets
+from megadistill.cache.statistics import Statistics, block_statistics, combine
+from megadistill.errors import CorruptBlockError, StoreError
+
+Sample = dict[str, Any]
+
+
+class Cache:
+    """A cache of teacher targets; cache[i] is sequence i.
+
+    tokens     uint32 [T]
+    documents  uint32 [D], where documents start
+    loss_mask  uint8 [T], where the data has one
+    targets    SparseTargets of T positions, as numpy arrays
+    """
+
+    def __init__(self, store: BlockStore) -> None:
+        if store.kind != "cache":
+            raise StoreError(
+                f"{store.path}: is a store of kind {store.kind}, expected a cache: generate one "
+                "from it with launch/generate.py"
+            )
+        vocab_size = store.recipe.get("vocab_size")
+        if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 32:
+            raise CorruptBlockError(
+                str(store.layout.header("cache")), "recipe.vocab_size from 1 to 2^32", vocab_size
+            )
+        self.store, self.vocab_size = store, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._decoded(self.store[index], index)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for block in self.store.committed():
+            yield from self.block(block)
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """cache.json."""
+        return self.store.header
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Everything the cache's bytes depend on."""
+        return self.store.recipe
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Sequences of the complete cache."""
+        return self.store.num_sequences
+
+    def complete(self) -> bool:
+        """Whether every block is there. See BlockStore.complete."""
+        return self.store.complete()
+
+    def block(self, block: int) -> list[Sample]:
+        """All sequences of a block."""
+        first = block * self.store.block_size
+        return [self._decoded(s, first + i) for i, s in enumerate(self.store.block(block))]
+
+    def statistics(self) -> Statistics:
+        """The statistics of all committed blocks together, from their markers."""
+        return combine([self.store.marker(b)["statistics"] for b in self.store.committed()])
+
+    def verify(
+        self, *, workers: int = 1, progress: Callable[[int], object] | None = None
+    ) -> list[str]:
+        """Check every byte, decode every target, recompute every statistic; what is wrong."""
+        return self.store.verify(workers=workers, progress=progress, check=self.check)
+
+    def check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
+        """What is wrong with a block's targets or statistics, a line each."""
+        block = marker["block"]
+        first = block * self.store.block_size
+        decoded = [self._decoded(s, first + i)["targets"] for i, s in enumerate(samples)]
+        found = block_statistics(decoded, [len(s["targets"]) for s in samples])
+        file, claimed = self.store.layout.marker(block), marker["statistics"]
+        return [
+            f"{file}: statistics.{key}: expected {found.get(key)}, found {claimed.get(key)}"
+            for key in sorted(found.keys() | claimed.keys())
+            if found.get(key) != claimed.get(key)
+        ]
+
+    def _decoded(self, sample: Sample, index: int) -> Sample:
+        file = f"{self.store.layout.shard(index // self.store.block_size)}, sequence {index}"
+        targets = decode_targets(sample["targets"], vocab_size=self.vocab_size, file=file)
+        if len(targets) != len(sample["tokens"]):
+            raise CorruptBlockError(file, f"{len(sample['tokens'])} positions", len(targets))
+        return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}
+
+
+def open_cache(path: str | Path) -> Cache:
+    """The cache in a folder. StoreError, CorruptBlockError."""
+    return Cache(BlockStore.open(path))

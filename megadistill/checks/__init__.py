@@ -1,0 +1,109 @@
+"""What can be known to be wrong before a model is loaded, or a byte is written.
+
+A run that fails for a reason that was plain at its start, after an hour of loading, costs the hour
+on every GPU. So the configuration is held against the files of the models, the tokenizers, the
+corpus, the folders, the disk and the number of ranks first, and all mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megadistill.checks import folders, models, vocabulary
+from megadistill.config import Config
+from megadistill.errors import ConfigError, MegadistillError
+from megadistill.plan import make_plan
+
+__all__ = ["check_generate", "check_train"]
+
+
+def check_generate(config: Config, *, world: int) -> None:
+    """Refuse what would fail `launch/generate.py` on `world` ranks: ConfigError, a line each.
+
+    The student is looked at too where it can be found: a vocabulary that does not fit should be
+    known before the teacher has run for days.
+    """
+    found = _Mistakes()
+    found.of(models.check_ranks, config, world)
+    found.of(folders.check_corpus, config)
+    found.of(folders.check_store_folder, config.data.dir, "data.dir", "tokens")
+    found.of(folders.check_store_folder, config.cache.dir, "cache.dir", "cache")
+    teacher = found.of(models.check_model, config.teacher, "teacher.model", with_weights=True)
+    if teacher is not None:
+        found.of(models.check_seq_len, config, teacher)
+        found.of(models.check_heads, config, teacher)
+    own_tokenizer = config.data.tokenizer is not None
+    there = own_tokenizer or teacher is not None  # else its absence is reported already
+    tokenizer = found.of(vocabulary.find_tokenizer, config) if there else None
+    if teacher is not None and tokenizer is not None:
+        found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
+    student = vocabulary.student_if_there(config)
+    if student is not None:
+        found.of(vocabulary.check_same_vocabulary, config, tokenizer, teacher, student)
+        found.of(models.check_seq_len, config, student)
+    found.of(folders.check_room, config, make_plan(config, world=world), training=False)
+    found.raise_all()
+
+
+def check_train(config: Config, *, world: int) -> None:
+    """Refuse what would fail `launch/train.py` on `world` ranks: ConfigError, a line each.
+
+    The teacher is not needed to train from a cache; it is compared where it can be found.
+    """
+    if config.student is None:
+        raise ConfigError(
+            "student: there is nothing to train: add the section, with student.model a folder or "
+            "a hub id"
+        )
+    found = _Mistakes()
+    found.of(
+        folders.check_cache_is_there,
+        config.cache.dir,
+        key="cache.dir",
+        way_out="make it with launch/generate.py and the same configuration",
+        text_is_enough=config.loss.kd_weight == 0,
+    )
+    if config.eval.cache is not None:
+        found.of(
+            folders.check_cache_is_there,
+            config.eval.cache,
+            key="eval.cache",
+            way_out="make it with launch/generate.py, targets.method=topk and held-out text, or "
+            "train without by eval.cache=null",
+        )
+    found.of(folders.check_run_folder, config)
+    with_weights = config.student.init == "pretrained"
+    student = found.of(
+        models.check_model, config.student, "student.model", with_weights=with_weights
+    )
+    if student is not None:
+        found.of(models.check_seq_len, config, student)
+        try:
+            teacher = models.find_section_model(config.teacher, "teacher.model", fetch=False)
+        except ConfigError:
+            teacher = None  # the cache's recipe says what it was made with
+        if teacher is not None:
+            tokenizer = vocabulary.tokenizer_if_there(config)
+            found.of(vocabulary.check_same_vocabulary, config, tokenizer, teacher, student)
+    found.of(folders.check_room, config, make_plan(config, world=world), training=True)
+    found.raise_all()
+
+
+class _Mistakes:
+    """The mistakes so far, one line each."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def of(self, check: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What `check` returns; None, and its mistake noted, where it raises one of ours."""
+        try:
+            return check(*args, **options)
+        except MegadistillError as error:
+            self.lines += str(error).splitlines()
+            return None
+
+    def raise_all(self) -> None:
+        if self.lines:
+            raise ConfigError("\n".join(dict.fromkeys(self.lines)))

@@ -1,0 +1,103 @@
+"""Whether the corpus is there, and room for what is to be written, in folders free for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megadistill.blocks.layout import KINDS, kind_of
+from megadistill.config import Config
+from megadistill.disk import check_disk, device_of
+from megadistill.errors import ConfigError
+from megadistill.plan import Plan
+
+_RUN_ENTRIES = {"metrics.jsonl", "checkpoints", "model"}
+
+
+def check_corpus(config: Config) -> None:
+    """Local files are there, not empty, and of a kind that can be read."""
+    if config.data.files is not None:
+        from megadistill.data import files
+
+        files.kind(files.find(config.data.files))
+
+
+def check_store_folder(path: str, key: str, kind: str) -> None:
+    """A store of `kind` can be made, or gone on with, at `path`."""
+    folder = Path(path)
+    _can_be_written(folder, key)
+    if not folder.is_dir():
+        return
+    found = kind_of(folder)
+    others = _entries(folder, besides={"ids.bin", "blocks"})
+    if found not in (None, kind):
+        raise ConfigError(f"{key}: {path} holds a store of kind {found}: choose another folder")
+    if found is None and others:
+        raise ConfigError(
+            f"{key}: {path} holds something else ({_some(others)}) and no {KINDS[kind]}: choose "
+            "an empty folder, or one that is not there yet"
+        )
+
+
+def check_run_folder(config: Config) -> None:
+    """A training run can be made, or gone on with, in train.out_dir."""
+    folder = Path(config.train.out_dir)
+    _can_be_written(folder, "train.out_dir")
+    others = _entries(folder) if folder.is_dir() else []
+    if others and not _RUN_ENTRIES.intersection(others):
+        raise ConfigError(
+            f"train.out_dir: {folder} holds something else ({_some(others)}) and no training run: "
+            "choose an empty folder, or one that is not there yet"
+        )
+
+
+def check_cache_is_there(
+    path: str, *, key: str, way_out: str, text_is_enough: bool = False
+) -> None:
+    """There is a cache at `path`, complete or not; with `text_is_enough` a token store serves."""
+    there = Path(path).is_dir()
+    found = kind_of(Path(path)) if there else None
+    if found != "cache" and not (found == "tokens" and text_is_enough):
+        what = f"holds no {KINDS['cache']}" if there else "does not exist"
+        raise ConfigError(f"{key}: {path} {what}, expected a cache: {way_out}")
+
+
+def _entries(folder: Path, *, besides: set[str] | None = None) -> list[str]:
+    return sorted(set(os.listdir(folder)) - (besides or set()))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 2} more" if names[2:] else ""
+    return ", ".join(names[:2]) + more
+
+
+def _can_be_written(folder: Path, key: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{key}: {folder} is a file, expected a folder: choose another place")
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{key}: {folder} would lie in {nearest}, which is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {nearest} cannot be written to: choose another folder")
+
+
+def check_room(config: Config, plan: Plan, *, training: bool) -> None:
+    """The disks have room for what is estimated to be still to come."""
+    for key, path, needed in _needs(config, plan, training=training):
+        if needed is not None:
+            check_disk(path, needed, key=key, reserve=int(config.cache.min_free * 2**30))
+
+
+def _needs(config: Config, plan: Plan, *, training: bool) -> Iterator[tuple[str, str, int | None]]:
+    """(key, folder, bytes still to come) for each disk, stores on one disk added up."""
+    if training:
+        yield "train.out_dir", config.train.out_dir, plan.run_bytes_to_come
+        return
+    first, second = plan.token_bytes_to_come, plan.cache_bytes_to_come
+    one_disk = device_of(config.data.dir) == device_of(config.cache.dir)
+    if one_disk and first is not None and second is not None:
+        yield "cache.dir", config.cache.dir, first + second
+        return
+    yield "data.dir", config.data.dir, first
+    yield "cache.dir", config.cache.dir, second

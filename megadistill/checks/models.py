@@ -1,0 +1,115 @@
+"""Whether the models are what the configuration takes them for, by config.json and file names."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megadistill.config import Config, StudentConfig, TeacherConfig
+from megadistill.errors import ConfigError
+from megadistill.model_files import ModelFiles, find_model, hub_file_names
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """tp divides the ranks."""
+    from megadistill.parallel import check_layout
+
+    check_layout(tp=config.teacher.tp, world=world)
+
+
+def find_section_model(
+    section: TeacherConfig | StudentConfig, key: str, *, fetch: bool = True
+) -> ModelFiles:
+    """The files of a section's model."""
+    return find_model(section.model, key=key, revision=section.revision, fetch=fetch)
+
+
+def check_model(
+    section: TeacherConfig | StudentConfig, key: str, *, with_weights: bool
+) -> ModelFiles:
+    """The model's files; refused: no causal language model, weights that could run code, none."""
+    model = find_section_model(section, key)
+    _causal(model, trusted=section.trust_remote_code)
+    if with_weights:
+        _safetensors(model)
+    if section.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        part = key.partition(".")[0]
+        raise ConfigError(
+            f"{part}.attention: flash_attention_2 needs the package flash-attn, which is not "
+            f"installed: install it, or set {part}.attention=sdpa"
+        )
+    return model
+
+
+def _causal(model: ModelFiles, *, trusted: bool) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own_code = "AutoModelForCausalLM" in (model.settings.get("auto_map") or {})
+    if own_code and trusted:
+        return
+    key = model.key.partition(".")[0]
+    kind, classes = model.settings.get("model_type"), model.settings.get("architectures") or []
+    known: set[str] = set()
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known.update([name] if isinstance(name, str) else name)
+    if classes and known.intersection(classes):
+        return
+    if not classes and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if own_code:
+        raise ConfigError(
+            f"{model.key}: {model.name} brings code of its own, which is not run unless you say "
+            f"so: read it, and set {key}.trust_remote_code=true"
+        )
+    what = ", ".join(classes) if classes else f"model_type {kind!r}"
+    raise ConfigError(
+        f"{model.key}: {model.name} is no causal language model: its config.json says {what}, "
+        "expected one that AutoModelForCausalLM loads, such as LlamaForCausalLM"
+    )
+
+
+def _safetensors(model: ModelFiles) -> None:
+    names = hub_file_names(model) if model.on_hub else None
+    if names is None and model.on_hub and not model.weights() and not model.other_weights():
+        return  # offline, and not downloaded: loading will say so
+    if names is not None:
+        if any(name.endswith(".safetensors") for name in names):
+            return
+        others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    elif model.weights():
+        return
+    else:
+        others = model.other_weights()
+    if others:
+        raise ConfigError(
+            f"{model.key}: {model.name} has its weights as {others[0]}, which can run code when it "
+            "is read, expected safetensors: load and save_pretrained it once where you trust it"
+        )
+    hint = ", or set student.init=random" if model.key == "student.model" else ""
+    raise ConfigError(
+        f"{model.key}: {model.name} holds no weights, expected *.safetensors beside config.json"
+        f"{hint}"
+    )
+
+
+def check_seq_len(config: Config, model: ModelFiles) -> None:
+    """The sequences are no longer than the model was made for."""
+    longest = model.max_positions
+    if longest is not None and config.data.seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len: {config.data.seq_len} is beyond the {longest} positions of "
+            f"{model.key} ({model.name}): set data.seq_len to {longest} or less"
+        )
+
+
+def check_heads(config: Config, teacher: ModelFiles) -> None:
+    """tp divides the teacher's attention heads and key-value heads."""
+    tp = config.teacher.tp
+    for what, count in (("attention heads", teacher.heads), ("key-value heads", teacher.kv_heads)):
+        if count is not None and count % tp:
+            fitting = [t for t in range(1, count + 1) if not count % t and not
+                       (teacher.heads or count) % t]  # fmt: skip
+            raise ConfigError(
+                f"teacher.tp: {tp} does not divide the {count} {what} of {teacher.name}: set it to "
+                f"one of {', '.join(map(str, fitting))}, or use teacher.engine=zero3 with "
+                "teacher.tp=1"
+            )

@@ -1,0 +1,113 @@
+"""Whether teacher, student and tokenizer mean the same tokens by the same ids."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megadistill.checks.models import find_section_model
+from megadistill.config import Config, StudentConfig
+from megadistill.errors import ConfigError
+from megadistill.model_files import ModelFiles, first_line, may_be_hub_id
+
+log = logging.getLogger(__name__)
+
+
+def find_tokenizer(config: Config) -> Any:
+    """The run's tokenizer: data.tokenizer, or the teacher's."""
+    from megadistill.data.tokenizer import load_tokenizer
+
+    own = config.data.tokenizer
+    if own is not None and not Path(own).is_dir() and not may_be_hub_id(own):
+        raise ConfigError(
+            f"data.tokenizer: {own} does not exist, expected a folder with a tokenizer.json, or a "
+            "hub id (owner/name)"
+        )
+    return load_tokenizer(config)
+
+
+def tokenizer_if_there(config: Config) -> Any:
+    """The run's tokenizer, or None where it cannot be loaded."""
+    try:
+        return find_tokenizer(config)
+    except ConfigError:
+        return None
+
+
+def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) -> None:
+    """The tokenizer's ids are ids of the teacher."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if teacher.vocab_size is not None and largest >= teacher.vocab_size:
+        key = "teacher.model" if config.data.tokenizer is None else "data.tokenizer"
+        raise ConfigError(
+            f"{key}: the tokenizer {config.data.tokenizer or config.teacher.model} has ids up to "
+            f"{largest}, and the teacher {teacher.name} a vocabulary of {teacher.vocab_size}: they "
+            "do not belong together; set data.tokenizer to the teacher's own"
+        )
+
+
+def student_if_there(config: Config) -> ModelFiles | None:
+    """The student's files, or None (and a warning) where it has none yet."""
+    if config.student is None:
+        return None
+    try:
+        return find_section_model(config.student, "student.model")
+    except ConfigError as error:
+        log.warning("the student is not compared with the teacher yet: %s", error)
+        return None
+
+
+def check_same_vocabulary(
+    config: Config, tokenizer: Any, teacher: ModelFiles | None, student: ModelFiles
+) -> None:
+    """Teacher and student have vocabularies of one size, and tokenizers of the same ids."""
+    if teacher is not None and teacher.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"student.model: {student.name} has a vocabulary of {student.vocab_size}, the teacher "
+            f"{teacher.name} one of {teacher.vocab_size}, and a target is about ids: choose a "
+            "student of the same family, or one with student.init=random and that vocab_size in "
+            "its config.json"
+        )
+    if tokenizer is None or config.student is None:
+        return
+    own = _tokenizer_of(config.student, student)
+    if own is None:
+        return
+    from megadistill.data.tokenizer import tokenizer_identity
+
+    ours, theirs = (tokenizer_identity(t, chat=False)["content"] for t in (tokenizer, own))
+    if ours != theirs:
+        text = _example_of_difference(tokenizer, own)
+        raise ConfigError(
+            f"student.model: the tokenizer of {student.name} turns text into other ids than "
+            f"{config.data.tokenizer or config.teacher.model} does{text}: the student would learn "
+            "from targets that are about other tokens; give it the teacher's tokenizer"
+        )
+
+
+def _tokenizer_of(student: StudentConfig, files: ModelFiles) -> Any:
+    """The student's own tokenizer, or None where it has none (a config.json alone)."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not files.on_hub and not any((files.folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+    except Exception as error:  # noqa: BLE001 - whatever a tokenizer's own code may raise
+        raise ConfigError(
+            f"student.model: {student.model}: its tokenizer cannot be loaded: {first_line(error)}"
+        ) from None
+    return tokenizer if tokenizer.is_fast else None
+
+
+def _example_of_difference(ours: Any, theirs: Any) -> str:
+    ours, theirs = ours.get_vocab(), theirs.get_vocab()
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != number:
+            other = theirs.get(token, "nothing")
+            return f" ({token!r} is {number} in the one and {other} in the other)"
+    return ""

@@ -1,0 +1,221 @@
+"""The student: a transformers causal language model, spread by ZeRO-3, with our head.
+
+Every rank makes the model from its configuration under `deepspeed.zero.Init`, so that no more than
+one module is ever whole, and rank 0's weights are dealt out parameter by parameter. Rank 0 alone
+reads the files, into host memory (2 GB a billion parameters in bfloat16). Compared with
+transformers' own loading under ZeRO-3 this costs that memory, and gives the same weights for random
+and pretrained models, at every number of ranks, in both major versions of transformers, without a
+switch that lives on and would partition the teacher too.
+
+Shapes: B sequences, T positions, N = B*T, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from megadistill.attention import forward_inputs
+from megadistill.config import StudentConfig
+from megadistill.errors import ConfigError
+from megadistill.parallel import Mesh
+from megadistill.student.head import DistillationHead
+from megadistill.targets import SparseTargets
+from megadistill.teacher.head import logit_scale, soft_cap
+
+log = logging.getLogger(__name__)
+
+
+class Student(nn.Module):
+    """A causal language model whose head returns the loss. The module that DeepSpeed runs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.head_name = replace_head(model)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def head(self) -> DistillationHead:
+        head = self.model.get_submodule(self.head_name)
+        assert isinstance(head, DistillationHead)
+        return head
+
+    def forward(
+        self,
+        labels_N: torch.Tensor | None = None,
+        targets: SparseTargets | None = None,
+        options: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The `LossTerms` of a micro-batch; without labels what the model itself returns.
+
+        inputs: of `attention.forward_inputs`. labels_N, targets, options: of `distillation_terms`.
+        """
+        if labels_N is None:
+            return self.model(**inputs)
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        return self.head(hidden, labels_N, targets, **(options or {}))
+
+    @torch.no_grad()
+    def check_head(self, *, name: str, device: torch.device) -> None:
+        """ConfigError where the model does more to its logits than our head knows. Collective.
+
+        One forward of 8 tokens each way.
+        """
+        inputs = forward_inputs(self.model, torch.arange(8)[None], [np.zeros(1)], device=device)
+        labels_N = torch.arange(8, device=device)
+        ours = self(labels_N, **inputs).ce_sum
+        logits_NV = self(**inputs).logits.reshape(8, -1)
+        theirs = nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="sum")
+        if not torch.isclose(ours, theirs, rtol=1e-2):
+            raise ConfigError(
+                f"{name}: {type(self.model).__name__} makes its logits in a way that our head does "
+                f"not know (cross-entropy {theirs:.4f}, ours {ours:.4f}): linear heads are, with "
+                "logit_scale, logits_scaling or final_logit_softcapping in config.json"
+            )
+
+
+def replace_head(model: Any) -> str:
+    """Put a `DistillationHead` in the place of the output projection; its name is returned.
+
+    ConfigError for a model that has none, or that keeps its backbone where we do not find it.
+    """
+    linear = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is linear), None)
+    if linear is None or not name or model.base_model is model:
+        raise ConfigError(
+            f"student.model: {type(model).__name__} has no output projection over its vocabulary: "
+            "a causal language model is needed"
+        )
+    config = model.config
+    head = DistillationHead(linear, logit_scale=logit_scale(config), softcap=soft_cap(config))
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, head)
+    return name
+
+
+def student_settings(config: StudentConfig) -> Any:
+    """The model's transformers configuration. ConfigError where there is none to be had."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"student.model: {config.model} cannot be read: {reason}") from error
+
+
+def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
+    """ConfigError where the model has fewer ids than the data, or is made for less context."""
+    if settings.vocab_size < vocab_size:
+        raise ConfigError(
+            f"student.model: has {settings.vocab_size} token ids, the cache's teacher and "
+            f"tokenizer have {vocab_size}: take a student of the same tokenizer"
+        )
+    if settings.vocab_size > vocab_size:
+        log.info(
+            "the student has %d token ids, the data %d: the rows above are never a target",
+            settings.vocab_size, vocab_size,
+        )  # fmt: skip
+    limit = getattr(settings, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise ConfigError(
+            f"data.seq_len: {seq_len} exceeds the student's limit of {limit} positions "
+            "(max_position_embeddings): make a cache of shorter sequences"
+        )
+
+
+def load_student(
+    config: StudentConfig, mesh: Mesh, *, deepspeed_config: dict[str, Any], seed: int = 0
+) -> Student:
+    """The student, its parameters partitioned over all ranks. Collective.
+
+    seed: of random weights. Raises ConfigError where the model cannot be loaded.
+    """
+    import deepspeed
+
+    settings, dtype = student_settings(config), parameter_dtype(deepspeed_config)
+    whole: list[nn.Module] = []  # rank 0 only; what `first` returns would travel to every rank
+    mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
+    with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
+        model: Any = _from_config(config, settings, dtype)
+    # Weights that transformers 5 does not fill it does not tie either.
+    model.tie_weights()
+    _deal(model, whole.pop() if whole else None, mesh)
+    return Student(model)
+
+
+def parameter_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
+    """The type of weights and activations that DeepSpeed's configuration asks for."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if deepspeed_config.get(name, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def _whole(config: StudentConfig, settings: Any, dtype: torch.dtype, seed: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if config.init == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return _from_config(config, settings, torch.float32).to(dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"student.model: {config.model} cannot be loaded: {reason}") from error
+
+
+def _from_config(config: StudentConfig, settings: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        settings,
+        dtype=dtype,
+        attn_implementation=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _no_init_weights() -> Any:
+    """transformers' own switch; where weights are partitioned, filling them in place fails."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()
+
+
+def _deal(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> None:
+    """Rank 0's weights and buffers into the partitioned model. Collective."""
+    import deepspeed
+
+    source = {} if whole is None else dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if whole is not None:
+                parameter.copy_(source[name])
+    # Made under zero.Init, tables such as the rotary frequencies may have been rounded to the
+    # parameters' type.
+    buffers = mesh.first(lambda: dict(whole.named_buffers()) if whole is not None else {})
+    for name, buffer in buffers.items():
+        parent, _, attribute = name.rpartition(".")
+        model.get_submodule(parent)._buffers[attribute] = buffer.to(mesh.device)

@@ -1,0 +1,162 @@
+"""Checkpoints: DeepSpeed's own files, and a manifest of ours that makes them believable.
+
+    checkpoints/step-000200/
+      zero_pp_rank_..., ...        DeepSpeed's: weights, fp32 copies, moments, one file a rank
+      random-00000.pt              each rank's random states
+      manifest.json                written last: size and xxh3 of every file, where the run stood
+
+DeepSpeed writes in place, without checks, and loads with pickle. So everything is brought to disk
+before the manifest is, and nothing is loaded that the manifest does not confirm: a checkpoint
+without one, or with a file that differs, is passed over, loudly, for the one before. Rank 0 looks
+and decides for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from megadistill.blocks.files import LOCAL
+from megadistill.blocks.records import encode_json, hex64, put_file, read_json
+from megadistill.errors import CorruptBlockError, StoreError, TrainError
+from megadistill.parallel import Mesh
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: all there is to resume but weights, moments and random states."""
+
+    step: int
+    sequences: int
+    tokens: int
+
+
+def save(engine: Any, mesh: Mesh, folder: Path, position: Position, *, keep: int) -> Path:
+    """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective."""
+    path = folder / f"step-{position.step:06d}"
+    # What a killed save left there would otherwise be listed as part of this one.
+    mesh.first(lambda: _remove(path))
+    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
+    torch.save(_random_states(), path / f"random-{mesh.rank:05d}.pt")
+    mesh.barrier()
+    mesh.first(lambda: _seal(path, position, mesh.world, keep))
+    return path
+
+
+def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
+    """The newest sound checkpoint, every byte of it read. For rank 0.
+
+    TrainError where there are checkpoints and none is sound, or it is of another number of ranks.
+    """
+    found = sorted(checkpoints(folder), reverse=True)
+    for step, path in found:
+        try:
+            manifest = verified(path)
+        except (CorruptBlockError, StoreError, TrainError) as error:
+            log.warning("checkpoint of step %d is passed over: %s", step, error)
+            continue
+        if manifest["world"] != world:
+            raise TrainError(
+                f"{path}: was written by {manifest['world']} rank(s), this run has {world}: start "
+                f"{manifest['world']}, or choose another train.out_dir"
+            )
+        return path, Position(**manifest["position"])
+    if found:
+        raise TrainError(
+            f"{folder}: none of its {len(found)} checkpoint(s) is sound: restore one from a "
+            "backup, or choose another train.out_dir to start again"
+        )
+    return None
+
+
+def load(engine: Any, mesh: Mesh, path: Path) -> None:
+    """Weights, moments, counters and random states from a checkpoint that was verified."""
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise TrainError(f"{path}: DeepSpeed cannot load it, although every file is as written")
+    states = torch.load(path / f"random-{mesh.rank:05d}.pt", weights_only=True)
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    mesh.barrier()
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named like a checkpoint, sound or not."""
+    if not folder.is_dir():
+        return []
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return [(int(match[1]), path) for match, path in named if match]
+
+
+def verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is as it was written.
+
+    Raises TrainError where there is no manifest or a file differs, CorruptBlockError for a damaged
+    manifest.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+    except FileNotFoundError:
+        raise TrainError(f"{path}: has no {MANIFEST}: the save was cut short") from None
+    for name, expected in manifest["files"].items():
+        file = path / name
+        found = _entry(file) if file.is_file() else "no such file"
+        if found != expected:
+            raise TrainError(f"{file}: expected {expected}, found {found}: the file is damaged")
+    return manifest
+
+
+def _seal(path: Path, position: Position, world: int, keep: int) -> None:
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        LOCAL.fsync(file)
+    for directory in sorted({file.parent for file in files} | {path, path.parent}):
+        LOCAL.fsync_dir(directory)
+    manifest = {
+        "files": {file.relative_to(path).as_posix(): _entry(file) for file in files},
+        "format_version": 1,
+        "position": vars(position),
+        "world": world,
+    }
+    put_file(LOCAL, path / MANIFEST, encode_json(manifest), temporary=path / f".{MANIFEST}")
+    for _, old in sorted(checkpoints(path.parent))[:-keep]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    # Without its manifest a folder is no checkpoint, however far its removal comes.
+    if path.is_dir():
+        LOCAL.unlink(path / MANIFEST)
+        LOCAL.remove_tree(path)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    state, size = xxhash.xxh3_64(), 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(16 << 20):
+            state.update(chunk)
+            size += len(chunk)
+    return {"size": size, "xxh3": hex64(state.intdigest())}
+
+
+def _random_states() -> dict[str, Any]:
+    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    with contextlib.suppress(RuntimeError, AssertionError):
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+    return states

@@ -1,0 +1,90 @@
+"""Held-out evaluation against a topk or topp cache.
+
+loss            mean -log q(true next token), nats; the usual language-model loss
+perplexity      exp(loss)
+kl              mean KL(teacher || student), nats, over the listed ids and the tail as one bucket:
+                a lower bound of the full KL, above it only by what the tail hides within itself
+top1_agreement  share of positions where student and teacher find the same id most probable
+teacher_loss    the same as loss for the teacher, from the cache, where it holds nll
+teacher_entropy mean entropy of the teacher, from the cache, where it holds it
+
+Temperature is the cache's for kl, 1 for loss. Never weighted, smoothed or multiplied by T squared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from megadistill.errors import ConfigError
+from megadistill.targets import SAMPLED
+from megadistill.train.data import MicroBatch, micro_batch, open_sequences
+from megadistill.train.engine import Trainer
+
+
+class Evaluation:
+    """A held-out cache, opened once, and what of it is known without the student."""
+
+    def __init__(self, path: str, *, max_sequences: int | None) -> None:
+        self.sequences = open_sequences(path, key="eval.cache", with_targets=True)
+        method = self.sequences.recipe["method"]
+        if method in SAMPLED:
+            raise ConfigError(
+                f"eval.cache: {path} holds {method} targets, expected topk: single samples say "
+                "little about a held-out distribution; generate with targets.method=topk"
+            )
+        self.temperature = float(self.sequences.recipe["temperature"])
+        self.count = min(len(self.sequences), max_sequences or len(self.sequences))
+
+    @torch.no_grad()
+    def run(self, trainer: Trainer, *, micro_batch_size: int, pack: Any) -> dict[str, float]:
+        """The figures of the current student. Collective: ranks run equally many forwards."""
+        trainer.engine.eval()
+        mesh, rows = trainer.mesh, micro_batch_size
+        sums = torch.zeros(8, dtype=torch.float64)
+        for start in range(0, self.count, rows * mesh.world):
+            mine = np.arange(start + mesh.rank * rows, start + (mesh.rank + 1) * rows)
+            names = [(0, int(i)) for i in np.minimum(mine, self.count - 1)]
+            batch = micro_batch(
+                [self.sequences], names, with_targets=True, empty=int((mine >= self.count).sum())
+            )
+            moved = batch.on(trainer.student.model, mesh.device, pack=pack)
+            options = {"temperature": self.temperature, "agreement": True}
+            terms = trainer.engine(moved.labels_N, moved.targets, options, **moved.inputs)
+            sums[:5] += torch.tensor(
+                [terms.kd_sum, terms.ce_sum, terms.agreed, terms.kd_count, terms.ce_count],
+                dtype=torch.float64,
+            )
+            sums[5:] += _teacher(batch)
+        trainer.engine.train()
+        kd, ce, agreed, kd_count, ce_count, nll, entropy, known = mesh.sum(sums).tolist()
+        loss = ce / max(ce_count, 1)
+        figures = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "kl": kd / max(kd_count, 1),
+            "top1_agreement": agreed / max(kd_count, 1),
+            "positions": int(ce_count),
+            "sequences": self.count,
+        }
+        if known:
+            figures |= {"teacher_loss": nll / known, "teacher_entropy": entropy / known}
+        return figures
+
+
+def _teacher(batch: MicroBatch) -> torch.Tensor:
+    """Sums of the teacher's nll and entropy over the valid positions, and their number."""
+    targets = batch.targets
+    if targets is None or targets.nll is None or targets.entropy is None:
+        return torch.zeros(3, dtype=torch.float64)
+    valid_N = (batch.labels_N != -100) & (targets.counts > 0)
+    notes = [targets.nll[valid_N], targets.entropy[valid_N], valid_N]
+    return torch.tensor([note.sum(dtype=np.float64) for note in notes], dtype=torch.float64)
+
+
+def open_evaluation(path: str | None, *, max_sequences: int | None) -> Evaluation | None:
+    """The held-out cache of `eval.cache`, or None where there is none."""
+    return None if path is None else Evaluation(path, max_sequences=max_sequences)

@@ -1,0 +1,150 @@
+"""The trained student as a folder that transformers loads: weights, tokenizer, model card.
+
+Parameters are gathered one at a time and copied to rank 0's host memory, so that no accelerator
+ever holds the whole model. The folder is written under another name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.blocks.files import LOCAL
+from megadistill.config import Config
+from megadistill.errors import ConfigError
+from megadistill.parallel import Mesh
+from megadistill.student.model import Student
+
+log = logging.getLogger(__name__)
+
+CARD = """---
+library_name: transformers
+tags: [distillation, megadistill]
+---
+
+# {name}
+
+A causal language model trained with megadistill {version}.
+
+- student: `{student}`, started from {init}
+- learned from: {learned}
+- loss: {loss}
+- steps: {steps}, of {batch} sequences of {seq_len} tokens
+{figures}"""
+
+
+def gathered(student: Student, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers on rank 0, in host memory; {} elsewhere. Collective."""
+    import deepspeed
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in student.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if mesh.rank == 0:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if mesh.rank == 0:
+        # Tied weights go by one of their names; buffers that are not saved stay out.
+        saved = student.model.state_dict(keep_vars=True).keys()
+        state |= {n: b.cpu() for n, b in student.model.named_buffers() if n in saved}
+    return state
+
+
+def export(
+    student: Student,
+    mesh: Mesh,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    card: Callable[[], str],
+) -> None:
+    """Write `folder`: safetensors, config.json, generation settings, tokenizer, README.md.
+
+    tokenizer: to save beside it, or None. Collective; raises StoreError where writing fails.
+    """
+    state = gathered(student, mesh)
+
+    def write() -> None:
+        temporary = folder.with_name(f".{folder.name}.partial")
+        LOCAL.remove_tree(temporary)
+        student.model.save_pretrained(temporary, state_dict=state)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        LOCAL.write_new(temporary / "README.md", card().encode())
+        for file in temporary.iterdir():
+            LOCAL.fsync(file)
+        LOCAL.fsync_dir(temporary)
+        LOCAL.replace(temporary, folder)
+        LOCAL.fsync_dir(folder.parent)
+
+    mesh.first(write)
+
+
+def student_tokenizer(config: Config) -> Any:
+    """The student's tokenizer: its own folder's, else that of the data. None where there is none.
+
+    A tokenizer that cannot be loaded is no reason not to train: ids are what the student sees.
+    """
+    assert config.student is not None
+    return _tokenizer(config.student.model, config.student.revision) or _tokenizer(
+        config.data.tokenizer or config.teacher.model,
+        None if config.data.tokenizer else config.teacher.revision,
+    )
+
+
+def _tokenizer(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # noqa: BLE001 - transformers 4 raises whatever comes up
+        log.debug("%s: no tokenizer: %s", name, error)
+        return None
+
+
+def model_card(
+    config: Config, *, learned: str, steps: int, figures: dict[str, float] | None
+) -> str:
+    """README.md of the exported model."""
+    from megadistill import __version__
+
+    assert config.student is not None
+    loss = config.loss
+    shown = "" if figures is None else "- held out: " + ", ".join(
+        f"{name} {value:.4g}" for name, value in figures.items()
+    ) + "\n"  # fmt: skip
+    return CARD.format(
+        name=Path(config.train.out_dir).name,
+        version=__version__,
+        student=config.student.model,
+        init=f"{config.student.init} weights",
+        learned=learned,
+        loss=f"{loss.kd_weight:g} x {loss.divergence} + {loss.ce_weight:g} x cross-entropy",
+        steps=steps,
+        batch=config.train.global_batch,
+        seq_len=config.data.seq_len,
+        figures=shown,
+    )
+
+
+def check_tokenizer(config: Config, content: str, *, store: str) -> None:
+    """ConfigError where the student's own tokenizer gives other ids than the store's.
+
+    content: the digest in the store's recipe. A student's folder without a tokenizer passes.
+    """
+    from megadistill.data.tokenizer import tokenizer_identity
+
+    assert config.student is not None
+    tokenizer = _tokenizer(config.student.model, config.student.revision)
+    if tokenizer is None or not tokenizer.is_fast:
+        return
+    own = tokenizer_identity(tokenizer, chat=False)["content"]
+    if own != content:
+        raise ConfigError(
+            f"student.model: {config.student.model} has the tokenizer {own[:16]}, {store} was made "
+            f"with {content[:16]}: take a student of the same tokenizer, or remove the tokenizer "
+            "from its folder if you know that the ids agree"
+        )

@@ -1,0 +1,69 @@
+"""train.out_dir: whose run it holds, and whether that run goes on, is finished, or is another.
+
+run.json        what the run is, written first, never changed
+metrics.jsonl   a line a step
+eval.jsonl      a line an evaluation
+checkpoints/    of which the newest sound one is resumed
+model/          the trained model; put in place last, so that it says the run is finished
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megadistill.blocks.files import LOCAL
+from megadistill.blocks.recipe import require_same_recipe
+from megadistill.blocks.records import encode_json, put_file, read_json
+from megadistill.config import Config
+from megadistill.errors import TrainError
+from megadistill.train.data import Sequences
+
+# Where and how often something is written, and how a step is cut up, are no part of what is run.
+_FREE = ("out_dir", "save_every", "eval_every", "keep", "micro_batch")
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
+        self._identity = self.path / "run.json"
+
+    def claim(self, identity: dict[str, Any]) -> bool:
+        """Make the folder this run's own, or see that it is; whether the run is finished.
+
+        TrainError where the folder holds something else, RecipeError naming the key where it is a
+        run of another configuration.
+        """
+        if not self._identity.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise TrainError(
+                    f"train.out_dir: {self.path} holds something that is no run of ours (there is "
+                    f"no {self._identity.name}): choose another folder, or empty it"
+                )
+            LOCAL.mkdir(self.path)
+            temporary = self.path / ".run.json"
+            put_file(LOCAL, self._identity, encode_json(identity), temporary=temporary)
+        require_same_recipe(
+            read_json(self._identity), identity, file=str(self._identity), other="this run's is",
+            way_out="restore the setting to go on, or choose another train.out_dir",
+        )  # fmt: skip
+        return self.model.is_dir()
+
+
+def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[str, Any]:
+    """Everything the trained weights depend on and that the configuration decides."""
+    assert config.student is not None
+    train = config.train.model_dump(mode="json", exclude={*_FREE, "steps", "epochs"})
+    return {
+        "cache": [{"recipe": s.recipe, "sequences": len(s)} for s in stores],
+        "data": {"pack": config.data.pack},
+        "deepspeed": config.deepspeed,
+        "format_version": 1,
+        "loss": config.loss.model_dump(mode="json"),
+        "order": config.order.model_dump(mode="json"),
+        "student": config.student.model_dump(mode="json"),
+        "train": {**train, "steps": steps},
+    }

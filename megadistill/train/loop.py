@@ -1,0 +1,214 @@
+"""Training a student: from a configuration to a folder with metrics, checkpoints and a model.
+
+    check everything that needs no model -> load, or resume -> steps -> checkpoint -> export
+
+A step is one global batch. Each rank runs its micro-batches, every loss a sum divided by the valid
+positions of the whole batch, which are counted before the first of them; gradients add up to those
+of the one batch. All ranks decide together whether to go on: a rank that was told to stop, or met
+a number that is not finite, takes the others along.
+
+Shapes: none; positions and sequences are counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megadistill.config import Config
+from megadistill.errors import TrainError
+from megadistill.parallel import Mesh
+from megadistill.train import checkpoint
+from megadistill.train.checkpoint import Position
+from megadistill.train.data import Batches, MicroBatch
+from megadistill.train.engine import Trainer
+from megadistill.train.folder import run_identity
+from megadistill.train.metrics import Reporter
+from megadistill.train.run import Run, build, finish, prepare
+from megadistill.train.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run of `train` did."""
+
+    steps: int  # of the whole run
+    done: int  # by now; fewer than `steps` where it was told to stop
+    ran: int  # in this process
+    out_dir: str
+
+
+def train(config: Config, mesh: Mesh) -> Trained:
+    """Train `config.student`, or go on where the run in `train.out_dir` stands. Collective.
+
+    Raises ConfigError, StoreError, TrainError before a model is loaded, TrainError for numbers
+    that are not finite. On SIGTERM it finishes the step, saves and returns.
+    """
+    run = prepare(config, mesh)
+    identity = run_identity(config, run.stores, run.steps)
+    if mesh.first(lambda: run.folder.claim(identity)):
+        if mesh.rank == 0:
+            log.info("%s: finished already, %d steps", run.folder.path, run.steps)
+        return Trained(run.steps, run.steps, 0, config.train.out_dir)
+    found = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints, world=mesh.world))
+    trainer = build(run, mesh)
+    start = Position(0, 0, 0)
+    if found is not None:
+        checkpoint.load(trainer.engine, mesh, found[0])
+        start = found[1]
+        if mesh.rank == 0:
+            log.info("resumed at step %d of %d from %s", start.step, run.steps, found[0])
+    reporter = None
+    if mesh.rank == 0:
+        reporter = Reporter(run.folder.path, done=start.step, steps=run.steps)
+    try:
+        end, figures = run_steps(run, trainer, mesh, start, reporter)
+    finally:
+        if reporter is not None:
+            reporter.close()
+    if end.step == run.steps:
+        finish(run, trainer, mesh, figures)
+    return Trained(run.steps, end.step, end.step - start.step, config.train.out_dir)
+
+
+def run_steps(
+    run: Run, trainer: Trainer, mesh: Mesh, start: Position, reporter: Reporter | None
+) -> tuple[Position, dict[str, float] | None]:
+    """The steps from `start` on; where they ended, and the last evaluation. Collective."""
+    settings, position, saved, figures = run.config.train, start, start.step, None
+    batches = Batches(
+        run.stores, run.order, rank=mesh.rank, world=mesh.world,
+        micro_batch=settings.micro_batch, with_targets=run.stores[0].has_targets,
+        first=start.step, last=run.steps,
+    )  # fmt: skip
+    with batches, _told_to_stop() as told:
+        for step in range(start.step, run.steps):
+            started = time.monotonic()
+            share = next(batches)
+            data_s = time.monotonic() - started
+            counts = [sum(b.kd_count for b in share), sum(b.ce_count for b in share), len(told)]
+            kd_count, ce_count, stop = mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+            if stop:
+                break
+            lr = learning_rate(step, run.steps, settings)
+            sums = [
+                _sums(trainer, batch, run, (kd_count, ce_count), last=batch is share[-1])
+                for batch in share
+            ]
+            kd_sum, ce_sum = mesh.sum(torch.stack(sums).sum(0)).tolist()
+            if not math.isfinite(kd_sum + ce_sum):
+                _refuse_non_finite(run, mesh, step, [b for b, s in zip(share, sums, strict=True)
+                                                     if not s.isfinite().all()])  # fmt: skip
+            grad_norm = trainer.step(lr)
+            if not math.isfinite(grad_norm):
+                _refuse_non_finite(run, mesh, step, share)
+            tokens = settings.global_batch * run.stores[0].seq_len
+            position = Position(
+                step + 1, position.sequences + settings.global_batch, position.tokens + tokens
+            )
+            if reporter is not None:
+                seconds = time.monotonic() - started
+                reporter.step({
+                    "step": position.step,
+                    **_losses(run, kd_sum, kd_count, ce_sum, ce_count),
+                    "lr": lr, "grad_norm": grad_norm,
+                    "sequences": position.sequences, "tokens": position.tokens,
+                    "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
+                })  # fmt: skip
+            last = position.step == run.steps
+            if run.evaluation and (last or _due(position.step, settings.eval_every)):
+                figures = evaluate(run, trainer, position, reporter)
+            if last or _due(position.step, settings.save_every):
+                saved = save(run, trainer, mesh, position)
+    if saved < position.step:
+        save(run, trainer, mesh, position)
+    if position.step < run.steps and mesh.rank == 0:
+        log.info("told to stop: saved at step %d of %d", position.step, run.steps)
+    return position, figures
+
+
+def evaluate(
+    run: Run, trainer: Trainer, position: Position, reporter: Reporter | None
+) -> dict[str, float]:
+    """The held-out figures of the student as it stands. Collective."""
+    assert run.evaluation is not None
+    figures = run.evaluation.run(
+        trainer, micro_batch_size=run.config.train.micro_batch, pack=run.config.data.pack
+    )
+    if reporter is not None:
+        reporter.evaluation({"step": position.step, **figures})
+    return figures
+
+
+def save(run: Run, trainer: Trainer, mesh: Mesh, position: Position) -> int:
+    """A checkpoint of this step; the step. Collective."""
+    checkpoint.save(
+        trainer.engine, mesh, run.folder.checkpoints, position, keep=run.config.train.keep
+    )
+    return position.step
+
+
+def _sums(
+    trainer: Trainer,
+    batch: MicroBatch,
+    run: Run,
+    normalizer: tuple[float, float],
+    *,
+    last: bool,
+) -> torch.Tensor:
+    """float64 [2]: this micro-batch's sums of kd and ce, its gradients added to the step's."""
+    moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
+    terms = trainer.backward(moved, normalizer, last=last)
+    return torch.stack([terms.kd_sum, terms.ce_sum]).cpu()
+
+
+def _losses(
+    run: Run, kd_sum: float, kd_count: float, ce_sum: float, ce_count: float
+) -> dict[str, float | None]:
+    """loss, kd_loss, ce_loss of a step; kd_loss holds temperature squared, None without targets."""
+    loss = run.config.loss
+    kd = loss.temperature**2 * kd_sum / max(kd_count, 1)
+    ce = ce_sum / max(ce_count, 1)
+    return {
+        "loss": loss.kd_weight * kd + loss.ce_weight * ce,
+        "kd_loss": kd if run.stores[0].has_targets else None,
+        "ce_loss": ce,
+    }
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _refuse_non_finite(run: Run, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
+    """TrainError on every rank, naming the sequences of all ranks. Collective."""
+    mine = [name for batch in batches for name in batch.names]
+    everyone: list[list[tuple[int, int]]] = [[] for _ in range(mesh.world)]
+    dist.all_gather_object(everyone, mine)
+    numbers = sorted(sequence for names in everyone for _, sequence in names)
+    raise TrainError(
+        f"step {step + 1}: loss or gradient is not finite; among sequences "
+        f"{', '.join(map(str, numbers))} of {run.stores[0].name}: nothing was saved after the last "
+        "checkpoint; lower train.lr, or look at these sequences"
+    )
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """A list that holds something once SIGTERM has come."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,118 @@
+"""A run before its first step and after its last: what is checked, built, and left behind.
+
+`prepare` finds everything that can be found wrong without loading a model, in stores, folders and
+settings; `build` what only a loaded model can tell; `finish` exports.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.attention import check_isolation
+from megadistill.config import Config
+from megadistill.data.order import Order
+from megadistill.errors import ConfigError
+from megadistill.parallel import Mesh
+from megadistill.student.model import check_fits, load_student, student_settings
+from megadistill.targets import check_divergence
+from megadistill.train.data import Sequences, open_sequences
+from megadistill.train.engine import Trainer, deepspeed_config
+from megadistill.train.evaluate import Evaluation, open_evaluation
+from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
+from megadistill.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is settled before a model is loaded."""
+
+    config: Config
+    stores: list[Sequences]
+    order: Order
+    evaluation: Evaluation | None
+    folder: RunFolder
+    steps: int
+
+
+def prepare(config: Config, mesh: Mesh) -> Run:
+    """Everything that can be found wrong without a model, found. Writes nothing."""
+    if config.student is None:
+        raise ConfigError("student: there is nothing to train: set student.model")
+    deepspeed_config(config, mesh.world)
+    store = open_sequences(
+        config.cache.dir, key="cache.dir", with_targets=config.loss.kd_weight > 0
+    )
+    if store.has_targets:
+        check_divergence(
+            store.recipe["method"], config.loss.divergence,
+            kd_temperature=config.loss.temperature, made_at=store.recipe["temperature"],
+        )  # fmt: skip
+    evaluation = open_evaluation(config.eval.cache, max_sequences=config.eval.max_sequences)
+    if evaluation and evaluation.sequences.tokenizer["content"] != store.tokenizer["content"]:
+        raise ConfigError(
+            f"eval.cache: {config.eval.cache} was made with another tokenizer than {store.name}: "
+            "generate it again with this run's data.tokenizer"
+        )
+    vocab_size = max(s.vocab_size for s in (store, evaluation and evaluation.sequences) if s)
+    check_fits(student_settings(config.student), vocab_size=vocab_size, seq_len=store.seq_len)
+    mesh.first(lambda: check_tokenizer(config, store.tokenizer["content"], store=store.name))
+    order = Order(
+        [len(store)], block_size=store.store.block_size, global_batch=config.train.global_batch,
+        seed=config.order.seed, groups=config.order.groups, shuffle=config.order.shuffle,
+    )  # fmt: skip
+    steps = config.train.steps or math.ceil(
+        (config.train.epochs or 1) * len(store) / config.train.global_batch
+    )
+    return Run(config, [store], order, evaluation, RunFolder(config.train.out_dir), steps)
+
+
+def build(run: Run, mesh: Mesh) -> Trainer:
+    """The student in its engine, and what only a loaded model can tell. Collective."""
+    config = run.config
+    assert config.student is not None
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.train.seed)
+    student = load_student(
+        config.student, mesh, deepspeed_config=deepspeed_config(config, mesh.world),
+        seed=config.train.seed,
+    )  # fmt: skip
+    trainer = Trainer(student, config, mesh)
+    student.check_head(name="student.model", device=mesh.device)
+    if config.data.pack == "isolate":
+        check_isolation(student, name="student.model", device=mesh.device)
+    return trainer
+
+
+def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | None) -> None:
+    """Export the model; with that the run is finished. Collective."""
+    config = run.config
+    learned = run.stores[0].name
+    export(
+        trainer.student, mesh, run.folder.model,
+        tokenizer=student_tokenizer(config) if mesh.rank == 0 else None,
+        card=lambda: model_card(
+            config, learned=learned, steps=run.steps,
+            figures=figures or _last_evaluation(run.folder.path / "eval.jsonl"),
+        ),
+    )  # fmt: skip
+    if mesh.rank == 0:
+        log.info("%s: %d steps done, the model is in %s", run.folder.path, run.steps,
+                 run.folder.model)  # fmt: skip
+
+
+def _last_evaluation(path: Path) -> dict[str, Any] | None:
+    # A run resumed after its last step has not evaluated anything itself.
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {k: v for k, v in json.loads(lines[-1]).items() if k != "step"} if lines else None

@@ -1,0 +1,65 @@
+"""Small stores for tests: what fills them is a function of the seed alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadistill.blocks import BlockStore
+
+SEQ_LEN, BLOCK_SIZE = 8, 4
+COLUMNS = {"tokens": f"ndarray:uint32:{SEQ_LEN}", "documents": "ndarray:uint32"}
+RECIPE = {"seq_len": SEQ_LEN, "tokenizer": "9f8e", "source": {"name": "corpus", "seed": 0}}
+
+
+def make_samples(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "tokens": rng.integers(0, 1000, SEQ_LEN, dtype=np.uint32),
+            "documents": np.unique(np.append(rng.integers(1, SEQ_LEN, i % 3), 0)).astype(np.uint32),
+        }
+        for i in range(count)
+    ]
+
+
+def create(path: Path, **changes: Any) -> BlockStore:
+    settings = {
+        "kind": "tokens",
+        "header": {"recipe": RECIPE},
+        "columns": COLUMNS,
+        "block_size": BLOCK_SIZE,
+    }
+    return BlockStore.create(path, **(settings | changes))
+
+
+def commit(store: BlockStore, block: int, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    part = samples[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE]
+    return store.commit(block, part, statistics={"documents": len(part)}, cursor={"row": block})
+
+
+def fill(
+    path: Path, samples: list[dict[str, Any]], *, order: list[int] | None = None, **changes: Any
+) -> BlockStore:
+    """A complete store of the samples, its blocks committed in `order`."""
+    store = create(path, **changes)
+    store.plan(len(samples))
+    for block in order if order is not None else store.missing():
+        commit(store, block, samples)
+    store.finish()
+    return store
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Relative name to bytes of every file below a folder."""
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
+
+
+def same_sample(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two samples have equal columns, leaving `sum` aside."""
+    keys = (left.keys() | right.keys()) - {"sum"}
+    return all(k in left and k in right and np.array_equal(left[k], right[k]) for k in keys)

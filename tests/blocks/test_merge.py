@@ -1,0 +1,91 @@
+"""Merging: parts become the single run, byte for byte, or are refused saying why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megadistill.blocks import BlockStore
+from megadistill.blocks.merge import merge_stores
+from megadistill.errors import CorruptBlockError, RecipeError, StoreError
+from tests.blocks.stores import RECIPE, commit, create, fill, make_samples, tree
+
+SAMPLES = make_samples(18)  # 5 blocks, the last of 2
+
+
+def part(path: Path, blocks: list[int], *, total: int = 18, seed: int = 0) -> BlockStore:
+    store = create(path)
+    store.plan(total)
+    for block in blocks:
+        commit(store, block, make_samples(18, seed=seed)[:total])
+    store.finish()
+    return store
+
+
+def test_parts_merged_are_the_single_run(tmp_path: Path) -> None:
+    single = fill(tmp_path / "single", SAMPLES)
+    parts = [part(tmp_path / f"part{i}", [b for b in range(5) if b % 3 == i]) for i in range(3)]
+    merged = merge_stores(tmp_path / "merged", parts)
+    assert merged.complete()
+    assert tree(merged.path) == tree(single.path)
+    assert merged.content_hash() == single.content_hash()
+    shard = merged.layout.shard(1)
+    assert shard.stat().st_ino == parts[1].layout.shard(1).stat().st_ino  # linked, not copied
+
+
+def test_overlapping_parts_and_a_second_merge_are_one_store(tmp_path: Path) -> None:
+    single = fill(tmp_path / "single", SAMPLES)
+    parts = [part(tmp_path / "a", [0, 1, 2]), part(tmp_path / "b", [2, 3])]
+    merged = merge_stores(tmp_path / "merged", parts)
+    assert merged.missing() == [4]
+    again = merge_stores(tmp_path / "merged", [part(tmp_path / "c", [4, 0])])
+    assert tree(again.path) == tree(single.path)
+
+
+def test_a_block_held_twice_with_different_bytes_is_listed_unless_one_is_preferred(
+    tmp_path: Path,
+) -> None:
+    parts = [part(tmp_path / "a", [0, 1, 2]), part(tmp_path / "b", [2, 3, 4], seed=1)]
+    with pytest.raises(StoreError, match=r"different bytes: 2 \(.*content_hash.*--prefer"):
+        merge_stores(tmp_path / "merged", parts)
+    assert not (tmp_path / "merged").exists()
+    merged = merge_stores(tmp_path / "merged", parts, prefer=tmp_path / "b")
+    assert merged.marker(2) == parts[1].marker(2)
+    with pytest.raises(StoreError, match="not among the stores"):
+        merge_stores(tmp_path / "other", parts, prefer=tmp_path / "c")
+
+
+def test_different_recipes_are_refused_naming_the_field(tmp_path: Path) -> None:
+    other = create(tmp_path / "b", header={"recipe": RECIPE | {"tokenizer": "1a2b"}})
+    with pytest.raises(RecipeError, match=r"recipe\.tokenizer is '9f8e'.*'1a2b'.*list of caches"):
+        merge_stores(tmp_path / "merged", [part(tmp_path / "a", [0]), other])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/mine.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"holds mine\.txt"):
+        merge_stores(tmp_path / "merged", [part(tmp_path / "a", [0])])
+    assert tree(tmp_path / "merged") == {"mine.txt": b"mine"}
+
+
+def test_the_larger_plan_counts_and_a_block_short_under_it_is_left_out(tmp_path: Path) -> None:
+    parts = [part(tmp_path / "a", [0, 1, 2], total=10), part(tmp_path / "b", [3, 4])]
+    merged = merge_stores(tmp_path / "merged", parts)
+    assert merged.num_sequences == 18
+    assert merged.missing() == [2]
+
+
+def test_a_damaged_block_is_taken_from_the_part_where_it_is_sound(tmp_path: Path) -> None:
+    parts = [part(tmp_path / "a", [0, 1]), part(tmp_path / "b", [1, 2, 3, 4])]
+    shard = parts[0].layout.shard(1)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    merged = merge_stores(tmp_path / "merged", parts)
+    assert tree(merged.path) == tree(fill(tmp_path / "single", SAMPLES).path)
+    shard = parts[1].layout.shard(2)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptBlockError, match=r"b/shard\.000002\.mds"):
+        merge_stores(tmp_path / "other", parts)
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,220 @@
+"""Building a cache: the same bytes at every rank count, each block once, nothing on a rerun."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megadistill.blocks import BlockStore
+from megadistill.cache.reader import open_cache
+from megadistill.config import Config
+from megadistill.errors import RecipeError
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.ranks import run_ranks
+
+SEQ_LEN, BLOCK = 32, 8
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A teacher with its tokenizer, a corpus, and its tokens."""
+    from megadistill.data.tokens import build_tokens
+
+    folder = tmp_path_factory.mktemp("corpus")
+    tiny_llama(folder / "teacher")
+    tiny_tokenizer(folder / "teacher")
+    text = (Path(__file__).parent.parent / "models.py").read_text()
+    lines = [line for line in text.splitlines() if line.strip()]
+    (folder / "text.jsonl").write_text(
+        "\n".join(f'{{"text": {line!r}}}'.replace("'", '"') for line in map(_plain, lines))
+    )
+    build_tokens(settings(folder, folder / "none"))
+    return folder
+
+
+def _plain(line: str) -> str:
+    return "".join(c for c in line if c.isalnum() or c in " .,:=")
+
+
+def settings(folder: Path, cache: Path | str, **sections) -> Config:
+    keys = {
+        "data": {
+            "files": [str(folder / "text.jsonl")], "dir": str(folder / "tokens"),
+            "seq_len": SEQ_LEN, "block_size": BLOCK, "workers": 1,
+        },
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch": 3},
+        "targets": {"tau": 0.1},
+        "cache": {"dir": str(cache)},
+    }  # fmt: skip
+    for section, values in sections.items():
+        keys[section] = {**keys[section], **values}
+    return Config.model_validate(keys)
+
+
+def build(mesh, config: Config, *, stop_after: int | None = None):
+    from megadistill.cache import build as module
+
+    if stop_after is not None:
+        # A run that dies: its writer refuses the block after `stop_after`.
+        class Dying(module.CacheWriter):
+            def submit(self, block, samples, targets):
+                if block >= stop_after:
+                    raise KeyboardInterrupt("planted")
+                super().submit(block, samples, targets)
+
+        original, module.CacheWriter = module.CacheWriter, Dying
+        try:
+            module.build_cache(config, mesh)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            module.CacheWriter = original
+    return module.build_cache(config, mesh)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def single(corpus, tmp_path_factory) -> Path:
+    """The cache of one undisturbed rank."""
+    cache = tmp_path_factory.mktemp("single") / "cache"
+    run_ranks(1, "tests.cache.test_build:build", config=settings(corpus, cache))
+    return cache
+
+
+def test_the_cache_is_complete_and_sound(single, corpus):
+    cache, tokens = open_cache(single), BlockStore.open(corpus / "tokens")
+    assert cache.complete()
+    assert cache.verify() == []
+    assert len(cache) == len(tokens) > 2 * BLOCK
+    for i in range(len(cache)):
+        np.testing.assert_array_equal(cache[i]["tokens"], tokens[i]["tokens"])
+        _, weights = cache[i]["targets"].padded()
+        sums = weights.sum(1)[cache[i]["targets"].counts > 0]
+        np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_positions_without_a_next_token_in_their_document_have_no_target(single):
+    for sample in open_cache(single):
+        ends = np.append(sample["documents"][1:].astype(int), SEQ_LEN) - 1
+        counts = sample["targets"].counts
+        assert (counts[ends] == 0).all()
+        assert (np.delete(counts, ends) > 0).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_writes_the_same_bytes(single, corpus, tmp_path, ranks):
+    cache = tmp_path / "cache"
+    run_ranks(ranks, "tests.cache.test_build:build", config=settings(corpus, cache))
+    assert hashes(cache) == hashes(single)
+
+
+def test_zero3_writes_the_same_targets_at_one_and_two_ranks(corpus, tmp_path):
+    found = []
+    for ranks in (1, 2):
+        cache = tmp_path / str(ranks)
+        config = settings(corpus, cache, teacher={"engine": "zero3"})
+        run_ranks(ranks, "tests.cache.test_build:build", config=config)
+        found.append(hashes(cache))
+    assert found[0] == found[1]
+
+
+def test_two_tensor_parallel_ranks_write_one_cache(corpus, tmp_path):
+    config = settings(corpus, tmp_path / "cache", teacher={"tp": 2})
+    run_ranks(2, "tests.cache.test_build:build", tp=2, config=config)
+    assert open_cache(tmp_path / "cache").complete()
+
+
+def test_an_interrupted_run_is_finished_by_another_number_of_ranks(single, corpus, tmp_path):
+    cache = tmp_path / "cache"
+    config = settings(corpus, cache)
+    run_ranks(1, "tests.cache.test_build:build", config=config, stop_after=2)
+    assert BlockStore.open(cache).committed() == [0, 1]
+    built = run_ranks(2, "tests.cache.test_build:build", config=config)[0]
+    assert built.computed_blocks == built.blocks - 2
+    assert hashes(cache) == hashes(single)
+
+
+def test_a_rerun_on_a_complete_cache_loads_no_teacher_and_changes_no_file(
+    single, corpus, tmp_path, monkeypatch
+):
+    before = {path: path.stat().st_mtime_ns for path in single.rglob("*")}
+    config = settings(corpus, single)
+    built = run_ranks(1, "tests.cache.test_build:rerun", config=config)[0]
+    assert built.computed_blocks == 0
+    assert {path: path.stat().st_mtime_ns for path in single.rglob("*")} == before
+
+
+def rerun(mesh, config: Config):
+    from megadistill.cache import build as module
+
+    def refuse(*_):
+        raise AssertionError("a teacher was loaded")
+
+    original, module.load_teacher = module.load_teacher, refuse
+    try:
+        return module.build_cache(config, mesh)
+    finally:
+        module.load_teacher = original
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        ("targets", {"tau": 0.2}, "tau"),
+        ("targets", {"seed": 5}, "seed"),
+        ("teacher", {"micro_batch": 4}, "micro_batch"),
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused_by_name(
+    single, corpus, section, values, named
+):
+    import contextlib
+
+    from megadistill.cache.build import _prepare
+
+    config = settings(corpus, single, **{section: values})
+    with contextlib.ExitStack() as held, pytest.raises(RecipeError, match=named):
+        _prepare(config, held)
+
+
+def test_another_teacher_under_the_same_path_is_refused(corpus, tmp_path, single):
+    from megadistill.cache.recipe import model_identity
+
+    other = Path(tiny_llama(tmp_path / "other", seed=1))
+    assert model_identity(other)["weights"] != model_identity(corpus / "teacher")["weights"]
+    assert model_identity(other)["config"] == model_identity(corpus / "teacher")["config"]
+
+
+def test_validation_notices_a_teacher_that_says_something_else(single, corpus, tmp_path):
+    found = run_ranks(
+        1, "tests.cache.test_build:validate_with_noise", config=settings(corpus, single)
+    )[0]
+    assert "scored" in found
+    assert "other token ids" in found
+
+
+def validate_with_noise(mesh, config: Config) -> str:
+    import torch
+
+    from megadistill.cache.build import _validate
+    from megadistill.errors import TeacherError
+    from megadistill.teacher.engine import load_teacher
+
+    teacher = load_teacher(config, mesh)
+    teacher.head.weight_VH.add_(torch.randn_like(teacher.head.weight_VH), alpha=0.5)
+    try:
+        _validate(
+            config, mesh, teacher, BlockStore.open(config.data.dir),
+            BlockStore.open(config.cache.dir),
+        )  # fmt: skip
+    except TeacherError as error:
+        return str(error)
+    return "nothing noticed"

@@ -1,0 +1,130 @@
+"""The commands as users type them, through the real launchers, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.ssh import SshServer, available
+
+pytestmark = pytest.mark.launcher
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder like a clone's top level, with tiny models and a hostfile of this machine."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("megadistill", "launch", "configs", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    for name, seed, hidden in (("teacher", 0, 64), ("student", 1, 32)):
+        tiny_llama(folder / name, seed=seed, hidden_size=hidden)
+        tiny_tokenizer(folder / name)
+    (folder / "hosts").write_text("localhost slots=2\n")
+    return folder
+
+
+# What size and a missing network demand of configs/zero3.yaml; everything else is as shipped.
+SMALL = [
+    "data.name=null", "data.config=null", "data.streaming=false", "data.source=python-stdlib",
+    "data.max_samples=3", "data.seq_len=64", "data.block_size=16", "data.workers=1",
+    "teacher.model=teacher", "teacher.dtype=float32", "student.model=student", "cache.min_free=0",
+]  # fmt: skip
+SMALL_TRAINING = [
+    "train.epochs=null", "train.steps=3", "train.global_batch=8", "train.micro_batch=4",
+    "train.warmup_steps=1",
+]  # fmt: skip
+
+
+def run(place: Path, *command: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    folders = [str(path)] if path else []
+    folders += [str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command, cwd=place, env={**environment, "PATH": os.pathsep.join(folders)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert "Traceback" not in done.stdout, done.stdout
+    return done
+
+
+def succeed(place: Path, *command: str, path: Path | None = None) -> str:
+    done = run(place, *command, path=path)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(not available(), reason="needs root, openssh-server and pdsh")
+def test_the_three_commands_as_typed_from_a_hostfile_to_a_model(place, tmp_path):
+    server = SshServer(tmp_path / "ssh")
+    try:
+        said = succeed(
+            place, "deepspeed", "--hostfile", "hosts", "launch/generate.py", *SMALL,
+            path=server.path,
+        )  # fmt: skip
+    finally:
+        server.close()
+    assert "1 host(s) x 2 rank(s)" in said
+    assert "validated" in said
+
+    said = succeed(
+        place, "deepspeed", "--num_gpus", "2", "launch/train.py", "--config", "zero3.yaml",
+        *SMALL, *SMALL_TRAINING,
+    )  # fmt: skip
+    lines = (place / "runs/zero3/train/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert (place / "runs/zero3/train/model/model.safetensors").exists()
+
+    assert "complete" in succeed(place, "python", "tools/inspect_cache.py")
+    whole = json.loads(succeed(place, "python", "tools/inspect_cache.py", "--json"))
+    assert whole["complete"]
+    assert whole["method"] == "varopt"
+
+
+def test_torchrun_and_plain_python_work_and_write_the_same_cache(place):
+    caches = []
+    for name, command in (
+        ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "2"]),
+        ("python", ["python"]),
+    ):
+        settings = [*SMALL, f"cache.dir=runs/{name}", "data.dir=runs/tokens",
+                    "teacher.engine=tensor_parallel"]  # fmt: skip
+        succeed(place, *command, "launch/generate.py", *settings)
+        caches.append(
+            json.loads(succeed(place, "python", "tools/inspect_cache.py", f"runs/{name}", "--json"))
+        )
+    assert caches[0]["content_hash"] == caches[1]["content_hash"]
+    succeed(
+        place, "python", "launch/train.py", *SMALL, *SMALL_TRAINING, "cache.dir=runs/python",
+        "data.dir=runs/tokens", "teacher.engine=tensor_parallel", "train.out_dir=runs/one",
+    )  # fmt: skip
+    assert (place / "runs/one/model/config.json").exists()
+
+
+def test_a_mistyped_key_ends_every_rank_with_one_line_and_code_2(place):
+    done = run(
+        place, "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python",
+        "python", "launch/generate.py", "targets.taau=0.1",
+    )  # fmt: skip
+    assert done.returncode != 0
+    lines = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stdout
+    assert "targets.taau" in lines[0]
+    assert "targets.tau" in lines[0]
+    alone = run(place, "python", "launch/generate.py", "targets.taau=0.1")
+    assert alone.returncode == 2
+
+
+def test_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(place):
+    said = succeed(place, "python", "launch/generate.py", "--dry_run", *SMALL,
+                   "cache.dir=runs/never", "data.dir=runs/never_tokens")  # fmt: skip
+    assert "method: varopt" in said
+    assert not (place / "runs/never").exists()
+    assert not (place / "runs/never_tokens").exists()

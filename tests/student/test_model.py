@@ -1,0 +1,69 @@
+"""The student under ZeRO-3: the weights it starts with, and models that are refused."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, Gemma2Config
+
+from megadistill.errors import ConfigError
+from megadistill.student.model import Student, check_fits, replace_head
+from tests.ranks import run_ranks
+from tests.train.stores import make_config
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_partitioned_weights_are_those_of_a_plain_model(tmp_path, init, world):
+    config = make_config(tmp_path)
+    config = config.model_copy(
+        update={"student": config.student.model_copy(update={"init": init}),
+                "train": config.train.model_copy(update={"seed": 7})},
+    )  # fmt: skip
+    found = run_ranks(world, "tests.train.runs:weights", config=config)[0]
+    folder = config.student.model
+    if init == "pretrained":
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        torch.manual_seed(7)
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    expected = dict(plain.named_parameters())
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value.detach().numpy(), err_msg=name)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+
+
+def test_a_soft_cap_of_the_architecture_is_applied():
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, final_logit_softcapping=0.5))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # far into the cap
+    Student(model).check_head(name="student.model", device=torch.device("cpu"))
+
+
+def test_logits_made_in_an_unknown_way_are_refused():
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, final_logit_softcapping=0.5))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    student = Student(model)
+    student.head.softcap = None
+    with pytest.raises(ConfigError, match=r"student.model: Gemma2.* makes its logits in a way"):
+        student.check_head(name="student.model", device=torch.device("cpu"))
+
+
+def test_a_model_that_is_not_a_causal_language_model_is_refused():
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                intermediate_size=32, vocab_size=64))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"BertModel has no output projection"):
+        replace_head(bert)
+
+
+def test_too_few_ids_or_too_little_context_is_refused():
+    settings = AutoConfig.for_model("llama", vocab_size=96, max_position_embeddings=32)
+    check_fits(settings, vocab_size=90, seq_len=32)
+    with pytest.raises(ConfigError, match=r"has 96 token ids, .* 97"):
+        check_fits(settings, vocab_size=97, seq_len=32)
+    with pytest.raises(ConfigError, match=r"data\.seq_len: 33 exceeds .* 32 positions"):
+        check_fits(settings, vocab_size=96, seq_len=33)

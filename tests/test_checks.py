@@ -1,0 +1,306 @@
+"""Bad input: each mistake is one line, before any model is loaded, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megadistill.checks import check_generate, check_train
+from megadistill.config import Config, load_config
+from megadistill.disk import check_disk, free_bytes
+from megadistill.errors import ConfigError
+from tests.models import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("teacher", "student"):
+        tiny_llama(folder / name)
+        tiny_tokenizer(folder / name)
+    return folder
+
+
+@pytest.fixture
+def workplace(models, tmp_path, monkeypatch) -> Path:
+    for name in ("teacher", "student"):
+        shutil.copytree(models / name, tmp_path / name)
+    (tmp_path / "a.txt").write_text("Some text. " * 100)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def config(*overrides: str) -> Config:
+    Path("c.yaml").write_text(
+        """
+data: {files: [a.txt], dir: tokens, seq_len: 64}
+teacher: {model: ./teacher, dtype: float32}
+cache: {dir: cache, min_free: 0}
+student: {model: ./student}
+train: {steps: 10, out_dir: run}
+"""
+    )
+    return load_config("c.yaml", list(overrides))
+
+
+def refused(check, *overrides: str, world: int = 1) -> str:
+    """What is said: one line, and nothing is written."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(ConfigError) as caught:
+        check(config(*overrides), world=world)
+    assert sorted(p for p in Path().rglob("*") if p.name != "c.yaml") == [
+        p for p in before if p.name != "c.yaml"
+    ]
+    assert "\n" not in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def settings(model: str, **changed) -> None:
+    path = Path(model) / "config.json"
+    kept = {k: v for k, v in (json.loads(path.read_text()) | changed).items() if v is not None}
+    path.write_text(json.dumps(kept))
+
+
+def a_cache() -> None:
+    Path("cache").mkdir()
+    Path("cache/cache.json").write_text("{}")
+
+
+def test_what_is_sound_passes(workplace):
+    check_generate(config("data.block_size=8"), world=2)
+    a_cache()
+    check_train(config(), world=2)
+    assert sorted(p.name for p in workplace.iterdir()) == [
+        "a.txt", "c.yaml", "cache", "student", "teacher",
+    ]  # fmt: skip
+
+
+def test_a_missing_corpus(workplace):
+    assert refused(check_generate, "data.files=[none/*.txt]").startswith(
+        "data.files: no file matches 'none/*.txt'"
+    )
+
+
+def test_an_empty_corpus(workplace):
+    Path("a.txt").write_text("")
+    assert "a.txt: the corpus is empty" in refused(check_generate)
+
+
+def test_a_corpus_of_unknown_kind(workplace):
+    Path("a.exe").write_text("x")
+    assert "a.exe: cannot tell what it holds" in refused(check_generate, "data.files=[a.exe]")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./none", "teacher.model: ./none does not exist, expected a model's folder, or a hub id"),
+        ("runs/demo/teacher", "teacher.model: runs/demo/teacher does not exist"),
+        ("./a.txt", "teacher.model: ./a.txt is a file, expected a model's folder"),
+        ("nobody/nothing", "teacher.model: nobody/nothing is no folder here, and cannot be had"),
+        ("empty", "teacher.model: empty holds no config.json"),
+    ],
+)
+def test_a_teacher_that_is_not_there(name, said, workplace):
+    Path("empty").mkdir()
+    assert refused(check_generate, f"teacher.model={name}", "data.tokenizer=./student").startswith(
+        said
+    )
+
+
+def test_a_damaged_config_json(workplace):
+    Path("teacher/config.json").write_text("{")
+    line = refused(check_generate, "data.tokenizer=./student")
+    assert line.startswith("teacher.model: teacher/config.json: cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [("bert", ["BertForMaskedLM"]), ("t5", ["T5ForConditionalGeneration"]), ("vit", None)],
+)
+def test_a_model_that_is_not_a_causal_language_model(kind, classes, workplace):
+    settings("teacher", model_type=kind, architectures=classes)
+    line = refused(check_generate, "data.tokenizer=./student")
+    assert line.startswith("teacher.model: ./teacher is no causal language model: its config.json")
+    settings("student", model_type=kind, architectures=classes)
+    a_cache()
+    assert refused(check_train, "teacher.model=./none").startswith("student.model: ./student is no")
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(workplace):
+    settings(
+        "teacher", model_type="own", architectures=["OwnModel"],
+        auto_map={"AutoModelForCausalLM": "own.OwnModel"},
+    )  # fmt: skip
+    line = refused(check_generate, "data.tokenizer=./student")
+    assert "read it, and set teacher.trust_remote_code=true" in line
+    check_generate(config("teacher.trust_remote_code=true", "data.tokenizer=./student"), world=1)
+
+
+def test_weights_that_are_not_safetensors(workplace):
+    Path("teacher/model.safetensors").rename("teacher/pytorch_model.bin")
+    line = refused(check_generate)
+    assert "teacher.model: ./teacher has its weights as pytorch_model.bin, which can run" in line
+
+
+def test_a_model_without_weights_serves_a_random_student_only(workplace):
+    Path("student/model.safetensors").unlink()
+    a_cache()
+    assert "student.model: ./student holds no weights, expected" in refused(check_train)
+    check_train(config("student.init=random"), world=1)
+
+
+def test_flash_attention_that_is_not_installed(workplace):
+    line = refused(check_generate, "teacher.attention=flash_attention_2")
+    assert "teacher.attention: flash_attention_2 needs the package flash-attn" in line
+
+
+@pytest.mark.parametrize("check", [check_generate, check_train])
+def test_a_vocabulary_mismatch_between_teacher_and_student(check, workplace):
+    settings("student", vocab_size=600)
+    if check is check_train:
+        a_cache()
+    line = refused(check)
+    assert line.startswith(
+        "student.model: ./student has a vocabulary of 600, the teacher ./teacher"
+    )
+
+
+@pytest.mark.parametrize("check", [check_generate, check_train])
+def test_tokenizers_that_give_other_ids(check, workplace):
+    path = Path("student/tokenizer.json")
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = list(vocabulary)[300], list(vocabulary)[301]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    path.write_text(json.dumps(tokenizer))
+    if check is check_train:
+        a_cache()
+    line = refused(check)
+    assert "student.model: the tokenizer of ./student turns text into other ids than" in line
+    assert f"({a!r} is 300 in the one and 301 in the other)" in line
+
+
+def test_a_student_that_is_not_there_yet_does_not_hold_up_generating(workplace, caplog):
+    shutil.rmtree("student")
+    check_generate(config(), world=1)
+    assert "the student is not compared with the teacher yet" in caplog.text
+
+
+def test_a_teacher_that_is_gone_does_not_hold_up_training(workplace):
+    shutil.rmtree("teacher")
+    a_cache()
+    check_train(config(), world=1)
+
+
+def test_a_tokenizer_that_does_not_match_the_model(workplace):
+    tiny_tokenizer("large", vocab_size=700)
+    assert refused(check_generate, "data.tokenizer=./large", "student=null").startswith(
+        "data.tokenizer: the tokenizer ./large has ids up to 699, and the teacher ./teacher a "
+        "vocabulary of 512"
+    )
+
+
+def test_a_tokenizer_that_is_not_there(workplace):
+    line = refused(check_generate, "data.tokenizer=./none")
+    assert line.startswith("data.tokenizer: ./none does not exist, expected a folder with")
+
+
+def test_a_model_without_a_tokenizer(workplace):
+    for file in Path("teacher").glob("tokenizer*"):
+        file.unlink()
+    assert refused(check_generate).startswith(
+        "teacher.model: ./teacher: no tokenizer can be loaded"
+    )
+
+
+def test_seq_len_beyond_the_models_limit(workplace):
+    settings("student", max_position_embeddings=512)
+    assert refused(check_generate, "data.seq_len=257") == (
+        "data.seq_len: 257 is beyond the 256 positions of teacher.model (./teacher): set "
+        "data.seq_len to 256 or less"
+    )
+    settings("student", max_position_embeddings=128)
+    assert "128 positions of student.model" in refused(check_generate, "data.seq_len=129")
+
+
+def test_tp_that_does_not_divide_the_ranks(workplace):
+    line = refused(check_generate, "teacher.tp=2", world=3)
+    assert line.startswith("teacher.tp: 2 does not divide the 3 ranks of this run")
+
+
+def test_tp_that_does_not_divide_the_heads(workplace):
+    assert refused(check_generate, "teacher.tp=3", world=3) == (
+        "teacher.tp: 3 does not divide the 4 attention heads of ./teacher: set it to one of "
+        "1, 2, 4, or use teacher.engine=zero3 with teacher.tp=1"
+    )
+    assert "does not divide the 2 key-value heads of ./teacher: set it to one of 1, 2, or" in (
+        refused(check_generate, "teacher.tp=4", world=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("check", "key", "folder"),
+    [
+        (check_generate, "data.dir", "tokens"),
+        (check_generate, "cache.dir", "cache"),
+        (check_train, "train.out_dir", "run"),
+    ],
+)
+def test_an_output_folder_that_holds_something_else(check, key, folder, workplace):
+    if check is check_train:
+        a_cache()
+    Path(folder).mkdir()
+    (Path(folder) / "thesis.tex").write_text("years of work")
+    assert refused(check).startswith(f"{key}: {folder} holds something else (thesis.tex)")
+    (Path(folder) / "thesis.tex").unlink()
+    check(config(), world=1)
+    Path(folder).rmdir()
+    Path(folder).write_text("a file")
+    assert refused(check).startswith(f"{key}: {folder} is a file, expected a folder")
+
+
+def test_a_token_store_where_the_cache_should_go(workplace):
+    Path("cache").mkdir()
+    Path("cache/tokens.json").write_text("{}")
+    assert refused(check_generate).startswith("cache.dir: cache holds a store of kind tokens")
+    assert refused(check_train).startswith("cache.dir: cache holds no cache.json")
+
+
+def test_training_without_a_cache(workplace):
+    assert refused(check_train).startswith("cache.dir: cache does not exist, expected a cache")
+
+
+def test_training_with_a_held_out_cache_that_is_not_there(workplace):
+    a_cache()
+    assert refused(check_train, "eval.cache=heldout").startswith(
+        "eval.cache: heldout does not exist, expected a cache: make it with launch/generate.py"
+    )
+
+
+def test_training_without_a_student(workplace):
+    assert refused(check_train, "student=null").startswith("student: there is nothing to train")
+
+
+def test_too_little_disk_for_the_estimate(workplace):
+    line = refused(check_generate, f"cache.min_free={free_bytes('.') / 2**30 + 1}")
+    assert line.startswith("cache.dir: cache needs about ")
+    assert "and its disk has" in line
+    with pytest.raises(ConfigError, match=r"x: none/yet needs about 909\.5 TiB"):
+        check_disk("none/yet", 10**15, key="x")
+    check_disk("none/yet", 10)
+
+
+def test_all_mistakes_are_reported_at_once(workplace):
+    settings("teacher", max_position_embeddings=32)
+    Path("tokens").write_text("a file")
+    with pytest.raises(ConfigError) as caught:
+        check_generate(config("data.files=[none.txt]", "teacher.tp=3"), world=2)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "teacher.tp", "data.files", "data.dir", "data.seq_len", "teacher.tp",
+    ]  # fmt: skip

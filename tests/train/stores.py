@@ -1,0 +1,98 @@
+"""Small stores and configurations for training tests: real files, random text and targets."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megadistill.blocks import BlockStore
+from megadistill.cache.codec import encode_targets
+from megadistill.cache.statistics import block_statistics
+from megadistill.config import Config
+from tests.models import tiny_llama
+from tests.student.reference import random_targets
+
+VOCAB, SEQ_LEN = 96, 16
+TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
+
+
+def make_store(
+    path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None, **recipe
+):
+    """A cache, or with method=None a token store; `blocks`: commit only so many."""
+    rng = np.random.default_rng(seed)
+    kind = "tokens" if method is None else "cache"
+    common = {"tokenizer": TOKENIZER, "seq_len": SEQ_LEN}
+    columns = {"tokens": f"ndarray:uint32:{SEQ_LEN}", "documents": "ndarray:uint32"}
+    if method is not None:
+        common |= {"method": method, "temperature": 1.0, "vocab_size": vocab}
+        columns["targets"] = "bytes"
+    common |= recipe
+    store = BlockStore.create(
+        path, kind=kind, header={"recipe": common}, columns=columns, block_size=block_size
+    )
+    store.plan(sequences)
+    for block in list(range(store.num_blocks))[:blocks]:
+        size = min(block_size, sequences - block * block_size)
+        drawn = [make_sample(rng, method, vocab, 1000 * seed + block * 50 + i) for i in range(size)]
+        samples = [sample for sample, _ in drawn]
+        statistics = {}
+        if method is not None:
+            targets = [t for _, t in drawn]
+            statistics = block_statistics(targets, [len(s["targets"]) for s in samples])
+        store.commit(block, samples, statistics=statistics)
+    store.finish()
+    return str(path)
+
+
+def make_sample(rng, method, vocab, seed):
+    second = int(rng.integers(1, SEQ_LEN))
+    sample = {
+        "tokens": rng.integers(0, VOCAB, SEQ_LEN).astype(np.uint32),
+        "documents": np.array([0, second], np.uint32),
+    }
+    if method is None:
+        return sample, None
+    counts = rng.integers(1, 6, SEQ_LEN)
+    counts[[second - 1, SEQ_LEN - 1]] = 0
+    targets = random_targets(counts, vocab, method=method, seed=seed).numpy()
+    if method == "varopt":
+        # As the codec wants it: equal weights for what was sampled; here all of a row is heads.
+        targets = type(targets)(**{**vars(targets), "heads": counts.astype(np.int64)})
+    else:
+        # topk lists fall; the notes are what a teacher would have left.
+        for n, (a, b) in enumerate(zip(targets.offsets[:-1], targets.offsets[1:], strict=True)):
+            order = np.argsort(-targets.weights[a:b], kind="stable")
+            targets.ids[a:b] = targets.ids[a:b][order]
+            targets.weights[a:b] = targets.weights[a:b][order]
+            if a == b:
+                targets.tail[n] = 0
+        notes = {
+            "entropy": np.full(SEQ_LEN, 1.5, np.float32),
+            "nll": np.full(SEQ_LEN, 2.5, np.float32),
+            "truth_added": np.zeros(SEQ_LEN, bool),
+        }
+        targets = type(targets)(**{**vars(targets), **notes})
+    return sample | {"targets": encode_targets(targets, vocab_size=vocab)}, targets
+
+
+def make_config(folder, **sections):
+    """A configuration over `folder`/cache and `folder`/model, both made where they are missing."""
+    folder = Path(folder)
+    if not (folder / "cache").exists():
+        make_store(folder / "cache")
+    if not (folder / "model").exists():
+        tiny_llama(folder / "model", vocab_size=VOCAB, hidden_size=32, intermediate_size=48)
+    defaults = {
+        "data": {"source": "python-stdlib", "seq_len": SEQ_LEN, "dir": str(folder / "tokens")},
+        "teacher": {"model": str(folder / "teacher")},
+        "cache": {"dir": str(folder / "cache")},
+        "student": {"model": str(folder / "model")},
+        "loss": {"ce_weight": 0.5},
+        "train": {
+            "out_dir": str(folder / "out"), "steps": 4, "global_batch": 8, "micro_batch": 2,
+            "lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.1,
+        },
+    }  # fmt: skip
+    for name, section in sections.items():
+        defaults[name] = {**defaults.get(name, {}), **section}
+    return Config(**defaults)

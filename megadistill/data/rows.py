@@ -93,12 +93,14 @@ def _load(config: DataConfig) -> Any:
 
 def _tables_of_all(dataset: Any, config: DataConfig, start: int) -> Iterator[Any]:
     """A whole dataset on disk: any row can be reached."""
+    if start >= len(dataset):
+        return iter(())
     if config.shuffle:
         order = permutation(len(dataset), config.seed, _SHUFFLE_ALL)
         log.info("%s: %d documents shuffled, seed %d", _where(config), len(order), config.seed)
         dataset = dataset.select(order[start:])
     else:
-        dataset = dataset.select(range(min(start, len(dataset)), len(dataset)))
+        dataset = dataset.select(range(start, len(dataset)))
     return dataset.with_format("arrow").iter(_ROWS)
 
 

@@ -58,9 +58,9 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
         number, cursor = _continue(store, data)
         run = _Run(data, number, cursor, progress)
         if number is not None:
-            workers = stack.enter_context(
-                Workers(encoder_spec(tokenizer, chat=chat), count=_cores(data))
-            )
+            spec = encoder_spec(tokenizer, chat=chat)
+            workers = stack.enter_context(Workers(spec, count=_cores(data)))
+            log.info("%s: tokenising in %d processes", data.dir, _cores(data))
             ahead = set() if store is None else {b for b in store.committed() if b > number}
             for block in run.blocks(workers):
                 if store is None:  # not before there is something to write
@@ -188,7 +188,10 @@ def _covers(store: BlockStore, data: DataConfig) -> bool:
     if not blocks or blocks[-1] != len(blocks) - 1:
         return False
     end = store.marker(blocks[-1]).get("end")
-    return end is not None and (end["exhausted"] or end["documents_read"] == data.max_samples)
+    if end is None or data.max_samples is None:
+        return end is not None and end["exhausted"]
+    read = end["documents_read"]
+    return read == data.max_samples or (end["exhausted"] and read < data.max_samples)
 
 
 def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, Cursor]:

@@ -32,8 +32,14 @@ from megadistill.errors import ConfigError, MegadistillError
 log = logging.getLogger(__name__)
 _FIRST = itertools.count()  # names one call of Mesh.first on all ranks
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed to run on the CPU where there is no GPU, before it is first imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+choose_accelerator()
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,10 @@ def start(
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    # DeepSpeed's shared-memory all-reduce for CPUs ignores the process group it is given and sums
+    # over the world: with tp < world the teacher's logits come out wrong, silently. Without it gloo
+    # serves, and nobody waits a minute for it to be compiled.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         try:
             deepspeed.init_distributed(
@@ -174,10 +184,6 @@ def start(
                 f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}): another run on "
                 "that host may have the port: give the launcher --master_port"
             ) from error
-    if not cuda:
-        # DeepSpeed's shared-memory all-reduce ignores the process group it is given and sums over
-        # the world: with tp < world the teacher's logits come out wrong, silently.
-        deepspeed.comm.comm.cdb.shm_vector_kernel_level = 0
     tp_groups = [dist.new_group(range(r, r + tp)) for r in range(0, world, tp)]
     dp_groups = [dist.new_group(range(t, world, tp)) for t in range(tp)]
     names: list[Any] = [None] * world

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
 VOCAB, SEQ_LEN = 4096, 128
-TEACHER = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "heads": 8}
+TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "heads": 6}
 STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "heads": 4}
 RANKS = 2
 
@@ -38,6 +38,10 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    # As the programs do for themselves; said here, DeepSpeed's launcher need not guess, and warn.
+    from megadistill import parallel
+
+    parallel.choose_accelerator()
     RUN.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
@@ -61,14 +65,14 @@ def build(stages: Stages, seeds: int) -> None:
     stages.deepspeed(
         "teacher", "launch/train.py",
         *hard, f"cache.dir={RUN}/teacher_tokens", f"student.model={RUN}/teacher_init",
-        f"train.out_dir={RUN}/teacher_run", "train.steps=620", "train.lr=2e-3",
+        f"train.out_dir={RUN}/teacher_run", "train.steps=350", "train.lr=3e-3",
         "train.micro_batch=8", "train.eval_every=1000", "eval.cache=null",
     )  # fmt: skip
     stages.function("teacher export", "the trained teacher becomes runs/demo/teacher", use_teacher)
     stages.deepspeed("cache", "launch/generate.py")
     stages.deepspeed(
         "held-out cache", "launch/generate.py",
-        "data.split=validation", "data.max_samples=15", f"data.dir={RUN}/heldout_tokens",
+        "data.split=validation", "data.max_samples=12", f"data.dir={RUN}/heldout_tokens",
         f"cache.dir={RUN}/heldout", "targets.method=topk",
     )  # fmt: skip
     stages.python("inspect", "tools/inspect_cache.py", cache=True)
@@ -94,7 +98,7 @@ class Stages:
 
     def deepspeed(self, name: str, script: str, *overrides: str) -> None:
         launcher = Path(sys.executable).parent / "deepspeed"
-        self._command(name, [str(launcher), "--num_gpus", str(RANKS), script], overrides)
+        self._command(name, [str(launcher), "--quiet", "--num_gpus", str(RANKS), script], overrides)
 
     def python(self, name: str, script: str, *overrides: str, cache: bool = False) -> None:
         if cache:
@@ -109,8 +113,7 @@ class Stages:
         shown = shlex_join(command)
 
         def run() -> None:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-            subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+            subprocess.run(command, check=True)
 
         self.function(name, shown, run)
 
@@ -162,7 +165,7 @@ def make_models() -> None:
         LlamaConfig(
             vocab_size=VOCAB, num_attention_heads=shape["heads"], bos_token_id=None,
             num_key_value_heads=shape["heads"], max_position_embeddings=SEQ_LEN,
-            eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
+            eos_token_id=0, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.05,
             architectures=["LlamaForCausalLM"], **sizes,
         ).save_pretrained(RUN / folder)  # fmt: skip
         fast.save_pretrained(RUN / folder)
@@ -193,6 +196,7 @@ def report(stages: Stages, seeds: int) -> None:
     ]
     summary = {
         "students": students,
+        "teacher_held_out_loss": students[0]["teacher_loss"],
         "gain_in_held_out_loss": gains,
         "cache": {
             key: cache[key]
@@ -209,6 +213,8 @@ def report(stages: Stages, seeds: int) -> None:
     for s in students:
         log.info(row, names[s["student"]], s["seed"], f"{s['loss']:.4f}",
                  f"{s['kl']:.4f}", f"{s['top1_agreement']:.1%}")  # fmt: skip
+    teacher_loss = students[0]["teacher_loss"]
+    log.info(row, "(the teacher itself)", "", f"{teacher_loss:.4f}", "", "")
     log.info(
         "\nthe cache: %d positions, %.1f entries and %.1f bytes a position",
         cache["num_positions"], cache["entries_per_position"], cache["bytes_per_position"],

@@ -120,7 +120,10 @@ def _zero3(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
 
 def _pretrained(config: TeacherConfig) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    if os.environ.get("RANK", "0") != "0":
+        transformers_logging.disable_progress_bar()  # one bar is enough
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.model,

@@ -18,10 +18,12 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from megadistill.errors import ConfigError, MegadistillError
 
+SILENCE_S = 2.0  # a rank that leaves the report to another waits so long before it leaves
 INTERRUPTED = 130  # what a shell gives a program that ended by control-C
 
 
@@ -114,6 +116,8 @@ def _report(error: MegadistillError) -> None:
     rank, local_rank = _rank(), int(os.environ.get("LOCAL_RANK", 0))
     common = getattr(error, "common", False)
     if (common and rank != 0) or (isinstance(error, ConfigError) and local_rank != 0):
+        # A launcher ends all ranks when the first leaves: let that be the one that speaks.
+        time.sleep(SILENCE_S)
         return
     where = "" if rank == 0 else f"[{socket.gethostname()} rank {rank}] "
     for line in str(error).splitlines() or [type(error).__name__]:

@@ -125,3 +125,11 @@ def test_make_refuses_what_is_not_a_new_enough_python(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "megadistill needs Python 3.11 or newer, and 'false' is not one" in refused.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_plain_pip_is_spared_from_searching() -> None:
+    """The bounds of setup.py hold for what plain pip ends up with, and overrides lift each."""
+    bounded = set(re.findall(r'^    "([a-z-]+)[>=0-9.,]*<', (ROOT / "setup.py").read_text(), re.M))
+    overruled = set(re.findall(r"^([a-z-]+)>=", (ROOT / "overrides.txt").read_text(), re.M))
+    assert overruled <= bounded
+    assert {"transformers", "datasets", "huggingface-hub", "tokenizers"} <= overruled

@@ -2,9 +2,9 @@
 
 from setuptools import find_packages, setup
 
-# What plain pip resolves to: mosaicml-streaming 0.13 wants transformers < 5, numpy < 2.2, xxhash < 4.
-# The upper bounds say what follows from that, because older pips (23.2, which Python 3.11 brings)
-# find it out by trying versions for minutes. The environment of `make venv` is newer:
+# What plain pip resolves to: mosaicml-streaming 0.13 wants transformers < 5, numpy < 2.2 and
+# xxhash < 4. The upper bounds say what follows from that, because older pips (23.2, which Python
+# 3.11 brings) find it out by trying versions for minutes. The environment of `make venv` is newer:
 # requirements.lock pins it, and overrides.txt says where these bounds are overruled.
 REQUIRES = [
     "accelerate>=1.1",  # transformers asks for it before it partitions a model under ZeRO-3

@@ -43,10 +43,12 @@ test-transformers-4: .venv-transformers-4/.installed ## what meets transformers,
 .PHONY: lint
 lint: .venv/.installed ## formatting, lint rules, types, and the direction of imports
 	@$(WITH_VENV)
-	ruff format --check .
-	ruff check .
-	mypy
-	lint-imports
+	failed=0
+	ruff format --check . || failed=1
+	ruff check . || failed=1
+	mypy || failed=1
+	lint-imports || failed=1
+	exit $$failed
 
 .PHONY: format
 format: .venv/.installed ## bring the code into shape

@@ -2,26 +2,27 @@
 
 from setuptools import find_packages, setup
 
-# Ranges that the code is known to work with, wide enough to resolve next to mosaicml-streaming
-# 0.13, which wants transformers < 5 and numpy < 2.2. The environment that `make venv` builds has
-# newer ones: requirements.lock pins it, overrides.txt says where streaming's wishes are overruled.
+# What plain pip resolves to: mosaicml-streaming 0.13 wants transformers < 5, numpy < 2.2 and
+# xxhash < 4. The upper bounds say what follows from that, because older pips (23.2, which Python
+# 3.11 brings) find it out by trying versions for minutes. The environment of `make venv` is newer:
+# requirements.lock pins it, and overrides.txt says where these bounds are overruled.
 REQUIRES = [
     "accelerate>=1.1",  # transformers asks for it before it partitions a model under ZeRO-3
-    "datasets>=3",
+    "datasets>=3,<5.1",  # 5.1 wants a newer huggingface-hub
     "deepspeed>=0.19.8,<0.20",
     "fsspec",
-    "huggingface-hub",
+    "huggingface-hub>=0.34,<1",
     "matplotlib",
     "mosaicml-streaming>=0.13,<0.14",
-    "numpy>=2",
+    "numpy>=2,<2.2",
     "pydantic>=2.9",
     "pyyaml>=6",
     "safetensors>=0.5",
-    "tokenizers>=0.20",
+    "tokenizers>=0.22,<0.23",
     "torch>=2.9",
     "tqdm",
-    "transformers>=4.57,<6",
-    "xxhash>=3.4",
+    "transformers>=4.57,<5",
+    "xxhash>=3.4,<4",
 ]
 DEVELOP = [
     "hypothesis",

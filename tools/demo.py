@@ -49,6 +49,7 @@ def main() -> int:
         build(stages, arguments.seeds)
     except subprocess.CalledProcessError as error:
         log.error("the demo stopped: %s (exit code %d)", shlex_join(error.cmd), error.returncode)
+        log.error("`make demo` goes on from here; `rm -r %s` and it starts anew", RUN)
         return 1
     report(stages, arguments.seeds)
     log.info("\nall of it took %.0f s; what lies where: %s/", time.monotonic() - started, RUN)
@@ -93,7 +94,7 @@ class Stages:
     """Runs each stage once: what it did is remembered with its command line in stages.json."""
 
     def __init__(self, overrides: list[str]) -> None:
-        self.overrides, self.file = overrides, RUN / "stages.json"
+        self.overrides, self.file, self.chain = overrides, RUN / "stages.json", ""
         self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def deepspeed(self, name: str, script: str, *overrides: str) -> None:
@@ -118,7 +119,8 @@ class Stages:
         self.function(name, shown, run)
 
     def function(self, name: str, shown: str, run) -> None:
-        key = hashlib.sha256(shown.encode()).hexdigest()[:16]
+        # A stage stands on those before it: its key holds theirs.
+        key = self.chain = hashlib.sha256((self.chain + shown).encode()).hexdigest()[:16]
         if self.done.get(name, {}).get("key") == key:
             log.info("== %s: done already (%.0f s)", name, self.done[name]["seconds"])
             return

@@ -149,7 +149,7 @@ class CacheConfig(Section):
     dir: Text = Field(default="runs/cache", description="the cache, a block store")
     min_free: WeightFloat = Field(
         default=0.5,
-        description="GiB of disk that generating leaves free; it stops before it takes more",
+        description="GiB of disk to leave free; looked at before a run starts",
     )
 
 

@@ -23,6 +23,7 @@ from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
+from megadistill.pretrained import load_pretrained
 from megadistill.student.head import DistillationHead
 from megadistill.targets import SparseTargets
 from megadistill.teacher.head import logit_scale, soft_cap
@@ -164,24 +165,11 @@ def parameter_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
 
 
 def _whole(config: StudentConfig, settings: Any, dtype: torch.dtype, seed: int) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        if config.init == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return _from_config(config, settings, torch.float32).to(dtype)
-        return AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision,
-            dtype=dtype,
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"student.model: {config.model} cannot be loaded: {reason}") from error
+    if config.init == "pretrained":
+        return load_pretrained(config, key="student.model", dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _from_config(config, settings, torch.float32).to(dtype)
 
 
 def _from_config(config: StudentConfig, settings: Any, dtype: torch.dtype) -> nn.Module:

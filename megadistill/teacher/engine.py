@@ -29,8 +29,8 @@ import torch
 
 from megadistill.attention import Pack, check_isolation, forward_inputs
 from megadistill.config import Config, TeacherConfig
-from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
+from megadistill.pretrained import load_pretrained
 from megadistill.teacher.head import TeacherHead, check_head
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Teacher:
 def load_teacher(config: Config, mesh: Mesh) -> Teacher:
     """The configured teacher on this rank's share of the mesh. Collective over all ranks.
 
-    Raises TeacherError when the model cannot be loaded, or is no causal language model.
+    Raises ConfigError when the model cannot be loaded, TeacherError when it has no head.
     """
     zero3 = config.teacher.engine == "zero3"
     build = _zero3 if zero3 else _tensor_parallel
@@ -119,26 +119,9 @@ def _zero3(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
 
 
 def _pretrained(config: TeacherConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    if os.environ.get("RANK", "0") != "0":
-        transformers_logging.disable_progress_bar()  # one bar is enough
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TeacherError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
+    model = load_pretrained(config, key="teacher.model", dtype=getattr(torch, config.dtype))
     check_head(model)
-    model.eval().requires_grad_(False)
-    return model
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ import torch.distributed as dist
 
 from megadistill.errors import TeacherError
 from megadistill.targets import SparseTargets
+from megadistill.teacher.starts import SELECT, below, uniform
 
 FIXED_POINT = 1 << 40
-SELECT, ROUND, TRUNCATE = 1, 2, 3  # purposes of a random start; two must never share one
 _BLOCK = 64  # ids a block of the two-level prefix sum
 
 
@@ -383,33 +383,6 @@ def _search(
     prefix_Eb = blocks_NBb[row_E, block_E].cumsum(1)
     inside_E = (prefix_Eb <= (point_NM[mine_NM] - before_E)[:, None]).sum(1)
     return block_E * _BLOCK + inside_E
-
-
-def uniform(keys_N: torch.Tensor, *, seed: int, purpose: int) -> torch.Tensor:
-    """int64 [N], uniform in [0, 2^44): splitmix64 over (seed, purpose, sequence, position)."""
-    state = torch.full_like(keys_N[:, 0], _signed(seed))
-    for word in (torch.full_like(state, purpose), keys_N[:, 0], keys_N[:, 1]):
-        state = _splitmix(state ^ _splitmix(word))
-    return (state >> 20) & ((1 << 44) - 1)
-
-
-def below(limit_N: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
-    """int64 [N]: floor(limit * uniform / 2^44), in [0, limit); in halves, since limit < 2^41."""
-    high, low = uniform_N >> 22, uniform_N & ((1 << 22) - 1)
-    return (limit_N * high + ((limit_N * low) >> 22)) >> 22
-
-
-def _splitmix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64, whose products wrap around as unsigned ones do."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(word: int) -> int:
-    word &= (1 << 64) - 1
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _offsets(counts_N: torch.Tensor) -> torch.Tensor:

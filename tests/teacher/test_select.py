@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from megadistill.errors import TeacherError
-from megadistill.teacher.select import SELECT, VocabularySlice, below, select_targets, uniform
+from megadistill.teacher.select import VocabularySlice, select_targets
+from megadistill.teacher.starts import SELECT, below, uniform
 from tests.ranks import run_ranks
 
 

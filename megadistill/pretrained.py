@@ -1,0 +1,39 @@
+"""A model of transformers from its files: the one way in for teacher and student.
+
+Weights come from safetensors only, and code that comes with a model runs only where the
+configuration says so.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megadistill.config import StudentConfig, TeacherConfig
+from megadistill.errors import ConfigError
+
+
+def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype) -> Any:
+    """The causal language model that `config` names, its weights in `dtype`.
+
+    key: where the configuration names it, for messages. ConfigError where it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    if os.environ.get("RANK", "0") != "0":
+        transformers_logging.disable_progress_bar()  # one bar is enough
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}: {config.model} cannot be loaded: {reason}") from error

@@ -11,7 +11,7 @@ PYTHON ?= python3
 AREA ?=
 ARGS ?=
 
-# DeepSpeed builds its CPU op on first use and looks for ninja on PATH; pip put it beside python.
+# DeepSpeed's launcher, torchrun and ninja lie beside python, where pip put them.
 WITH_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 WITH_VENV_4 = PATH="$(CURDIR)/.venv-transformers-4/bin:$$PATH"
 

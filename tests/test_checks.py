@@ -25,7 +25,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workplace(models, tmp_path, monkeypatch) -> Path:
+def place(models, tmp_path, monkeypatch) -> Path:
     for name in ("teacher", "student"):
         shutil.copytree(models / name, tmp_path / name)
     (tmp_path / "a.txt").write_text("Some text. " * 100)
@@ -70,27 +70,27 @@ def a_cache() -> None:
     Path("cache/cache.json").write_text("{}")
 
 
-def test_what_is_sound_passes(workplace):
+def test_what_is_sound_passes(place):
     check_generate(config("data.block_size=8"), world=2)
     a_cache()
     check_train(config(), world=2)
-    assert sorted(p.name for p in workplace.iterdir()) == [
+    assert sorted(p.name for p in place.iterdir()) == [
         "a.txt", "c.yaml", "cache", "student", "teacher",
     ]  # fmt: skip
 
 
-def test_a_missing_corpus(workplace):
+def test_a_missing_corpus(place):
     assert refused(check_generate, "data.files=[none/*.txt]").startswith(
         "data.files: no file matches 'none/*.txt'"
     )
 
 
-def test_an_empty_corpus(workplace):
+def test_an_empty_corpus(place):
     Path("a.txt").write_text("")
     assert "a.txt: the corpus is empty" in refused(check_generate)
 
 
-def test_a_corpus_of_unknown_kind(workplace):
+def test_a_corpus_of_unknown_kind(place):
     Path("a.exe").write_text("x")
     assert "a.exe: cannot tell what it holds" in refused(check_generate, "data.files=[a.exe]")
 
@@ -105,14 +105,14 @@ def test_a_corpus_of_unknown_kind(workplace):
         ("empty", "teacher.model: empty holds no config.json"),
     ],
 )
-def test_a_teacher_that_is_not_there(name, said, workplace):
+def test_a_teacher_that_is_not_there(name, said, place):
     Path("empty").mkdir()
     assert refused(check_generate, f"teacher.model={name}", "data.tokenizer=./student").startswith(
         said
     )
 
 
-def test_a_damaged_config_json(workplace):
+def test_a_damaged_config_json(place):
     Path("teacher/config.json").write_text("{")
     line = refused(check_generate, "data.tokenizer=./student")
     assert line.startswith("teacher.model: teacher/config.json: cannot be read: ")
@@ -122,7 +122,7 @@ def test_a_damaged_config_json(workplace):
     ("kind", "classes"),
     [("bert", ["BertForMaskedLM"]), ("t5", ["T5ForConditionalGeneration"]), ("vit", None)],
 )
-def test_a_model_that_is_not_a_causal_language_model(kind, classes, workplace):
+def test_a_model_that_is_not_a_causal_language_model(kind, classes, place):
     settings("teacher", model_type=kind, architectures=classes)
     line = refused(check_generate, "data.tokenizer=./student")
     assert line.startswith("teacher.model: ./teacher is no causal language model: its config.json")
@@ -131,7 +131,7 @@ def test_a_model_that_is_not_a_causal_language_model(kind, classes, workplace):
     assert refused(check_train, "teacher.model=./none").startswith("student.model: ./student is no")
 
 
-def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(workplace):
+def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(place):
     settings(
         "teacher", model_type="own", architectures=["OwnModel"],
         auto_map={"AutoModelForCausalLM": "own.OwnModel"},
@@ -141,26 +141,26 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(workplace):
     check_generate(config("teacher.trust_remote_code=true", "data.tokenizer=./student"), world=1)
 
 
-def test_weights_that_are_not_safetensors(workplace):
+def test_weights_that_are_not_safetensors(place):
     Path("teacher/model.safetensors").rename("teacher/pytorch_model.bin")
     line = refused(check_generate)
     assert "teacher.model: ./teacher has its weights as pytorch_model.bin, which can run" in line
 
 
-def test_a_model_without_weights_serves_a_random_student_only(workplace):
+def test_a_model_without_weights_serves_a_random_student_only(place):
     Path("student/model.safetensors").unlink()
     a_cache()
     assert "student.model: ./student holds no weights, expected" in refused(check_train)
     check_train(config("student.init=random"), world=1)
 
 
-def test_flash_attention_that_is_not_installed(workplace):
+def test_flash_attention_that_is_not_installed(place):
     line = refused(check_generate, "teacher.attention=flash_attention_2")
     assert "teacher.attention: flash_attention_2 needs the package flash-attn" in line
 
 
 @pytest.mark.parametrize("check", [check_generate, check_train])
-def test_a_vocabulary_mismatch_between_teacher_and_student(check, workplace):
+def test_a_vocabulary_mismatch_between_teacher_and_student(check, place):
     settings("student", vocab_size=600)
     if check is check_train:
         a_cache()
@@ -171,7 +171,7 @@ def test_a_vocabulary_mismatch_between_teacher_and_student(check, workplace):
 
 
 @pytest.mark.parametrize("check", [check_generate, check_train])
-def test_tokenizers_that_give_other_ids(check, workplace):
+def test_tokenizers_that_give_other_ids(check, place):
     path = Path("student/tokenizer.json")
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -185,19 +185,19 @@ def test_tokenizers_that_give_other_ids(check, workplace):
     assert f"({a!r} is 300 in the one and 301 in the other)" in line
 
 
-def test_a_student_that_is_not_there_yet_does_not_hold_up_generating(workplace, caplog):
+def test_a_student_that_is_not_there_yet_does_not_hold_up_generating(place, caplog):
     shutil.rmtree("student")
     check_generate(config(), world=1)
     assert "the student is not compared with the teacher yet" in caplog.text
 
 
-def test_a_teacher_that_is_gone_does_not_hold_up_training(workplace):
+def test_a_teacher_that_is_gone_does_not_hold_up_training(place):
     shutil.rmtree("teacher")
     a_cache()
     check_train(config(), world=1)
 
 
-def test_a_tokenizer_that_does_not_match_the_model(workplace):
+def test_a_tokenizer_that_does_not_match_the_model(place):
     tiny_tokenizer("large", vocab_size=700)
     assert refused(check_generate, "data.tokenizer=./large", "student=null").startswith(
         "data.tokenizer: the tokenizer ./large has ids up to 699, and the teacher ./teacher a "
@@ -205,12 +205,12 @@ def test_a_tokenizer_that_does_not_match_the_model(workplace):
     )
 
 
-def test_a_tokenizer_that_is_not_there(workplace):
+def test_a_tokenizer_that_is_not_there(place):
     line = refused(check_generate, "data.tokenizer=./none")
     assert line.startswith("data.tokenizer: ./none does not exist, expected a folder with")
 
 
-def test_a_model_without_a_tokenizer(workplace):
+def test_a_model_without_a_tokenizer(place):
     for file in Path("teacher").glob("tokenizer*"):
         file.unlink()
     assert refused(check_generate).startswith(
@@ -218,7 +218,7 @@ def test_a_model_without_a_tokenizer(workplace):
     )
 
 
-def test_seq_len_beyond_the_models_limit(workplace):
+def test_seq_len_beyond_the_models_limit(place):
     settings("student", max_position_embeddings=512)
     assert refused(check_generate, "data.seq_len=257") == (
         "data.seq_len: 257 is beyond the 256 positions of teacher.model (./teacher): set "
@@ -228,12 +228,12 @@ def test_seq_len_beyond_the_models_limit(workplace):
     assert "128 positions of student.model" in refused(check_generate, "data.seq_len=129")
 
 
-def test_tp_that_does_not_divide_the_ranks(workplace):
+def test_tp_that_does_not_divide_the_ranks(place):
     line = refused(check_generate, "teacher.tp=2", world=3)
     assert line.startswith("teacher.tp: 2 does not divide the 3 ranks of this run")
 
 
-def test_tp_that_does_not_divide_the_heads(workplace):
+def test_tp_that_does_not_divide_the_heads(place):
     assert refused(check_generate, "teacher.tp=3", world=3) == (
         "teacher.tp: 3 does not divide the 4 attention heads of ./teacher: set it to one of "
         "1, 2, 4, or use teacher.engine=zero3 with teacher.tp=1"
@@ -251,7 +251,7 @@ def test_tp_that_does_not_divide_the_heads(workplace):
         (check_train, "train.out_dir", "run"),
     ],
 )
-def test_an_output_folder_that_holds_something_else(check, key, folder, workplace):
+def test_an_output_folder_that_holds_something_else(check, key, folder, place):
     if check is check_train:
         a_cache()
     Path(folder).mkdir()
@@ -264,29 +264,40 @@ def test_an_output_folder_that_holds_something_else(check, key, folder, workplac
     assert refused(check).startswith(f"{key}: {folder} is a file, expected a folder")
 
 
-def test_a_token_store_where_the_cache_should_go(workplace):
+def test_a_token_store_where_the_cache_should_go(place):
     Path("cache").mkdir()
     Path("cache/tokens.json").write_text("{}")
     assert refused(check_generate).startswith("cache.dir: cache holds a store of kind tokens")
     assert refused(check_train).startswith("cache.dir: cache holds no cache.json")
 
 
-def test_training_without_a_cache(workplace):
+def test_training_without_a_cache(place):
     assert refused(check_train).startswith("cache.dir: cache does not exist, expected a cache")
 
 
-def test_training_with_a_held_out_cache_that_is_not_there(workplace):
+def test_the_text_of_a_token_store_is_enough_where_nothing_is_distilled(place):
+    Path("tokens").mkdir()
+    Path("tokens/tokens.json").write_text("{}")
+    check_train(
+        config("cache.dir=tokens", "data.dir=other", "loss.kd_weight=0", "loss.ce_weight=1"),
+        world=1,
+    )
+    said = refused(check_train, "cache.dir=tokens", "data.dir=other")
+    assert said.startswith("cache.dir: tokens holds no cache.json, expected a cache")
+
+
+def test_training_with_a_held_out_cache_that_is_not_there(place):
     a_cache()
     assert refused(check_train, "eval.cache=heldout").startswith(
         "eval.cache: heldout does not exist, expected a cache: make it with launch/generate.py"
     )
 
 
-def test_training_without_a_student(workplace):
+def test_training_without_a_student(place):
     assert refused(check_train, "student=null").startswith("student: there is nothing to train")
 
 
-def test_too_little_disk_for_the_estimate(workplace):
+def test_too_little_disk_for_the_estimate(place):
     line = refused(check_generate, f"cache.min_free={free_bytes('.') / 2**30 + 1}")
     assert line.startswith("cache.dir: cache needs about ")
     assert "and its disk has" in line
@@ -295,7 +306,7 @@ def test_too_little_disk_for_the_estimate(workplace):
     check_disk("none/yet", 10)
 
 
-def test_all_mistakes_are_reported_at_once(workplace):
+def test_all_mistakes_are_reported_at_once(place):
     settings("teacher", max_position_embeddings=32)
     Path("tokens").write_text("a file")
     with pytest.raises(ConfigError) as caught:

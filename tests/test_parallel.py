@@ -41,6 +41,32 @@ def test_a_failing_rank_fails_the_call():
         run_ranks(2, "tests.test_parallel:fail_on_rank_one")
 
 
+def rank_zero_decides(mesh, error=None):
+    def work():
+        if error is not None:
+            raise error
+        return "decided"
+
+    try:
+        return mesh.first(work)
+    except Exception as raised:  # noqa: BLE001 - what it is is what is tested
+        return type(raised).__name__, str(raised)
+
+
+def test_rank_zero_works_alone_and_all_ranks_get_what_it_returned_or_raised():
+    decide = "tests.test_parallel:rank_zero_decides"
+    assert run_ranks(2, decide) == ["decided", "decided"]
+    ours = ConfigError("a line")
+    assert run_ranks(2, decide, error=ours) == [("ConfigError", "a line")] * 2
+
+
+def test_a_bug_on_rank_zero_ends_the_others_without_a_traceback_of_their_own():
+    assert run_ranks(2, "tests.test_parallel:rank_zero_decides", error=KeyError("k")) == [
+        ("KeyError", "'k'"),
+        ("MegadistillError", "rank 0 failed: KeyError"),
+    ]
+
+
 def test_tp_that_does_not_divide_the_ranks_is_refused():
     with pytest.raises(ConfigError, match=r"teacher\.tp: 2 does not divide the 3 ranks"):
         parallel.check_layout(tp=2, world=3)

@@ -15,7 +15,7 @@ from tests.models import tiny_llama
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -32,7 +32,7 @@ def line(made, name: str) -> str:
     return dict(made.lines)[name]
 
 
-def test_the_parameters_of_a_model_are_counted_in_its_weights_or_worked_out(workplace):
+def test_the_parameters_of_a_model_are_counted_in_its_weights_or_worked_out(place):
     import torch
     from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ def test_the_parameters_of_a_model_are_counted_in_its_weights_or_worked_out(work
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_the_demos_sequences_are_estimated_within_a_third(workplace):
+def test_the_demos_sequences_are_estimated_within_a_third(place):
     made = plan("teacher.model=./teacher")
     # 3.25 million tokens of 128, measured with a vocabulary of 4,096
     assert made.sequences == pytest.approx(3.25e6 / 128, rel=0.33)
@@ -56,7 +56,7 @@ def test_the_demos_sequences_are_estimated_within_a_third(workplace):
     assert "are not on this machine" in line(made, "student")
 
 
-def test_a_planned_store_is_known_not_estimated(workplace):
+def test_a_planned_store_is_known_not_estimated(place):
     store = BlockStore.create(
         "tokens", kind="tokens", header={"recipe": {}}, block_size=4,
         columns={"tokens": "ndarray:uint32:8", "documents": "ndarray:uint32"},
@@ -75,7 +75,7 @@ def test_a_planned_store_is_known_not_estimated(workplace):
     assert made.token_bytes_to_come == 2 * there  # one block of three is there
 
 
-def test_what_cannot_be_known_is_said_to_be_unknown(workplace):
+def test_what_cannot_be_known_is_said_to_be_unknown(place):
     settings = ["data.source=null", "data.name=a/b", "train.steps=null", "train.epochs=1"]
     made = plan(*settings, "train.warmup_steps=0")
     assert (made.sequences, made.cache_bytes, made.steps) == (None, None, None)
@@ -90,14 +90,14 @@ def test_what_cannot_be_known_is_said_to_be_unknown(workplace):
     assert "unknown: data.files: no file matches" in line(made, "sequences")
 
 
-def test_local_files_are_estimated_by_their_size(workplace):
+def test_local_files_are_estimated_by_their_size(place):
     Path("a.txt").write_text("x" * 4_200_000)
     made = plan("data.source=null", "data.files=[a.txt]")
     assert made.sequences == pytest.approx(1e6 / 128, rel=0.01)
     assert plan("data.source=null", "data.files=[a.txt]", "data.max_samples=128").sequences == 1000
 
 
-def test_smaller_tau_and_larger_k_need_a_larger_cache(workplace):
+def test_smaller_tau_and_larger_k_need_a_larger_cache(place):
     sizes = [
         plan(*settings).cache_bytes
         for settings in (
@@ -108,7 +108,7 @@ def test_smaller_tau_and_larger_k_need_a_larger_cache(workplace):
     assert sizes == sorted(sizes)
 
 
-def test_memory_falls_with_the_ranks_that_share_a_model(workplace):
+def test_memory_falls_with_the_ranks_that_share_a_model(place):
     student = ["student.model=./teacher", "cache.dir=c"]
     made = {world: plan(*student, "teacher.model=./teacher", world=world) for world in (1, 8)}
     assert made[8].student_memory < made[1].student_memory
@@ -116,7 +116,7 @@ def test_memory_falls_with_the_ranks_that_share_a_model(workplace):
     assert made[1].run_bytes_to_come > 0
 
 
-def test_dry_run_prints_a_configuration_that_loads_and_the_plan_as_comments(workplace, capsys):
+def test_dry_run_prints_a_configuration_that_loads_and_the_plan_as_comments(place, capsys):
     config = load_config("demo.yaml", ["teacher.model=./teacher", "train.lr=3e-5"])
     show_plan(config)
     printed = capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_dry_run_prints_a_configuration_that_loads_and_the_plan_as_comments(work
     assert all(line.startswith("#") for line in printed.partition("# The plan")[2].splitlines()[1:])
 
 
-def test_other_ranks_print_no_plan(workplace, capsys, monkeypatch):
+def test_other_ranks_print_no_plan(place, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     show_plan(load_config("demo.yaml"))
     assert capsys.readouterr().out == ""

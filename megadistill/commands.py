@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from megadistill.errors import ConfigError, MegadistillError
 
 SILENCE_S = 2.0  # a rank that leaves the report to another waits so long before it leaves
+NOBODY_READS = 141  # what a shell gives a program that wrote into a closed pipe
 INTERRUPTED = 130  # what a shell gives a program that ended by control-C
 
 
@@ -72,12 +73,18 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """`main` as a program: logging set up, our errors as lines on stderr. Returns the exit code."""
     start_logging()
     try:
-        return main(list(sys.argv[1:] if argv is None else argv)) or 0
+        code = main(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+        return code
     except MegadistillError as error:
         _report(error)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read has read enough (`| head`). What is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
 
 
 def start_logging() -> None:

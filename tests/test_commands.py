@@ -147,3 +147,19 @@ def test_an_error_of_the_programs_own_keeps_its_traceback(logging_as_before):
 
     with pytest.raises(ZeroDivisionError):
         run(fail, [])
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = (
+        "import sys; from megadistill.commands import run\n"
+        "def main(argv):\n    for line in range(100_000):\n        print('a line', line)\n"
+        "sys.exit(run(main))"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+    assert writer.wait() == 141

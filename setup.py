@@ -15,6 +15,7 @@ REQUIRES = [
     "matplotlib",
     "mosaicml-streaming>=0.13,<0.14",
     "numpy>=2,<2.2",
+    "psutil",
     "pydantic>=2.9",
     "pyyaml>=6",
     "safetensors>=0.5",

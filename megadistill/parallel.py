@@ -9,6 +9,7 @@ after importing this module.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -217,17 +219,30 @@ def _free_port() -> int:
 
 
 def _watch_launcher(interval_s: float = 1.0) -> None:
-    """End this rank when its launcher dies: DeepSpeed's leaves orphans when it is terminated."""
-    parent = os.getppid()
-    if parent == 1 or "RANK" not in os.environ:
+    """End this rank when its launcher dies: DeepSpeed's leaves orphans when it is terminated.
+
+    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks and outlives it. So both
+    are watched; what started them is not, since a shell may go and leave its run behind on purpose.
+    """
+    if "RANK" not in os.environ or os.getppid() == 1:
         return
+    chain = [psutil.Process(), psutil.Process().parent()]
+    with contextlib.suppress(psutil.Error):
+        above = chain[1].parent()
+        if above is not None and _is_deepspeed(chain[1]) and _is_deepspeed(above):
+            chain.append(above)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(interval_s)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while all(p.ppid() == q.pid for p, q in itertools.pairwise(chain)):
+                time.sleep(interval_s)
         log.error("rank %s: the launcher is gone, leaving", os.environ.get("RANK"))
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20 * interval_s)  # training saves first
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _is_deepspeed(process: psutil.Process) -> bool:
+    return any("deepspeed" in word for word in process.cmdline()[:4])

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.models import tiny_llama, tiny_tokenizer
@@ -125,3 +127,24 @@ def test_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(place)
     assert "method: varopt" in said
     assert not (place / "runs/never").exists()
     assert not (place / "runs/never_tokens").exists()
+
+
+def test_no_rank_outlives_a_launcher_that_was_terminated(tmp_path):
+    script = str(Path(__file__).parent / "waiting.py")
+    launcher = subprocess.Popen(
+        [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", script, str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, seconds=90)
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(below) >= 3  # DeepSpeed's own launcher of this host, and two ranks
+    launcher.terminate()
+    launcher.wait()
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+
+
+def wait_for(happened, *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"nothing happened in {seconds} s"
+        time.sleep(0.1)

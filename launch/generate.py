@@ -35,12 +35,7 @@ def main(argv: list[str]) -> int:
 
     _, world, _ = parallel.rank_from_environment()
     check_generate(config, world=world)
-    mesh = parallel.start(
-        tp=config.teacher.tp,
-        expect_hosts=config.parallel.expect_hosts,
-        timeout_s=config.parallel.timeout_s,
-        cpu_threads=config.parallel.cpu_threads,
-    )
+    mesh = parallel.start(tp=config.teacher.tp, **config.parallel.model_dump())
     try:
         build_cache(config, mesh, validate=not arguments.no_validate)
     finally:

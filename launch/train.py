@@ -29,11 +29,7 @@ def main(argv: list[str]) -> int:
 
     _, world, _ = parallel.rank_from_environment()
     check_train(config, world=world)
-    mesh = parallel.start(
-        expect_hosts=config.parallel.expect_hosts,
-        timeout_s=config.parallel.timeout_s,
-        cpu_threads=config.parallel.cpu_threads,
-    )
+    mesh = parallel.start(**config.parallel.model_dump())
     try:
         train(config, mesh)
     finally:

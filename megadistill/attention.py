@@ -22,21 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from megadistill.data.packing import position_ids
 from megadistill.errors import ConfigError
 
 Pack = Literal["isolate", "concat"]
-
-
-def position_ids(documents: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
-    """int64 [B, T]: each position's distance from the start of its document.
-
-    documents: for each sequence the rising starts of its documents; 0 counts as one.
-    """
-    starts_BT = np.zeros((len(documents), seq_len), np.int64)
-    for row, starts in enumerate(documents):
-        starts = np.asarray(starts, np.int64)
-        starts_BT[row, starts] = starts
-    return np.arange(seq_len) - np.maximum.accumulate(starts_BT, axis=1)
 
 
 def forward_inputs(
@@ -59,7 +48,9 @@ def forward_inputs(
     batch, seq_len = tokens_BT.shape
     if pack == "concat":
         documents = [np.zeros(1, np.int64)] * batch
-    positions_BT = torch.as_tensor(position_ids(documents, seq_len), device=device)
+    positions_BT = torch.as_tensor(
+        np.stack([position_ids(starts, seq_len) for starts in documents]), device=device
+    )
     if "flash" in str(getattr(model.config, "_attn_implementation", "")):
         tokens_BT, positions_BT = tokens_BT.reshape(1, -1), positions_BT.reshape(1, -1)
     return {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
-from megadistill.attention import check_isolation, forward_inputs, position_ids
+from megadistill.attention import check_isolation, forward_inputs
 from megadistill.errors import ConfigError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
@@ -28,7 +28,8 @@ def tokens(seed=0):
 
 
 def test_positions_restart_at_every_document():
-    assert position_ids(DOCUMENTS, 12).tolist() == [
+    inputs = forward_inputs(build(LLAMA), tokens(), DOCUMENTS)
+    assert inputs["position_ids"].tolist() == [
         [0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6],
         list(range(12)),
         [*range(11), 0],

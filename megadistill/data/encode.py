@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks.mds import hide_broken_torchvision
 from megadistill.errors import DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -66,7 +65,6 @@ class Encoder:
         self.begin = [] if spec.bos is None else [spec.bos]
         self.eos = spec.eos
         if spec.chat is not None:
-            hide_broken_torchvision()  # transformers comes with the tokenizer
             self.chat: Any = pickle.loads(spec.chat)  # noqa: S301
 
     def encode(self, units: list[Unit]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -7,7 +7,6 @@ import json
 import pickle
 from typing import Any
 
-from megadistill.blocks.mds import hide_broken_torchvision
 from megadistill.config import Config
 from megadistill.data.encode import EncoderSpec
 from megadistill.errors import ConfigError
@@ -24,7 +23,6 @@ def load_tokenizer(config: Config) -> Any:
     ConfigError: there is none, it is a slow one, it has no end token, or a chat is asked for and it
     has no chat template.
     """
-    hide_broken_torchvision()
     from transformers import AutoTokenizer
 
     own = config.data.tokenizer is not None

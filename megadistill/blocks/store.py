@@ -128,6 +128,10 @@ class BlockStore:
             raise StoreError(f"{path}: holds no {' or '.join(KINDS.values())}: not a block store")
         return cls(path, kind=kind, files=files)
 
+    def __reduce__(self) -> tuple:
+        # To another process goes the folder's name; the files are opened there.
+        return BlockStore.open, (self.path,)
+
     @property
     def recipe(self) -> dict[str, Any]:
         """Everything the bytes of a block depend on."""
@@ -293,14 +297,17 @@ class BlockStore:
         looks the same as a dead one's.
         """
         self._files.remove_tree(self.layout.run / "tmp")
-        present = {shard_name(b) for b in self.present()}
-        strays = [
-            p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name) and p.name not in present
-        ]
+        strays = self.strays()
         for path in strays:
             self._files.unlink(path)
         if strays:
             self._files.fsync_dir(self.path)
+
+    def strays(self) -> list[Path]:
+        """The shards without a marker."""
+        present = {shard_name(b) for b in self.present()}
+        names = sorted(p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name))
+        return [p for p in names if p.name not in present]
 
     def lock(self, *, patience_s: float = 60.0) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.

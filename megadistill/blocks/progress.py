@@ -1,5 +1,4 @@
-"""Progress over blocks: a bar with rate and time to go where somebody watches, else a line in the
-log now and then."""
+"""Progress over blocks: a bar where somebody watches, else a line in the log now and then."""
 
 from __future__ import annotations
 

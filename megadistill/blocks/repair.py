@@ -122,4 +122,4 @@ def _findings(context: tuple[BlockStore, Check | None], block: int) -> list[str]
         return verify_block(store, block, check=check)[1]
     except CorruptBlockError as error:
         # Only this: a file that cannot be opened just now is not damaged, and must not be dropped.
-        return [str(error)]
+        return [f"{error.file}: expected {error.expected}, found {error.found}"]

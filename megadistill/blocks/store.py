@@ -233,6 +233,10 @@ class BlockStore:
         """
         if self._total is None or self.missing() or len(self.present()) != self.num_blocks:
             return False
+        return self.consistent()
+
+    def consistent(self) -> bool:
+        """Whether the committed blocks' shards are there and the derived files follow from them."""
         markers = self._markers()
         return (
             all(self.shard_is_there(m) for m in markers)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from megadistill.errors import TeacherError
 from megadistill.targets import SparseTargets
-from megadistill.teacher.starts import SELECT, below, uniform
+from megadistill.teacher.starts import ROUND, SELECT, below, uniform
 
 FIXED_POINT = 1 << 40
 _BLOCK = 64  # ids a block of the two-level prefix sum
@@ -119,6 +119,7 @@ def spread(targets: SparseTargets, keep_N: torch.Tensor) -> SparseTargets:
         tail=scatter(targets.tail, 0), method=targets.method, temperature=targets.temperature,
         entropy=scatter(targets.entropy, nan), nll=scatter(targets.nll, nan),
         heads=scatter(targets.heads, 0), truth_added=scatter(targets.truth_added, False),
+        rounding=scatter(targets.rounding, 0),
     )  # fmt: skip
 
 
@@ -147,6 +148,7 @@ def _select(
     if method == "topk":
         return _topk(log_probs_NV, fixed_NV, vocabulary, k, labels_N, truth_N, common)
     if method == "varopt":
+        common["rounding"] = uniform(keys_N, seed=seed, purpose=ROUND) >> 12
         start_N = uniform(keys_N, seed=seed, purpose=SELECT)
         return _varopt(log_probs_NV, fixed_NV, vocabulary, tau, start_N, common)
     raise ValueError(f"method is {method!r}, expected 'varopt' or 'topk'")

@@ -6,7 +6,8 @@ import torch
 
 from megadistill.errors import TeacherError
 from megadistill.targets import concatenate
-from megadistill.teacher.select import VocabularySlice, select_targets
+from megadistill.teacher.distributions import VocabularySlice
+from megadistill.teacher.select import select_targets
 from megadistill.teacher.starts import SELECT, below, uniform
 from tests.ranks import run_ranks
 

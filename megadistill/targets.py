@@ -18,6 +18,7 @@ from megadistill.errors import ConfigError
 
 METHODS = ("varopt", "multinomial", "topk", "topp")
 SAMPLED = ("varopt", "multinomial")
+PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k")}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd", "adaptive_kl")
 PER_POSITION = ("tail", "entropy", "nll", "heads", "truth_added", "rounding")  # fields of [N]
 

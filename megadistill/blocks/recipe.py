@@ -10,7 +10,9 @@ from megadistill.errors import RecipeError
 def first_difference(left: Any, right: Any, *, name: str = "") -> tuple[str, Any, Any] | None:
     """(dotted name, left, right) of the first field in which two recipes differ."""
     if isinstance(left, dict) and isinstance(right, dict):
-        for key in sorted(left.keys() | right.keys()):
+        # What both have comes first: another method says more than a parameter of one of them.
+        lonely = left.keys() ^ right.keys()
+        for key in sorted(left.keys() | right.keys(), key=lambda key: (key in lonely, key)):
             dotted = f"{name}.{key}" if name else str(key)
             found = first_difference(left.get(key), right.get(key), name=dotted)
             if found:

@@ -34,7 +34,7 @@ from megadistill.data.packing import labels as packed_labels
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
-from megadistill.targets import SparseTargets, concatenate
+from megadistill.targets import PARAMETERS, SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
 
 log = logging.getLogger(__name__)
@@ -188,15 +188,13 @@ def _targets(
     numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
     keys_N2 = np.stack([first + numbers, positions], 1)
     method = config.targets
-    selection = {"tau": method.tau} if method.method == "varopt" else {"k": method.k}
+    names = (*PARAMETERS[method.method], "min_entropy", "entropy", "nll", "method", "seed")
     targets = teacher.head.targets(
         hidden_NH[: len(keys_N2)],
         torch.as_tensor(labels_BT.reshape(-1), device=teacher.device),
         torch.as_tensor(keys_N2, device=teacher.device),
         temperature=method.temperature,
-        method=method.method,
-        seed=method.seed,
-        **selection,
+        **{name: getattr(method, name) for name in names},
     ).numpy()
     return [targets.rows(i * seq_len, (i + 1) * seq_len) for i in range(len(samples))]
 

@@ -132,6 +132,45 @@ def test_two_tensor_parallel_ranks_write_one_cache(corpus, tmp_path):
     assert open_cache(tmp_path / "cache").complete()
 
 
+@pytest.mark.parametrize("method", ["multinomial", "topk", "topp"])
+def test_every_method_fills_a_cache_with_its_own_parameters_alone_in_the_recipe(
+    corpus, tmp_path, method
+):
+    targets = {"method": method, "draws": 20, "k": 6, "p": 0.5, "nll": False}
+    config = settings(corpus, tmp_path / "cache", targets=targets)
+    run_ranks(2, "tests.cache.test_build:build", config=config)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.complete()
+    assert cache.verify() == []
+    assert {n for n in ("tau", "draws", "k", "p", "min_entropy") if n in cache.recipe} == {
+        "multinomial": {"draws"}, "topk": {"k"}, "topp": {"k", "p"},
+    }[method]  # fmt: skip
+    found = cache[0]["targets"]
+    assert found.method == method
+    assert 0 < found.counts.max() <= {"multinomial": 20, "topk": 7, "topp": 7}[method]
+    assert found.entropy is not None
+    assert found.nll is None
+
+
+def test_positions_below_the_entropy_threshold_have_no_target(single, corpus, tmp_path):
+    entropies = np.concatenate([s["targets"].entropy for s in open_cache(single)])
+    threshold = float(np.nanmedian(entropies))
+    targets = {"tau": 0.1, "positions": "entropy", "min_entropy": threshold, "entropy": False}
+    config = settings(corpus, tmp_path / "cache", targets=targets)
+    run_ranks(1, "tests.cache.test_build:build", config=config)
+    kept = total = 0
+    for all_of_them, some in zip(open_cache(single), open_cache(tmp_path / "cache"), strict=True):
+        full, part = all_of_them["targets"], some["targets"]
+        assert part.entropy is None
+        total += int((full.counts > 0).sum())
+        for n in np.nonzero(part.counts)[0]:
+            a, b = full.rows(n, n + 1), part.rows(n, n + 1)
+            assert float(full.entropy[n]) > threshold - 0.1  # a byte keeps it, to a few hundredths
+            np.testing.assert_array_equal(a.ids, b.ids)
+            kept += 1
+    assert 0.3 * total < kept < 0.7 * total
+
+
 def test_an_interrupted_run_is_finished_by_another_number_of_ranks(single, corpus, tmp_path):
     cache = tmp_path / "cache"
     config = settings(corpus, cache)
@@ -170,6 +209,9 @@ def rerun(mesh, config: Config):
     [
         ("targets", {"tau": 0.2}, "tau"),
         ("targets", {"seed": 5}, "seed"),
+        ("targets", {"method": "multinomial"}, "method"),
+        ("targets", {"nll": False}, "nll"),
+        ("targets", {"positions": "entropy", "min_entropy": 1.0}, "positions"),
         ("teacher", {"micro_batch": 4}, "micro_batch"),
     ],
 )

@@ -8,7 +8,7 @@ hosts are never compared.
 
 A holder that slept through its patience is replaced without knowing. So each holder has a token,
 and whoever writes for it, on whatever rank or host, compares it with the file's before every commit
-(20 microseconds): a store object belongs to the run that held the lock when it was made.
+(under 0.1 ms): a store object belongs to the run that held the lock when it was made.
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def _take_levels(reader: SymbolReader, listed_N: Any, total: int, file: str) -> 
     return levels_E
 
 
-def _with_rest(reader: SymbolReader, listed_N: Any, levels_E: Any, truth: bool, file: str) -> Fields:
+def _with_rest(
+    reader: SymbolReader, listed_N: Any, levels_E: Any, truth: bool, file: str
+) -> Fields:
     n, total = len(listed_N), len(levels_E)
     has_N = listed_N > 0
     num_has = int(has_N.sum())

@@ -24,7 +24,6 @@ Shape letters: N positions, E entries.
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -45,6 +44,7 @@ from megadistill.errors import CorruptBlockError
 from megadistill.targets import SparseTargets
 
 Fields = dict[str, Any]
+_MOST_DRAWS = 1 << 16
 
 
 class VAROPT:
@@ -170,10 +170,15 @@ def _by_rank(entries: np.ndarray, row_E: np.ndarray, ranks_E: np.ndarray) -> np.
 
 def _draws(weights_E: np.ndarray) -> int:
     """The least number of draws of which all weights are whole parts."""
-    draws = 1
-    for weight in np.unique(weights_E).tolist():
-        part = Fraction(weight).limit_denominator(1 << 16)
-        draws = int(np.lcm(draws, part.denominator))
-        if draws > 1 << 16 or abs(float(part) - weight) > 1e-6:
-            raise ValueError(f"weight {weight} is no count of at most 65536 multinomial draws")
-    return draws
+    weights = np.unique(weights_E).astype(np.float64)
+    if not len(weights):
+        return 0
+    for count in range(1, _MOST_DRAWS):  # of the least likely entry: 1, but by rare accident
+        draws = round(count / weights[0]) if weights[0] > 0 else _MOST_DRAWS
+        if draws >= _MOST_DRAWS:
+            break
+        parts = weights * draws
+        # A float32 is off by 2^-24 of itself at most.
+        if (np.abs(parts - np.rint(parts)) <= parts * 2.0**-23).all():
+            return draws
+    raise ValueError(f"weights are no counts of fewer than {_MOST_DRAWS} multinomial draws")

@@ -98,14 +98,15 @@ class SymbolReader:
     """Takes streams in the order in which they were put.
 
     symbols  uint8 [S], numpy or torch
-    words    int64 [W + 1], 32 raw bits each, a zero word last; where `symbols` is
+    words    int64 [W + 1], 32 raw bits each, a zero word last; where `symbols` is; written over
     """
 
     def __init__(self, symbols: Array, words: Array, *, file: str) -> None:
         self._symbols, self._file = symbols, file
         # Two words side by side: any number of up to 32 bits lies in one of these whole.
-        self._pairs = words[:-1] | (words[1:] << 32)
-        self._bits = 32 * len(self._pairs)
+        words[:-1] |= words[1:] << 32
+        self._pairs = words
+        self._bits = 32 * (len(words) - 1)
         self._at = self._bit = 0
 
     def take(self, count: int, direct: int) -> Array:

@@ -72,5 +72,7 @@ def _finite(values: np.ndarray, counts: np.ndarray | None, name: str) -> None:
         bad &= ~(np.abs(values) < 1e-3)
     if bad.any():
         first = int(np.argmax(bad))
-        position = first if counts is None else int(np.repeat(np.arange(len(counts)), counts)[first])
+        position = (
+            first if counts is None else int(np.repeat(np.arange(len(counts)), counts)[first])
+        )
         raise NonFiniteError(position, name, float(values[first]))

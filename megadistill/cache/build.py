@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megadistill.blocks import BlockStore
+from megadistill.cache.progress import Progress
 from megadistill.cache.recipe import cache_recipe, made_with
 from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
@@ -118,7 +118,8 @@ def _compute(
     reserve = Reserve(
         mesh, store, config.cache, run=run, missing=len(missing), free_bytes=free_bytes
     )
-    bar = _Progress(mesh, reserve, store, missing)
+    groups = mesh.world if teacher.lockstep else mesh.dp
+    bar = Progress(mesh, reserve, store, missing, groups=groups)
     with CacheWriter(
         store,
         made_with=made_with(
@@ -282,29 +283,3 @@ def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:
 
 def _accelerator(mesh: Mesh) -> str:
     return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-
-
-class _Progress:
-    """Rank 0's bar of durable sequences, of all ranks."""
-
-    def __init__(self, mesh: Mesh, reserve: Reserve, store: BlockStore, missing: list[int]) -> None:
-        self.mesh, self.reserve = mesh, reserve
-        self.bar = None
-        if mesh.rank == 0:
-            blocks = store.num_blocks or 0
-            self.bar = tqdm(
-                total=blocks, initial=blocks - len(missing), unit="block", desc="generate",
-                mininterval=1.0,
-            )  # fmt: skip
-            self.before = blocks - len(missing)
-
-    def update(self) -> None:
-        if self.bar is not None:
-            durable, _ = self.reserve.durable()
-            self.bar.update(self.before + durable - self.bar.n)
-
-    def close(self) -> None:
-        self.mesh.barrier()
-        self.update()
-        if self.bar is not None:
-            self.bar.close()

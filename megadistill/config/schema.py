@@ -168,7 +168,12 @@ class CacheConfig(Section):
     dir: Text = Field(default="runs/cache", description="the cache, a block store")
     min_free: WeightFloat = Field(
         default=0.5,
-        description="GiB of disk to leave free; looked at before a run starts",
+        description="GiB of disk to leave free; looked at before a run starts and after each block",
+    )
+    reserve: Share = Field(
+        default=0.5,
+        description="share of the bytes still to come that must be free: where less is, generating "
+        "stops cleanly and can go on later; 0: do not watch, nor refuse a disk that is too small",
     )
 
 

@@ -1,6 +1,7 @@
 """Building a cache: the same bytes at every rank count, each block once, nothing on a rerun."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.reader import open_cache
+from megadistill.cache.reserve import block_bytes
 from megadistill.config import Config
 from megadistill.errors import RecipeError
 from tests.models import tiny_llama, tiny_tokenizer
@@ -260,3 +262,35 @@ def validate_with_noise(mesh, config: Config) -> str:
     except TeacherError as error:
         return str(error)
     return "nothing noticed"
+
+
+def test_the_first_durable_blocks_tell_bytes_pace_and_what_is_to_come(single, corpus, tmp_path):
+    config = settings(corpus, tmp_path / "cache")
+    said = run_ranks(2, "tests.cache.test_build:lines_of_progress", config=config)
+    assert said[1] == []
+    (line,) = said[0]
+    found = re.fullmatch(
+        r"measured: ([\d.]+) bytes a token on disk, [\d,]+ tokens/s; the cache will take "
+        r"[\d.]+ KiB, [\d.]+ (KiB|bytes) and [\d.]+ hours to come",
+        line,
+    )
+    store = BlockStore.open(single)
+    size = sum(block_bytes(store, b) for b in range(store.num_blocks - 1))
+    tokens = (store.num_blocks - 1) * BLOCK * SEQ_LEN
+    assert float(found[1]) == pytest.approx(size / tokens, rel=0.2)
+
+
+def lines_of_progress(mesh, config: Config) -> list[str]:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("megadistill.cache.progress")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        build(mesh, config)
+    finally:
+        log.removeHandler(handler)
+    return lines

@@ -137,6 +137,10 @@ class BlockStore:
             raise StoreError(f"{path}: holds no {' or '.join(KINDS.values())}: not a block store")
         return cls(path, kind=kind, files=files)
 
+    def __reduce__(self) -> tuple:
+        # To another process goes the folder's name; the files are opened there.
+        return BlockStore.open, (self.path,)
+
     @property
     def recipe(self) -> dict[str, Any]:
         """Everything the bytes of a block depend on."""
@@ -239,6 +243,10 @@ class BlockStore:
         """
         if self._total is None or self.missing() or len(self.present()) != self.num_blocks:
             return False
+        return self.consistent()
+
+    def consistent(self) -> bool:
+        """Whether the committed blocks' shards are there and the derived files follow from them."""
         markers = self._markers()
         return (
             all(self.shard_is_there(m) for m in markers)
@@ -307,13 +315,17 @@ class BlockStore:
         """
         self._require_lock()
         self._files.remove_tree(self.layout.run / "tmp")
-        present = {shard_name(b) for b in self.present()}
-        names = names_in(self.path)
-        strays = [n for n in names if SHARD_NAME.fullmatch(n) and n not in present]
-        for name in strays:
-            self._files.unlink(self.path / name)
+        strays = self.strays()
+        for path in strays:
+            self._files.unlink(path)
         if strays:
             self._files.fsync_dir(self.path)
+
+    def strays(self) -> list[Path]:
+        """The shards without a marker."""
+        present = {shard_name(b) for b in self.present()}
+        names = sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
+        return [self.path / n for n in names if n not in present]
 
     def lock(self, *, patience_s: float = 60.0) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.

@@ -75,8 +75,8 @@ def build_cache(
             mesh.first(store.finish)
             if validate:
                 _validate(config, mesh, teacher, tokens, store)
-        elif mesh.rank == 0:
-            log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
+        if mesh.rank == 0:
+            _tell(config, store, computed=len(missing))
     return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
 
 
@@ -94,15 +94,32 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
         columns={**columns, "targets": "bytes"},
         block_size=tokens.block_size,
     )
-    if store.num_sequences == len(tokens) and store.complete():
+    if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
     store.clean()
     store.plan(len(tokens))
-    missing = store.missing()
+    missing = _to_do(config, store)
     if not missing:
         store.finish()
     return missing
+
+
+def _to_do(config: Config, store: BlockStore) -> list[int]:
+    """The missing blocks of this run's part."""
+    index, parts = config.cache.share
+    return [block for block in store.missing() if block % parts == index]
+
+
+def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
+    if store.missing():  # the other parts'
+        log.info(
+            "%s: part %s is complete; when the others are, merge them: "
+            "python tools/merge_and_inspect.py --out OUT %s OTHER ...",
+            config.cache.dir, config.cache.part, config.cache.dir,
+        )  # fmt: skip
+    elif not computed:
+        log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
 
 
 def _compute(
@@ -119,7 +136,9 @@ def _compute(
         mesh, store, config.cache, run=run, missing=len(missing), free_bytes=free_bytes
     )
     groups = mesh.world if teacher.lockstep else mesh.dp
-    bar = Progress(mesh, reserve, store, missing, groups=groups)
+    index, parts = config.cache.share
+    share = len(range(index, store.num_blocks or 0, parts))
+    bar = Progress(mesh, reserve, store, missing, blocks=share, groups=groups)
     with CacheWriter(
         store,
         made_with=made_with(
@@ -231,16 +250,17 @@ def _validate(
     cache = open_cache(config.cache.dir)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
+    blocks = store.committed()  # a part has gaps
     starts = []
     for sequence in generator.permutation(len(store))[:VALIDATED_SEQUENCES]:
-        block, inside = divmod(int(sequence), store.block_size)
-        starts.append(block * store.block_size + inside // size * size)
+        turn, inside = divmod(int(sequence), store.block_size)
+        starts.append(blocks[turn] * store.block_size + inside // size * size)
     starts = sorted(set(starts))
     equal = total = 0
     for turn in range(0, len(starts), mesh.dp):
         mine = turn + mesh.dp_rank
         start = starts[mine] if mine < len(starts) else starts[0]
-        block_end = min((start // store.block_size + 1) * store.block_size, len(store))
+        block_end = min((start // store.block_size + 1) * store.block_size, len(tokens))
         stop = min(start + size, block_end)
         again = score(
             config, teacher, [tokens[i] for i in range(start, stop)], first=start, block_size=size

@@ -35,11 +35,8 @@ def main(argv: list[str]) -> int:
 
     _, world, _ = parallel.rank_from_environment()
     check_generate(config, world=world)
-    mesh = parallel.start(tp=config.teacher.tp, **config.parallel.model_dump())
-    try:
+    with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:
         build_cache(config, mesh, validate=not arguments.no_validate)
-    finally:
-        parallel.stop()
     return 0
 
 

@@ -309,6 +309,9 @@ class ParallelConfig(Section):
     timeout_s: PositiveInt = Field(
         default=1800, description="seconds until a stuck collective gives up"
     )
+    heartbeat_s: PositiveInt = Field(
+        default=60, description="seconds without an answer until another host counts as gone"
+    )
     cpu_threads: PositiveInt = Field(
         default=1,
         description="torch's threads a rank; sums on a CPU, and so a cache's bytes, depend on it",

@@ -11,7 +11,9 @@ from megadistill.errors import RecipeError
 def differences(left: Any, right: Any, *, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, left, right) of each field in which two recipes differ, by name."""
     if isinstance(left, dict) and isinstance(right, dict):
-        for key in sorted(left.keys() | right.keys()):
+        # What both have comes first: another method says more than a parameter of one of them.
+        lonely = left.keys() ^ right.keys()
+        for key in sorted(left.keys() | right.keys(), key=lambda key: (key in lonely, key)):
             dotted = f"{name}.{key}" if name else str(key)
             yield from differences(left.get(key), right.get(key), name=dotted)
         return

@@ -16,7 +16,7 @@ from megadistill.cache.reader import Cache
 from megadistill.cache.statistics import combine, summary
 from megadistill.errors import StoreError
 
-_PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "seed")
+_PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "min_entropy", "seed")
 
 
 def block_check(store: BlockStore) -> Check | None:

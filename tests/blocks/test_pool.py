@@ -61,6 +61,8 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Handlers that programs run by other tests left, on streams that are closed by now.
+    monkeypatch.setattr(logging.getLogger("megadistill"), "handlers", [])
     caplog.set_level(logging.INFO, logger="megadistill")
     with BlockProgress("verifying", total=4) as bar:
         bar.add(0)

@@ -257,12 +257,19 @@ class BlockStore:
     # Writing ------------------------------------------------------------------------------------
 
     def commit(
-        self, block: int, samples: list[Sample], *, statistics: dict[str, Any], **extra: Any
+        self,
+        block: int,
+        samples: list[Sample],
+        *,
+        statistics: dict[str, Any],
+        content_hash: str | None = None,
+        **extra: Any,
     ) -> dict[str, Any]:
         """Make a block durable; returns its marker. When this returns, a power cut keeps it.
 
-        samples     one dict a sequence, column to array or bytes; `sum` is added
-        statistics  and extra (cursor, made_with, ...) go into the marker as they are
+        samples       one dict a sequence, column to array or bytes; `sum` is added
+        content_hash  what the samples say, where that is less than their bytes; 16 hex digits
+        statistics    and extra (cursor, made_with, ...) go into the marker as they are
         A block that is there with the same bytes is left alone; with others, its marker is taken
         away before anything is replaced. LockedError where another run took the store's lock since
         this object was made: whoever was taken for dead writes nothing more.
@@ -280,7 +287,9 @@ class BlockStore:
                 columns=self._columns,
                 first=block * self.block_size,
             )
-            marker = marker_of(block, samples, shard, statistics=statistics, extra=extra)
+            marker = marker_of(
+                block, samples, shard, statistics=statistics, content_hash=content_hash, extra=extra
+            )
             shard.close()
             self._install(block, path, marker, temporary)
         finally:

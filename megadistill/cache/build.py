@@ -21,13 +21,17 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import kind_of
+from megadistill.blocks.verify import read_ids
 from megadistill.cache.progress import Progress
+from megadistill.cache.ranking import rank_ids
 from megadistill.cache.recipe import cache_recipe, made_with
 from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
@@ -93,6 +97,7 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
         header={"recipe": recipe},
         columns={**columns, "targets": "bytes"},
         block_size=tokens.block_size,
+        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
     )
     if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
@@ -103,6 +108,13 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     if not missing:
         store.finish()
     return missing
+
+
+def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
+    """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
+    if kind_of(Path(config.cache.dir)) == "cache":
+        return read_ids(BlockStore.open(config.cache.dir))
+    return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
 
 
 def _to_do(config: Config, store: BlockStore) -> list[int]:

@@ -137,6 +137,10 @@ class BlockStore:
             raise StoreError(f"{path}: holds no {' or '.join(KINDS.values())}: not a block store")
         return cls(path, kind=kind, files=files)
 
+    def __reduce__(self) -> tuple:
+        # To another process goes the folder's name; the files are opened there.
+        return BlockStore.open, (self.path,)
+
     @property
     def recipe(self) -> dict[str, Any]:
         """Everything the bytes of a block depend on."""
@@ -239,6 +243,10 @@ class BlockStore:
         """
         if self._total is None or self.missing() or len(self.present()) != self.num_blocks:
             return False
+        return self.consistent()
+
+    def consistent(self) -> bool:
+        """Whether the committed blocks' shards are there and the derived files follow from them."""
         markers = self._markers()
         return (
             all(self.shard_is_there(m) for m in markers)
@@ -249,12 +257,19 @@ class BlockStore:
     # Writing ------------------------------------------------------------------------------------
 
     def commit(
-        self, block: int, samples: list[Sample], *, statistics: dict[str, Any], **extra: Any
+        self,
+        block: int,
+        samples: list[Sample],
+        *,
+        statistics: dict[str, Any],
+        content_hash: str | None = None,
+        **extra: Any,
     ) -> dict[str, Any]:
         """Make a block durable; returns its marker. When this returns, a power cut keeps it.
 
-        samples     one dict a sequence, column to array or bytes; `sum` is added
-        statistics  and extra (cursor, made_with, ...) go into the marker as they are
+        samples       one dict a sequence, column to array or bytes; `sum` is added
+        content_hash  what the samples say, where that is less than their bytes; 16 hex digits
+        statistics    and extra (cursor, made_with, ...) go into the marker as they are
         A block that is there with the same bytes is left alone; with others, its marker is taken
         away before anything is replaced. LockedError where another run took the store's lock since
         this object was made: whoever was taken for dead writes nothing more.
@@ -272,7 +287,9 @@ class BlockStore:
                 columns=self._columns,
                 first=block * self.block_size,
             )
-            marker = marker_of(block, samples, shard, statistics=statistics, extra=extra)
+            marker = marker_of(
+                block, samples, shard, statistics=statistics, content_hash=content_hash, extra=extra
+            )
             shard.close()
             self._install(block, path, marker, temporary)
         finally:
@@ -307,13 +324,17 @@ class BlockStore:
         """
         self._require_lock()
         self._files.remove_tree(self.layout.run / "tmp")
-        present = {shard_name(b) for b in self.present()}
-        names = names_in(self.path)
-        strays = [n for n in names if SHARD_NAME.fullmatch(n) and n not in present]
-        for name in strays:
-            self._files.unlink(self.path / name)
+        strays = self.strays()
+        for path in strays:
+            self._files.unlink(path)
         if strays:
             self._files.fsync_dir(self.path)
+
+    def strays(self) -> list[Path]:
+        """The shards without a marker."""
+        present = {shard_name(b) for b in self.present()}
+        names = sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
+        return [self.path / n for n in names if n not in present]
 
     def lock(self, *, patience_s: float = 60.0) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.

@@ -1,6 +1,6 @@
 """Checking every byte of a store against what the store says of itself.
 
-Blocks are checked in threads: checksums release the interpreter lock and run at disk speed.
+Blocks are checked in processes, see pool.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from megadistill.blocks.derived import (
 from megadistill.blocks.files import names_in, read_file
 from megadistill.blocks.install import tokens_hash
 from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, same_bytes, shard_name
+from megadistill.blocks.pool import each_block
 from megadistill.blocks.records import hex64, read_json
 from megadistill.blocks.shard import Shard
 from megadistill.errors import CorruptBlockError, StoreError
@@ -31,7 +31,14 @@ from megadistill.errors import CorruptBlockError, StoreError
 if TYPE_CHECKING:
     from megadistill.blocks.store import BlockStore, Sample
 
+# What is wrong with a block's samples and marker, a line each.
 Check = Callable[[list["Sample"], dict[str, Any]], list[str]]
+# A store's check, or None where there is nothing to add.
+CheckOf = Callable[["BlockStore"], Check | None]
+
+
+def no_check(_: BlockStore) -> None:
+    """The CheckOf of those who have nothing to add."""
 
 
 def verify_store(
@@ -43,31 +50,34 @@ def verify_store(
 ) -> list[str]:
     """What is wrong with a store, a line each; nothing for a sound one, complete or not.
 
-    workers   threads
+    workers   processes; `check` must then be a function of a module or a method, see pool.py
     progress  called with each block's number when it is checked, in block order
     check     called with each sound block's samples and marker, for what only the caller knows
     """
     present = store.present()
     findings = _names(store, present)
     markers = []
-
-    def one(block: int) -> tuple[dict[str, Any] | None, list[str]]:
-        try:
-            return verify_block(store, block, check=check)
-        except StoreError as error:
-            return None, [str(error)]
-
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        checked = pool.map(one, present) if workers > 1 else map(one, present)
-        for block, (marker, found) in zip(present, checked, strict=True):
-            findings += found
-            if marker is not None:
-                markers.append(marker)
-            if progress:
-                progress(block)
+    results = each_block(_told, (store, check), present, workers=workers)
+    for block, (marker, found) in zip(present, results, strict=True):
+        findings += found
+        if marker is not None:
+            markers.append(marker)
+        if progress:
+            progress(block)
     if len(markers) == len(present):
         findings += _derived(store, markers)
     return findings + _ids(store)
+
+
+def _told(
+    context: tuple[BlockStore, Check | None], block: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the marker of a block that can be read, what is wrong with the block)."""
+    store, check = context
+    try:
+        return verify_block(store, block, check=check)
+    except StoreError as error:
+        return None, [str(error)]
 
 
 def verify_block(
@@ -91,7 +101,9 @@ def verify_block(
         xxh3=int(marker["shard"]["xxh3"], 16),
     )
     samples = [shard[row] for row in range(len(shard))]
-    found = {"tokens_xxh3": tokens_hash(samples), "content_hash": hex64(shard.content_hash())}
+    found = {"tokens_xxh3": tokens_hash(samples)}
+    if store.kind == "tokens":  # of a cache it is taken over integers, which `check` knows
+        found["content_hash"] = hex64(shard.content_hash())
     findings += [
         f"{file}: {key}: expected {value} from the shard, found {marker[key]}"
         for key, value in found.items()
@@ -194,19 +206,29 @@ def _lagging_index(store: BlockStore, markers: list[dict[str, Any]]) -> None:
 
 
 def _ids(store: BlockStore) -> list[str]:
-    expected = store.header.get("ids_bin")
-    path = store.layout.ids_bin
-    if expected is None:
+    if store.header.get("ids_bin") is None:
+        path = store.layout.ids_bin
         return [f"{path}: not announced in the header"] if os.path.lexists(path) else []
     try:
-        data = read_file(path, limit=expected["size"])
-        found = xxhash.xxh3_64_hexdigest(data)
-    except FileNotFoundError:
-        found = "no file"
+        read_ids(store)
     except StoreError as error:
         return [str(error)]
-    return (
-        []
-        if found == expected["xxh3"]
-        else [f"{path}: expected xxh3 {expected['xxh3']}, found {found}"]
-    )
+    return []
+
+
+def read_ids(store: BlockStore) -> bytes | None:
+    """ids.bin as the header announces it; None where it announces none. CorruptBlockError."""
+    expected, path = store.header.get("ids_bin"), store.layout.ids_bin
+    if expected is None:
+        return None
+    try:
+        data = read_file(path, limit=int(expected["size"]))
+        found = xxhash.xxh3_64_hexdigest(data)
+    except FileNotFoundError:
+        raise CorruptBlockError(str(path), f"{expected['size']} bytes", "no file") from None
+    except (TypeError, KeyError, ValueError) as error:
+        header = str(store.layout.header(store.kind))
+        raise CorruptBlockError(header, "ids_bin: size and xxh3", repr(expected)[:80]) from error
+    if found != expected["xxh3"]:
+        raise CorruptBlockError(str(path), f"xxh3 {expected['xxh3']}", found)
+    return data

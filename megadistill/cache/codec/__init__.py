@@ -32,7 +32,7 @@ from megadistill.cache.ranking import IdRanking
 from megadistill.errors import CorruptBlockError
 from megadistill.targets import METHODS, SAMPLED, SparseTargets
 
-__all__ = ["NonFiniteError", "content", "decode_targets", "encode_targets"]
+__all__ = ["NonFiniteError", "content", "decode_targets", "encode_targets", "streams_of"]
 
 VERSION = 1
 _HEADER = struct.Struct("<BBBBIII")
@@ -59,13 +59,7 @@ def encode_targets(
     _check_codec(codec, vocab_size)
     t = targets.numpy()
     check_targets(t, vocab_size)
-    writer = SymbolWriter()
-    ranks_E = t.ids.astype(np.int64) if codec is None else codec.ranks[t.ids]
-    parameter = _METHODS[t.method].put(writer, t, ranks_E)
-    has_N = t.counts > 0
-    for values in (t.entropy, t.nll):
-        if values is not None:
-            writer.put(to_codes(values[has_N]), BYTES)
+    writer, parameter = _put(t, codec)
     flags = (
         (_ENTROPY if t.entropy is not None else 0)
         | (_NLL if t.nll is not None else 0)
@@ -82,6 +76,23 @@ def encode_targets(
             writer.bits(),
         )
     )
+
+
+def streams_of(t: SparseTargets, *, codec: IdRanking | None = None) -> tuple[list[bytes], int]:
+    """(the symbols of each stream, how many bytes of raw bits): what `encode_targets` packs."""
+    writer, _ = _put(t.numpy(), codec)
+    return writer.streams, len(writer.bits())
+
+
+def _put(t: SparseTargets, codec: IdRanking | None) -> tuple[SymbolWriter, int]:
+    writer = SymbolWriter()
+    ranks_E = t.ids.astype(np.int64) if codec is None else codec.ranks[t.ids]
+    parameter = _METHODS[t.method].put(writer, t, ranks_E)
+    has_N = t.counts > 0
+    for values in (t.entropy, t.nll):
+        if values is not None:
+            writer.put(to_codes(values[has_N]), BYTES)
+    return writer, parameter
 
 
 def decode_targets(

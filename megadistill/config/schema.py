@@ -6,9 +6,11 @@ What concerns more than one key stands in rules.py.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -40,6 +42,16 @@ WeightFloat = Annotated[float, Field(ge=0), _Number]
 Share = Annotated[float, Field(ge=0, le=1), _Number]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
+
+
+def _an_existing_part(text: str) -> str:
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise PydanticCustomError("part", "expected I/N with I from 0 to N-1, such as 0/3")
+    return text
+
+
+Part = Annotated[str, AfterValidator(_an_existing_part)]
 
 
 class Section(BaseModel):
@@ -168,8 +180,24 @@ class CacheConfig(Section):
     dir: Text = Field(default="runs/cache", description="the cache, a block store")
     min_free: WeightFloat = Field(
         default=0.5,
-        description="GiB of disk to leave free; looked at before a run starts",
+        description="GiB of disk to leave free; looked at before a run starts and after each block",
     )
+    reserve: Share = Field(
+        default=0.5,
+        description="share of the bytes still to come that must be free: where less is, generating "
+        "stops cleanly and can go on later; 0: do not watch, nor refuse a disk that is too small",
+    )
+    part: Part | None = Field(
+        default=None,
+        description="`I/N`: generate only the blocks b with b mod N = I; the parts, in folders of "
+        "their own, are merged with tools/merge_and_inspect.py",
+    )
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): the blocks b with b mod n = i are to be generated."""
+        index, _, parts = (self.part or "0/1").partition("/")
+        return int(index), int(parts)
 
 
 class StudentConfig(Section):
@@ -280,6 +308,9 @@ class ParallelConfig(Section):
     )
     timeout_s: PositiveInt = Field(
         default=1800, description="seconds until a stuck collective gives up"
+    )
+    heartbeat_s: PositiveInt = Field(
+        default=60, description="seconds without an answer until another host counts as gone"
     )
     cpu_threads: PositiveInt = Field(
         default=1,

@@ -292,11 +292,12 @@ class BlockStore:
         For rank 0, under the lock, before the first block is claimed: a living writer's shard
         looks the same as a dead one's.
         """
+        shards = [p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name)]
+        # A rank of a dead run may still live for seconds. Without its temporary files it cannot
+        # complete a commit that is under way, and one that it begins later is not in `shards`.
         self._files.remove_tree(self.layout.run / "tmp")
         present = {shard_name(b) for b in self.present()}
-        strays = [
-            p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name) and p.name not in present
-        ]
+        strays = [path for path in shards if path.name not in present]
         for path in strays:
             self._files.unlink(path)
         if strays:

@@ -29,9 +29,10 @@ class CacheWriter:
     made_with  goes into every marker: versions and hardware the block was made with
     depth      blocks encoded or written at once, at most; `submit` waits for the oldest
     on_commit  called in the thread with a block's number, once the block is durable
+    on_error   called in the thread with what went wrong, which is then the caller's to raise
 
-    What goes wrong in the thread is raised at the next `submit` or at the end, and nothing more is
-    written after it.
+    What goes wrong in the thread is raised at the next `submit` or at the end, unless there is an
+    `on_error`. Nothing more is written after it.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class CacheWriter:
         made_with: dict[str, Any] | None = None,
         depth: int = 1,
         on_commit: Callable[[int], object] | None = None,
+        on_error: Callable[[BaseException], object] | None = None,
     ) -> None:
         self._store = store
         self._vocab_size = int(store.recipe["vocab_size"])
         self._made_with = made_with or {}
-        self._on_commit = on_commit
+        self._on_commit, self._on_error = on_commit, on_error
         self._free = threading.Semaphore(depth)
         self._queue: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -88,6 +90,8 @@ class CacheWriter:
                     self._write(*item)
             except BaseException as error:  # noqa: BLE001  # raised in the caller's thread
                 self._error = error
+                if self._on_error:
+                    self._on_error(error)
             finally:
                 self._free.release()
 
@@ -120,5 +124,5 @@ class CacheWriter:
             ) from error
 
     def _raise(self) -> None:
-        if self._error is not None:
+        if self._error is not None and self._on_error is None:
             raise self._error

@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -129,11 +130,22 @@ class Chaos:
             phase=self.phase(folder, layout, committed), committed=len(committed),
             again=max(lost, default=0), left_s=time.monotonic() - began,
         )  # fmt: skip
+        self.add(kill)
+        return False
+
+    def add(self, kill: Kill) -> None:
         self.kills.append(kill)
         with (self.folder / "kills.log").open("a") as file:
             file.write(f"{kill}\n")
+        folder = self.folder / f"series-{self.series}"
         assert kill.again <= 2, self.failure(folder, f"too much is lost: {kill}")
-        return False
+
+    def summary(self) -> str:
+        """What was killed, a line each, under a line that adds it up."""
+        phases = dict(Counter(kill.phase for kill in self.kills))
+        again = max(kill.again for kill in self.kills)
+        head = f"seed {self.seed}: {len(self.kills)} kills in {self.series} series, {phases}, "
+        return "\n".join([f"\n{head}at most {again} blocks again", *map(str, self.kills), ""])
 
     def bury(self, folder: Path) -> None:
         """Wait until the survivors of a kill have left, each with a code that says why."""

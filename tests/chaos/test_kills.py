@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,9 @@ def test_a_few_kills_leave_the_bytes_of_an_undisturbed_run(corpus, tmp_path):
 @pytest.mark.parametrize("part", range(PARTS))
 def test_many_kills_leave_the_bytes_of_an_undisturbed_run(corpus, tmp_path, capsys, part):
     chaos = Chaos(corpus, tmp_path, seed=1000 + part)
-    kills = chaos.run(KILLS)
-    assert len(kills) >= KILLS
+    chaos.run(KILLS)
     with capsys.disabled():
-        phases = Counter(kill.phase for kill in kills)
-        again = max(kill.again for kill in kills)
-        sys.stdout.write(f"\nseed {chaos.seed}: {len(kills)} kills in {chaos.series} series, ")
-        sys.stdout.write(f"{dict(phases)}, at most {again} blocks again\n")
-        sys.stdout.writelines(f"  {kill}\n" for kill in kills)
+        sys.stdout.write(chaos.summary())
 
 
 def test_cleaning_leaves_alone_what_a_rank_of_the_dead_run_commits_meanwhile(tmp_path):

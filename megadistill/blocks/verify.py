@@ -72,13 +72,14 @@ def verify_block(
         findings.append(
             f"{file}: sequences: expected {expected} by the plan, found {marker['sequences']}"
         )
-    shard = Shard(
-        store.layout.shard(block),
-        columns=store._columns,
-        first=block * store.block_size,
-        samples=marker["sequences"],
-        size=marker["shard"]["size"],
-    )
+    with store.shard_file(block) as path:
+        shard = Shard(
+            path,
+            columns=store._columns,
+            first=block * store.block_size,
+            samples=marker["sequences"],
+            size=marker["shard"]["size"],
+        )
     if hex64(shard.xxh3()) != marker["shard"]["xxh3"]:
         raise CorruptBlockError(
             str(shard.path), f"xxh3 {marker['shard']['xxh3']}", hex64(shard.xxh3())

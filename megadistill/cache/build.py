@@ -61,7 +61,7 @@ def build_cache(config: Config, mesh: Mesh, *, validate: bool = True) -> Built:
     with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
         missing = mesh.first(lambda: _prepare(config, held))
         tokens = BlockStore.open(config.data.dir)
-        store = BlockStore.open(config.cache.dir)
+        store = BlockStore.open(config.cache.folder)
         if missing:
             teacher = load_teacher(config, mesh)
             _compute(config, mesh, teacher, tokens, store, missing)
@@ -69,7 +69,7 @@ def build_cache(config: Config, mesh: Mesh, *, validate: bool = True) -> Built:
             if validate:
                 _validate(config, mesh, teacher, tokens, store)
         elif mesh.rank == 0:
-            log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
+            log.info("%s: complete already, %d sequences", config.cache.folder, len(store))
     return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
 
 
@@ -81,7 +81,7 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     if "loss_mask" in tokens.columns:
         columns["loss_mask"] = tokens.columns["loss_mask"]
     store = BlockStore.create(
-        config.cache.dir,
+        config.cache.folder,
         kind="cache",
         header={"recipe": recipe},
         columns={**columns, "targets": "bytes"},
@@ -211,7 +211,7 @@ def _validate(
     """
     from megadistill.cache.reader import open_cache
 
-    cache = open_cache(config.cache.dir)
+    cache = open_cache(config.cache.folder)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
     starts = []
@@ -237,7 +237,7 @@ def _validate(
     equal, total = int(sums[0]), int(sums[1])
     if equal < 0.99 * total:
         raise TeacherError(
-            f"{config.cache.dir}: scored {total} positions again and found other token ids at "
+            f"{config.cache.folder}: scored {total} positions again and found other token ids at "
             f"{total - equal}, expected at most {total // 100}: the teacher does not repeat itself "
             "here, or the cache was made elsewhere; --no_validate skips this"
         )

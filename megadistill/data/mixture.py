@@ -6,8 +6,8 @@ positions floor(c / a) to ceil((c + 1) / a) - 1, and each position takes the dra
 comes first. Earliest deadline first meets every deadline of one machine that can be met at all, and
 the shares themselves, each position cut up among the sources, show that all can (Tijdeman, "The
 chairman assignment problem", 1980). So after any number of draws no source is a whole draw ahead
-of its share, or behind. Shares that have no period that short are rounded, by 1/65,536 of all draws at
-most: no sequence is lost by that, its store is only passed over a little sooner or later.
+of its share, or behind. Shares that have no period that short are rounded, by 1/65,536 of all
+draws at most: no sequence is lost by that, its store is passed over a little sooner or later.
 """
 
 from __future__ import annotations

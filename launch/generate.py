@@ -32,14 +32,13 @@ def main(argv: list[str]) -> int:
     from megadistill import parallel
     from megadistill.cache.build import build_cache
     from megadistill.checks import check_generate
+    from megadistill.plan import log_plan
 
     _, world, _ = parallel.rank_from_environment()
-    check_generate(config, world=world)
-    mesh = parallel.start(tp=config.teacher.tp, **config.parallel.model_dump())
-    try:
+    plan = check_generate(config, world=world)
+    with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:
+        log_plan(plan)
         build_cache(config, mesh, validate=not arguments.no_validate)
-    finally:
-        parallel.stop()
     return 0
 
 

@@ -10,8 +10,9 @@ import pytest
 from megadistill.blocks import BlockStore
 from megadistill.config import load_config
 from megadistill.model_files import find_model
-from megadistill.plan import make_plan, show_plan
-from tests.models import tiny_llama
+from megadistill.plan import log_plan, make_plan, show_plan
+from megadistill.plan.assumptions import position
+from tests.models import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_planned_store_is_known_not_estimated(place):
     assert (made.sequences, made.blocks) == (10, 3)
     assert line(made, "sequences") == "10 of 8 tokens, known: tokens is planned"
     assert "are there, in tokens" in line(made, "token store")
-    there = sum(p.stat().st_size for p in Path("tokens").iterdir() if p.is_file())
+    there = sum(p.stat().st_size for p in Path("tokens").rglob("*") if p.is_file())
     assert made.token_bytes_to_come == 2 * there  # one block of three is there
 
 
@@ -130,3 +131,73 @@ def test_other_ranks_print_no_plan(place, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     show_plan(load_config("demo.yaml"))
     assert capsys.readouterr().out == ""
+
+
+def tokenised(documents: int) -> None:
+    from megadistill.data.tokens import build_tokens
+
+    build_tokens(load_config("demo.yaml", text(documents)), progress=False)
+
+
+def text(documents: int) -> list[str]:
+    return [
+        "data.source=null", "data.files=[a.jsonl]", f"data.max_samples={documents}", "data.dir=t",
+        "data.shuffle=false", "data.seq_len=16", "data.block_size=4", "data.workers=1",
+        "teacher.model=./teacher", "data.tokenizer=null", "cache.dir=c",
+    ]  # fmt: skip
+
+
+def test_raised_max_samples_is_estimated_from_the_documents_that_are_there(place):
+    tiny_tokenizer("teacher")
+    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
+    Path("a.jsonl").write_text("".join(line % i for i in range(64)))
+    tokenised(16)
+    few = plan(*text(16))
+    assert "known: t is planned" in dict(few.lines)["sequences"]
+    assert few.token_bytes_to_come == 0
+    many = plan(*text(64))
+    assert "of 64 documents gave, in t" in dict(many.lines)["sequences"]
+    there = sum(p.stat().st_size for p in Path("t").rglob("*") if p.is_file())
+    assert many.token_bytes_to_come == pytest.approx(3 * there, rel=0.1)
+    tokenised(64)
+    assert plan(*text(64)).sequences == pytest.approx(many.sequences, rel=0.1)
+
+
+def test_a_position_takes_what_was_measured_of_teachers_of_1_to_5_nats():
+    from megadistill.config.schema import TargetsConfig
+
+    # Entries of varopt at tau = 0.06; the estimate is for 2 nats.
+    for measured in (5.3, 6.1, 6.6, 7.9, 10.6, 12.9, 14.0):
+        estimate = position(TargetsConfig(tau=0.06), vocab_size=32_000)
+        assert 0.55 < measured / estimate.entries < 1.8
+        assert measured <= estimate.most_entries == 18
+    for tau in (1, 0.9, 0.5, 0.3, 0.01, 1e-4):
+        estimate = position(TargetsConfig(tau=tau), vocab_size=512)
+        assert 1 <= estimate.entries <= estimate.most_entries <= 512
+        assert estimate.bytes < estimate.most_bytes
+
+
+def test_no_position_of_varopt_has_more_entries_than_the_bound():
+    import math
+
+    import torch
+
+    from megadistill import select_targets
+
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.stack([torch.zeros(400, dtype=torch.int64), torch.arange(400)], 1)
+    spread = torch.rand(400, 1, generator=generator) * 6
+    log_probs = torch.log_softmax(torch.randn(400, 300, generator=generator) * spread, 1)
+    for tau in (0.9, 0.5, 0.34, 0.2, 0.06, 0.03):
+        counts = select_targets(log_probs, method="varopt", tau=tau, keys_N=keys).counts
+        assert int(counts.max()) <= math.ceil(1 / tau) + 1
+
+
+def test_generating_prints_the_plan_without_the_student(place, caplog):
+    made = make_plan(load_config("demo.yaml", ["teacher.model=./teacher"]), world=2, training=False)
+    caplog.set_level("INFO", logger="megadistill")
+    log_plan(made)
+    assert [r.getMessage().split()[1] for r in caplog.records] == [
+        "sequences", "blocks", "token", "targets", "cache", "teacher",
+    ]  # fmt: skip
+    assert "bytes a position estimated" in caplog.text

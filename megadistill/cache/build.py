@@ -8,7 +8,8 @@ Under `tensor_parallel` the first rank of each tp group claims the next missing 
 in the process group's store, so that a slow host holds up nobody. Under `zero3` forwards are
 collective: ranks go in rounds, rank i takes the i-th missing block, and a rank without one runs
 padding. Claims are forgotten, commits are durable. Encoding and writing run beside the teacher, one
-block computing and one being written.
+block computing and one being written. A disk that runs full, or a writer that fails, stops all
+ranks at their next block (`reserve`).
 
 Shape letters: B sequences, T positions, N = B*T.
 """
@@ -20,21 +21,27 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import kind_of
+from megadistill.blocks.verify import read_ids
+from megadistill.cache.progress import Progress
+from megadistill.cache.ranking import rank_ids
 from megadistill.cache.recipe import cache_recipe, made_with
+from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
 from megadistill.data.packing import labels as packed_labels
 from megadistill.data.tokens import build_tokens
+from megadistill.disk import free_bytes
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
-from megadistill.targets import SparseTargets, concatenate
+from megadistill.targets import PARAMETERS, SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
 
 log = logging.getLogger(__name__)
@@ -52,10 +59,14 @@ class Built:
     seconds: float
 
 
-def build_cache(config: Config, mesh: Mesh, *, validate: bool = True) -> Built:
+def build_cache(
+    config: Config, mesh: Mesh, *, validate: bool = True, free_bytes: FreeBytes = free_bytes
+) -> Built:
     """Tokenise what is missing, run the teacher over the missing blocks, derive, validate.
 
     Collective over all ranks. On a complete cache it loads no teacher and changes no file.
+    `free_bytes` asks the cache's disk after each block; StoreError on all ranks where it is too
+    full to go on, and what is committed stays.
     """
     started = time.monotonic()
     with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
@@ -64,12 +75,12 @@ def build_cache(config: Config, mesh: Mesh, *, validate: bool = True) -> Built:
         store = BlockStore.open(config.cache.folder)
         if missing:
             teacher = load_teacher(config, mesh)
-            _compute(config, mesh, teacher, tokens, store, missing)
+            _compute(config, mesh, teacher, tokens, store, missing, free_bytes)
             mesh.first(store.finish)
             if validate:
                 _validate(config, mesh, teacher, tokens, store)
-        elif mesh.rank == 0:
-            log.info("%s: complete already, %d sequences", config.cache.folder, len(store))
+        if mesh.rank == 0:
+            _tell(config, store, computed=len(missing))
     return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
 
 
@@ -86,16 +97,41 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
         header={"recipe": recipe},
         columns={**columns, "targets": "bytes"},
         block_size=tokens.block_size,
+        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
     )
-    if store.num_sequences == len(tokens) and store.complete():
+    if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
     store.clean()
     store.plan(len(tokens))
-    missing = store.missing()
+    missing = _to_do(config, store)
     if not missing:
         store.finish()
     return missing
+
+
+def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
+    """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
+    if kind_of(Path(config.cache.folder)) == "cache":
+        return read_ids(BlockStore.open(config.cache.folder))
+    return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
+
+
+def _to_do(config: Config, store: BlockStore) -> list[int]:
+    """The missing blocks of this run's part."""
+    index, parts = config.cache.share
+    return [block for block in store.missing() if block % parts == index]
+
+
+def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
+    if store.missing():  # the other parts'
+        log.info(
+            "%s: part %s is complete; when the others are, merge them: "
+            "python tools/merge_and_inspect.py --out OUT %s OTHER ...",
+            config.cache.folder, config.cache.part, config.cache.folder,
+        )  # fmt: skip
+    elif not computed:
+        log.info("%s: complete already, %d sequences", config.cache.folder, len(store))
 
 
 def _compute(
@@ -105,10 +141,16 @@ def _compute(
     tokens: BlockStore,
     store: BlockStore,
     missing: list[int],
+    free_bytes: FreeBytes,
 ) -> None:
     run = mesh.first(lambda: time.time_ns())
-    durable = f"megadistill/durable/{run}"
-    bar = _Progress(mesh, durable, store, missing)
+    reserve = Reserve(
+        mesh, store, config.cache, run=run, missing=len(missing), free_bytes=free_bytes
+    )
+    groups = mesh.world if teacher.lockstep else mesh.dp
+    index, parts = config.cache.share
+    share = len(range(index, store.num_blocks or 0, parts))
+    bar = Progress(mesh, reserve, store, missing, blocks=share, groups=groups)
     with CacheWriter(
         store,
         made_with=made_with(
@@ -116,9 +158,10 @@ def _compute(
             accelerator=_accelerator(mesh),
             cpu_threads=torch.get_num_threads(),
         ),
-        on_commit=lambda block: mesh.store.add(durable, 1),
+        on_commit=reserve.committed,
+        on_error=reserve.ask_to_stop,
     ) as writer:
-        for block in _claims(mesh, teacher, missing, run):
+        for block in _claims(mesh, teacher, missing, run, reserve):
             samples = [] if block is None else tokens.block(block)
             first = 0 if block is None else block * store.block_size
             targets = score(config, teacher, samples, first=first, block_size=store.block_size)
@@ -126,17 +169,24 @@ def _compute(
                 writer.submit(block, samples, targets)
             bar.update()
     bar.close()
+    reserve.raise_if_stopped()
 
 
-def _claims(mesh: Mesh, teacher: Teacher, missing: list[int], run: int) -> Iterator[int | None]:
+def _claims(
+    mesh: Mesh, teacher: Teacher, missing: list[int], run: int, reserve: Reserve
+) -> Iterator[int | None]:
     """The blocks this rank computes; None is a round of padding."""
     if teacher.lockstep:
         for start in range(0, len(missing), mesh.world):
+            if mesh.broadcast(reserve.asked_to_stop()):  # heard by all in the same round
+                return
             mine = start + mesh.rank
             yield missing[mine] if mine < len(missing) else None
         return
     while True:
-        index = mesh.store.add(f"megadistill/claim/{run}", 1) - 1 if mesh.tp_rank == 0 else 0
+        index = len(missing)
+        if mesh.tp_rank == 0 and not reserve.asked_to_stop():
+            index = mesh.store.add(f"megadistill/claim/{run}", 1) - 1
         if mesh.tp > 1:
             index = mesh.broadcast(index, group=mesh.tp_group)
         if index >= len(missing):
@@ -188,15 +238,13 @@ def _targets(
     numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
     keys_N2 = np.stack([first + numbers, positions], 1)
     method = config.targets
-    selection = {"tau": method.tau} if method.method == "varopt" else {"k": method.k}
+    names = (*PARAMETERS[method.method], "min_entropy", "entropy", "nll", "method", "seed")
     targets = teacher.head.targets(
         hidden_NH[: len(keys_N2)],
         torch.as_tensor(labels_BT.reshape(-1), device=teacher.device),
         torch.as_tensor(keys_N2, device=teacher.device),
         temperature=method.temperature,
-        method=method.method,
-        seed=method.seed,
-        **selection,
+        **{name: getattr(method, name) for name in names},
     ).numpy()
     return [targets.rows(i * seq_len, (i + 1) * seq_len) for i in range(len(samples))]
 
@@ -214,16 +262,17 @@ def _validate(
     cache = open_cache(config.cache.folder)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
+    blocks = store.committed()  # a part has gaps
     starts = []
     for sequence in generator.permutation(len(store))[:VALIDATED_SEQUENCES]:
-        block, inside = divmod(int(sequence), store.block_size)
-        starts.append(block * store.block_size + inside // size * size)
+        turn, inside = divmod(int(sequence), store.block_size)
+        starts.append(blocks[turn] * store.block_size + inside // size * size)
     starts = sorted(set(starts))
     equal = total = 0
     for turn in range(0, len(starts), mesh.dp):
         mine = turn + mesh.dp_rank
         start = starts[mine] if mine < len(starts) else starts[0]
-        block_end = min((start // store.block_size + 1) * store.block_size, len(store))
+        block_end = min((start // store.block_size + 1) * store.block_size, len(tokens))
         stop = min(start + size, block_end)
         again = score(
             config, teacher, [tokens[i] for i in range(start, stop)], first=start, block_size=size
@@ -264,29 +313,3 @@ def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:
 
 def _accelerator(mesh: Mesh) -> str:
     return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-
-
-class _Progress:
-    """Rank 0's bar of durable sequences, of all ranks."""
-
-    def __init__(self, mesh: Mesh, key: str, store: BlockStore, missing: list[int]) -> None:
-        self.mesh, self.key, self.store = mesh, key, store
-        self.bar = None
-        if mesh.rank == 0:
-            blocks = store.num_blocks or 0
-            self.bar = tqdm(
-                total=blocks, initial=blocks - len(missing), unit="block", desc="generate",
-                mininterval=1.0,
-            )  # fmt: skip
-            self.before = blocks - len(missing)
-
-    def update(self) -> None:
-        if self.bar is not None:
-            durable = self.mesh.store.add(self.key, 0)
-            self.bar.update(self.before + durable - self.bar.n)
-
-    def close(self) -> None:
-        self.mesh.barrier()
-        self.update()
-        if self.bar is not None:
-            self.bar.close()

@@ -15,6 +15,8 @@ from typing import Any
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import NonFiniteError, decode_targets, encode_targets
+from megadistill.cache.content import content_hash
+from megadistill.cache.ranking import ranking_of
 from megadistill.cache.statistics import block_statistics
 from megadistill.errors import TeacherError
 from megadistill.targets import SparseTargets
@@ -29,9 +31,10 @@ class CacheWriter:
     made_with  goes into every marker: versions and hardware the block was made with
     depth      blocks encoded or written at once, at most; `submit` waits for the oldest
     on_commit  called in the thread with a block's number, once the block is durable
+    on_error   called in the thread with what went wrong, which is then the caller's to raise
 
-    What goes wrong in the thread is raised at the next `submit` or at the end, and nothing more is
-    written after it.
+    What goes wrong in the thread is raised at the next `submit` or at the end, unless there is an
+    `on_error`. Nothing more is written after it.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class CacheWriter:
         made_with: dict[str, Any] | None = None,
         depth: int = 1,
         on_commit: Callable[[int], object] | None = None,
+        on_error: Callable[[BaseException], object] | None = None,
     ) -> None:
         self._store = store
         self._vocab_size = int(store.recipe["vocab_size"])
+        self._codec = ranking_of(store, vocab_size=self._vocab_size)
         self._made_with = made_with or {}
-        self._on_commit = on_commit
+        self._on_commit, self._on_error = on_commit, on_error
         self._free = threading.Semaphore(depth)
         self._queue: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -88,6 +93,8 @@ class CacheWriter:
                     self._write(*item)
             except BaseException as error:  # noqa: BLE001  # raised in the caller's thread
                 self._error = error
+                if self._on_error:
+                    self._on_error(error)
             finally:
                 self._free.release()
 
@@ -95,7 +102,7 @@ class CacheWriter:
         first = block * self._store.block_size
         data = [self._encoded(t, first + i) for i, t in enumerate(targets)]
         # Decoded again: statistics are of what will be read, and nothing unreadable is committed.
-        decoded = [decode_targets(d, vocab_size=self._vocab_size) for d in data]
+        decoded = [decode_targets(d, vocab_size=self._vocab_size, codec=self._codec) for d in data]
         full = [s | {"targets": d} for s, d in zip(samples, data, strict=True)]
         for sample, target in zip(samples, targets, strict=True):
             if len(target) != len(sample["tokens"]):
@@ -104,6 +111,7 @@ class CacheWriter:
             block,
             full,
             statistics=block_statistics(decoded, [len(d) for d in data]),
+            content_hash=content_hash(full),
             made_with=self._made_with,
         )
         if self._on_commit:
@@ -111,7 +119,7 @@ class CacheWriter:
 
     def _encoded(self, targets: SparseTargets, sequence: int) -> bytes:
         try:
-            return encode_targets(targets, vocab_size=self._vocab_size)
+            return encode_targets(targets, vocab_size=self._vocab_size, codec=self._codec)
         except NonFiniteError as error:
             raise TeacherError(
                 f"sequence {sequence}, position {error.position}: the teacher's {error.name} is "
@@ -120,5 +128,5 @@ class CacheWriter:
             ) from error
 
     def _raise(self) -> None:
-        if self._error is not None:
+        if self._error is not None and self._on_error is None:
             raise self._error

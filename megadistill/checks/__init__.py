@@ -13,13 +13,16 @@ from typing import Any
 from megadistill.checks import folders, models, vocabulary
 from megadistill.config import Config
 from megadistill.errors import ConfigError, MegadistillError
-from megadistill.plan import make_plan
+from megadistill.plan import Plan, make_plan
 
 __all__ = ["check_generate", "check_train"]
 
 
-def check_generate(config: Config, *, world: int) -> None:
+def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     """Refuse what would fail `launch/generate.py` on `world` ranks: ConfigError, a line each.
+
+    Returns the plan that the disk was held against. `writing`: whether the configured folders will
+    be written to.
 
     The student is looked at too where it can be found: a vocabulary that does not fit should be
     known before the teacher has run for days.
@@ -27,8 +30,9 @@ def check_generate(config: Config, *, world: int) -> None:
     found = _Mistakes()
     found.of(models.check_ranks, config, world)
     found.of(folders.check_corpus, config)
-    found.of(folders.check_store_folder, config.data.dir, "data.dir", "tokens")
-    found.of(folders.check_cache_folder, config)
+    if writing:
+        found.of(folders.check_store_folder, config.data.dir, "data.dir", "tokens")
+        found.of(folders.check_cache_folder, config)
     teacher = found.of(models.check_model, config.teacher, "teacher.model", with_weights=True)
     if teacher is not None:
         found.of(models.check_seq_len, config, teacher)
@@ -42,8 +46,11 @@ def check_generate(config: Config, *, world: int) -> None:
     if student is not None:
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, teacher, student)
         found.of(models.check_seq_len, config, student)
-    found.of(folders.check_room, config, make_plan(config, world=world), training=False)
+    plan = make_plan(config, world=world, training=False)
+    if writing:
+        found.of(folders.check_room, config, plan, training=False)
     found.raise_all()
+    return plan
 
 
 def check_train(config: Config, *, world: int) -> None:

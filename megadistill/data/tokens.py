@@ -52,7 +52,7 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
         store = None
         if _occupied(data.dir):
             store = BlockStore.create(data.dir, **settings)
-            if _covers(store, data) and store.complete():
+            if covers(store, data) and store.complete():
                 return store
             _lock(store, stack)
         number, cursor = _continue(store, data)
@@ -67,9 +67,9 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
                     store = BlockStore.create(data.dir, **settings)
                     _lock(store, stack)
                 _commit(store, block)
-                if ahead and _covers(store, data):
+                if ahead and covers(store, data):
                     break  # a gap is closed
-        if store is None or not _covers(store, data):
+        if store is None or not covers(store, data):
             raise DataError(_too_short(data, run))
         store.plan(len(store))
         store.finish()
@@ -98,11 +98,11 @@ def store_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def token_counts(store: BlockStore) -> np.ndarray:
-    """int64 [V]: how often each id occurs in the store. Reads it once."""
+def token_counts(store: BlockStore, blocks: list[int] | None = None) -> np.ndarray:
+    """int64 [V]: how often each id occurs in the blocks, by default all. Reads them once."""
     vocab_size = store.recipe["tokenizer"]["vocab_size"]
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for block in store.committed():
+    for block in store.committed() if blocks is None else blocks:
         for sample in store.block(block):
             counts += np.bincount(sample["tokens"], minlength=vocab_size)
     return counts
@@ -182,7 +182,7 @@ def _lock(store: BlockStore, stack: ExitStack) -> None:
     store.clean()
 
 
-def _covers(store: BlockStore, data: DataConfig) -> bool:
+def covers(store: BlockStore, data: DataConfig) -> bool:
     """Whether all blocks are there for as many documents as are asked for."""
     blocks = store.committed()
     if not blocks or blocks[-1] != len(blocks) - 1:
@@ -210,7 +210,7 @@ def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, C
             f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another "
             "folder"
         )
-    if _covers(store, data):
+    if covers(store, data):
         return None, Cursor()
     number = next((n for n, b in enumerate(blocks) if n != b), len(blocks))
     if number == len(blocks) and "end" in last:

@@ -1,0 +1,77 @@
+"""How far generating is: rank 0's bar, and what the first durable blocks say of the whole."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from tqdm import tqdm
+
+from megadistill.blocks import BlockStore
+from megadistill.cache.reserve import Reserve
+from megadistill.disk import readable_bytes
+from megadistill.parallel import Mesh
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Rank 0's bar of durable blocks, of all ranks; on the other ranks nothing.
+
+    blocks  that this run is to see done, with those that are there
+    groups  blocks that are computed at the same time
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        reserve: Reserve,
+        store: BlockStore,
+        missing: list[int],
+        *,
+        blocks: int,
+        groups: int,
+    ) -> None:
+        self._mesh, self._reserve, self._store = mesh, reserve, store
+        self._missing, self._groups = len(missing), min(groups, len(missing))
+        self._own, self._started, self._measured = 0, time.monotonic(), False
+        self._bar = None
+        if mesh.rank == 0:
+            self._before = blocks - len(missing)
+            self._bar = tqdm(
+                total=blocks, initial=self._before, unit="block", desc="generate", mininterval=1.0
+            )
+
+    def update(self) -> None:
+        """Once rank 0 has handed over a block, or gone through a round of padding."""
+        self._own += 1
+        self._show()
+
+    def close(self) -> None:
+        """After the last block. Collective over all ranks."""
+        self._mesh.barrier()
+        self._show()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self) -> None:
+        if self._bar is None:
+            return
+        blocks, size = self._reserve.durable()
+        self._bar.update(self._before + blocks - self._bar.n)
+        if blocks and not self._measured:
+            self._measured = True
+            log.info("%s", self._measure(blocks, size))
+
+    def _measure(self, blocks: int, size: int) -> str:
+        """By the durable blocks' bytes, and by the pace of rank 0, whose first block is slow."""
+        tokens = self._store.block_size * self._store.recipe["seq_len"]
+        computed = min(max(self._own * self._groups, blocks), self._missing)
+        pace = computed / (time.monotonic() - self._started)
+        left = self._missing - blocks
+        whole = (self._before + self._missing) * size // blocks
+        return (
+            f"measured: {size / (blocks * tokens):.2f} bytes a token on disk, "
+            f"{pace * tokens:,.0f} tokens/s; the cache will take {readable_bytes(whole)}, "
+            f"{readable_bytes(left * size // blocks)} and {left / pace / 3600:.2f} hours to come"
+        )

@@ -1,0 +1,292 @@
+"""What a run will be: sequences, blocks, bytes, memory, steps. For --dry_run and the disk's check.
+
+Nothing is loaded and nothing is fetched. What is known is said to be known (an existing store
+counts its sequences itself), what is worked out from assumptions is said to be estimated: see
+`assumptions` and `memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadistill.blocks import BlockStore
+from megadistill.blocks.remote import shown
+from megadistill.config import Config, to_yaml
+from megadistill.data import files
+from megadistill.data.source import count_documents
+from megadistill.data.tokens import covers
+from megadistill.disk import free_bytes, is_url, readable_bytes, used_bytes
+from megadistill.errors import MegadistillError
+from megadistill.model_files import ModelFiles, find_model
+from megadistill.plan import assumptions
+from megadistill.plan.memory import run_bytes, student_memory, teacher_memory
+
+log = logging.getLogger(__name__)
+
+_UNPACKED = {".parquet": 2.5, ".gz": 3.5, ".bz2": 4.5, ".xz": 4.5, ".zst": 3.5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers are None where they cannot be known. Bytes are on disk."""
+
+    sequences: int | None
+    blocks: int | None
+    steps: int | None
+    token_bytes: int | None
+    token_bytes_to_come: int | None
+    cache_bytes: int | None
+    cache_bytes_to_come: int | None
+    run_bytes_to_come: int | None
+    teacher_memory: int | None
+    student_memory: int | None
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+
+def show_plan(config: Config, *, world: int | None = None) -> None:
+    """Print the resolved configuration and, as comments below it, the plan. On rank 0 only.
+
+    The output is itself a configuration file.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    plan = make_plan(config, world=world)
+    width = max(len(name) for name, _ in plan.lines)
+    comments = "".join(f"#   {name:<{width}}  {said}\n" for name, said in plan.lines)
+    sys.stdout.write(f"{to_yaml(config)}\n# The plan, on {world} rank(s):\n{comments}")
+    sys.stdout.flush()
+
+
+def log_plan(plan: Plan) -> None:
+    """The plan as lines of the log: what generating prints before it begins."""
+    width = max(len(name) for name, _ in plan.lines)
+    for name, said in plan.lines:
+        log.info("plan: %-*s  %s", width, name, said)
+
+
+def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
+    """The plan of generating, and of training with `training`, by `config` on `world` ranks."""
+    teacher = _local_model(config, "teacher")
+    vocab_size = teacher.vocab_size if teacher is not None else None
+    sequences, how = _sequences(config, vocab_size)
+    blocks = None if sequences is None else math.ceil(sequences / config.data.block_size)
+    a_position = assumptions.position(config.targets, vocab_size=vocab_size)
+    a_sequence = token_store_bytes(config)
+    token_bytes = None if sequences is None else sequences * a_sequence
+    cache_bytes = (
+        None
+        if sequences is None
+        else round(sequences * (a_sequence + a_position.bytes * config.data.seq_len))
+    )
+    memory = teacher_memory(config, teacher, world)
+    lines = [("sequences", f"{_count(sequences)} of {config.data.seq_len} tokens, {how}")]
+    if blocks is not None:
+        lines.append(("blocks", f"{_count(blocks)} of {config.data.block_size} sequences"))
+    lines += [
+        ("token store", _store_line(config.data.dir, token_bytes)),
+        ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
+                    f"estimated, {a_position.most_entries:.1f} at most; {a_position.bytes:.1f} "
+                    f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
+        *_cache_lines(config, cache_bytes),
+        ("teacher", _model_line(teacher, config.teacher.model, memory)),
+    ]  # fmt: skip
+    student = _local_model(config, "student")
+    steps, run = _steps(config, sequences), run_bytes(config, student)
+    student_needs = student_memory(config, student, world)
+    if config.student is not None and training:
+        lines += [
+            ("student", _model_line(student, config.student.model, student_needs)),
+            ("steps", _steps_line(config, steps)),
+            ("training run", _store_line(config.train.out_dir, run)),
+        ]
+    return Plan(
+        sequences=sequences,
+        blocks=blocks,
+        steps=steps,
+        token_bytes=token_bytes,
+        token_bytes_to_come=_to_come(token_bytes, config.data.dir, blocks),
+        cache_bytes=cache_bytes,
+        cache_bytes_to_come=_to_come(cache_bytes, config.cache.folder, blocks)
+        if config.cache.is_folder
+        else None,
+        run_bytes_to_come=run,
+        teacher_memory=memory,
+        student_memory=student_needs,
+        lines=lines,
+    )
+
+
+def token_store_bytes(config: Config) -> int:
+    """Bytes of a sequence in the token store, which the cache holds again."""
+    masked = config.data.messages_field is not None or config.data.prompt_field is not None
+    return assumptions.token_store_bytes_a_sequence(config.data.seq_len, masked=masked)
+
+
+def _steps(config: Config, sequences: int | None) -> int | None:
+    train = config.train
+    if train.steps is not None or train.epochs is None or sequences is None:
+        return train.steps
+    return max(1, round(train.epochs * sequences / train.global_batch))
+
+
+def _sequences(config: Config, vocab_size: int | None) -> tuple[int | None, str]:
+    """(number of sequences, how it is known)."""
+    data = config.data
+    if not config.cache.is_folder:
+        return _of_sources(config)
+    with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
+        known = _counted(config, BlockStore.open(data.dir))
+        if known is not None:
+            return known
+    with contextlib.suppress(MegadistillError):
+        planned = BlockStore.open(config.cache.folder).num_sequences
+        if planned is not None and not os.path.isdir(data.dir):
+            return planned, f"known: {config.cache.folder} is planned"
+    tokens, how = _tokens(config, vocab_size)
+    return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
+
+
+def _of_sources(config: Config) -> tuple[int | None, str]:
+    """(sequences of an epoch, how known) of caches to train from alone."""
+    total = 0.0
+    for source in config.cache.sources:
+        if is_url(source.dir):
+            return None, f"unknown before {shown(source.dir)} is asked, when training starts"
+        try:
+            planned = BlockStore.open(source.dir).num_sequences
+        except MegadistillError:
+            planned = None
+        if planned is None:
+            return None, f"unknown: {source.dir} is not there, or not planned"
+        total += planned * source.weight
+    return round(total), "known: an epoch of the caches, by their weights"
+
+
+def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:
+    if config.cache.is_folder:
+        return [("cache", _store_line(config.cache.folder, size))]
+    return [
+        ("cache", f"{shown(source.dir)}, to train from, weight {source.weight:g}")
+        for source in config.cache.sources
+    ]
+
+
+def _counted(config: Config, store: BlockStore) -> tuple[int, str] | None:
+    """(sequences, how known) of a token store: its plan; what it will grow to; None."""
+    data, blocks = config.data, store.committed()
+    last = store.marker(blocks[-1]) if blocks else {}
+    end = last.get("end")
+    if store.num_sequences is not None and (end is None or covers(store, data)):
+        return store.num_sequences, f"known: {data.dir} is planned"
+    documents, read = count_documents(data), last.get("cursor", {}).get("document")
+    if end is not None:
+        read = end["documents_read"]
+    if documents is None or not read or read > documents:
+        return None
+    held = blocks[-1] * store.block_size + last["sequences"]
+    return round(held * documents / read), (
+        f"estimated from the {_count(held)} that {_count(read)} of {_count(documents)} documents "
+        f"gave, in {data.dir}"
+    )
+
+
+def _tokens(config: Config, vocab_size: int | None) -> tuple[float | None, str]:
+    data = config.data
+    a_token = assumptions.bytes_a_token_of_text(vocab_size)
+    a_document = assumptions.TOKENS_A_DOCUMENT
+    by_number = None if data.max_samples is None else float(data.max_samples * a_document)
+    try:
+        if data.source is not None:
+            found = count_documents(data) or 0
+            tokens = found * assumptions.BYTES_A_SOURCE_FILE / a_token
+            return tokens, f"estimated from {_count(found)} files"
+        if data.files is not None:
+            paths = files.find(data.files)
+            size = sum(_text_bytes(path) for path in paths)
+            tokens = size / a_token
+            if by_number is not None and by_number < tokens:
+                return by_number, f"estimated from at most {_count(data.max_samples)} documents"
+            return tokens, f"estimated from {readable_bytes(size)} of text in {len(paths)} file(s)"
+    except MegadistillError as error:
+        return None, f"unknown: {error}"
+    if by_number is None:
+        return None, "unknown: the number of documents is not known before they are read"
+    return by_number, (
+        f"estimated from at most {_count(data.max_samples)} documents, {a_document} tokens each"
+    )
+
+
+def _text_bytes(path: str) -> float:
+    size = float(Path(path).stat().st_size)
+    for suffix in Path(path).suffixes:
+        size *= _UNPACKED.get(suffix.lower(), 1)
+    return size
+
+
+def _local_model(config: Config, which: str) -> ModelFiles | None:
+    section = config.teacher if which == "teacher" else config.student
+    if section is None:
+        return None
+    try:
+        return find_model(
+            section.model, key=f"{which}.model", revision=section.revision, fetch=False
+        )
+    except MegadistillError:
+        return None
+
+
+def _to_come(total: int | None, folder: str, blocks: int | None) -> int | None:
+    """Bytes still to be written: by the blocks that are there, where there are some."""
+    there = _there(folder)
+    with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
+        done = len(BlockStore.open(folder).committed())
+        if blocks is not None and done:
+            return there * max(0, blocks - done) // done
+    return None if total is None else max(0, total - there)
+
+
+def _there(folder: str) -> int:
+    """Bytes of a store that are on the disk: shards, derived files, markers."""
+    return used_bytes(folder) + used_bytes(os.path.join(folder, "blocks"))
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _store_line(folder: str, size: int | None) -> str:
+    there = _there(folder)
+    said = "size unknown" if size is None else f"{readable_bytes(size)} estimated"
+    already = f", {readable_bytes(there)} are there" if there else ""
+    return f"{said}{already}, in {folder}; the disk has {readable_bytes(free_bytes(folder))} free"
+
+
+def _steps_line(config: Config, steps: int | None) -> str:
+    if steps is None:
+        return "unknown: train.epochs of an unknown number of sequences"
+    train, why = config.train, "" if config.train.steps is not None else ", as the sequences are"
+    tokens = steps * train.global_batch * config.data.seq_len
+    return (
+        f"{_count(steps)} of {_count(train.global_batch)} sequences, {_count(tokens)} tokens{why}"
+    )
+
+
+def _model_line(model: ModelFiles | None, name: str, memory: int | None) -> str:
+    if model is None:
+        return f"{name}: size unknown, its files are not on this machine"
+    found = model.parameters()
+    if found is None:
+        return f"{name}: size unknown, its config.json does not tell"
+    counted = "counted" if found[1] else "estimated from config.json"
+    needs = "" if memory is None else f"; {readable_bytes(memory)} a rank estimated"
+    return f"{name}: {found[0]:,} parameters, {counted}{needs}"

@@ -1,0 +1,62 @@
+"""Memory of the models a rank, and disk of the training run. Worked out, not measured.
+
+training  16 bytes a parameter for weights, gradients and Adam; activations 34 bytes a token,
+          layer and hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix),
+          twice that in 32
+teacher   weights, 16 live values a token and hidden unit, and the chunk of the head
+"""
+
+from __future__ import annotations
+
+from megadistill.config import Config
+from megadistill.model_files import ModelFiles
+
+HEAD_CHUNK = 256 << 20  # bytes of logits that the teacher's head works on at a time, about
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def teacher_memory(config: Config, model: ModelFiles | None, world: int) -> int | None:
+    """Bytes a rank to generate on `world` ranks; None where the model's size is not known."""
+    found = None if model is None else model.parameters()
+    if model is None or found is None or not model.hidden_size or not model.layers:
+        return None
+    parameters, width = found[0], _WIDTH[config.teacher.dtype]
+    tokens = config.teacher.micro_batch * config.data.seq_len
+    live = tokens * model.hidden_size * 16 * width
+    if config.teacher.engine == "zero3":
+        weights = parameters * width // world + 2 * parameters * width // model.layers
+    else:
+        weights = parameters * width // config.teacher.tp
+    return weights + live + HEAD_CHUNK
+
+
+def student_memory(config: Config, model: ModelFiles | None, world: int) -> int | None:
+    """Bytes a rank to train on `world` ranks; None where the model's size is not known."""
+    found = None if model is None else model.parameters()
+    if model is None or found is None or not model.hidden_size or not model.layers:
+        return None
+    parameters = found[0]
+    width = 2 if _half_precision(config) else 4
+    zero = config.deepspeed.get("zero_optimization") or {}
+    stage = int(zero.get("stage", 3))
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    weights = parameters * width // (world if stage >= 3 else 1)
+    gradients = parameters * width // (world if stage >= 2 else 1)
+    states = parameters * (12 if width == 2 else 8) // (world if stage >= 1 else 1)
+    gathered = 2 * parameters * width // model.layers if stage >= 3 else 0
+    tokens = config.train.micro_batch * config.data.seq_len
+    activations = tokens * model.layers * model.hidden_size * 17 * width
+    return weights + gradients + (0 if offloaded else states) + gathered + activations
+
+
+def _half_precision(config: Config) -> bool:
+    return any((config.deepspeed.get(name) or {}).get("enabled") for name in ("bf16", "fp16"))
+
+
+def run_bytes(config: Config, model: ModelFiles | None) -> int | None:
+    """Checkpoints (one more than are kept, while it is written) and the exported model."""
+    found = None if model is None else model.parameters()
+    if found is None:
+        return None
+    half = _half_precision(config)
+    return found[0] * ((config.train.keep + 1) * (14 if half else 12) + (2 if half else 4))

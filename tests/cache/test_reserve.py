@@ -1,0 +1,186 @@
+"""The disk's reserve: all ranks stop before it is full, and a rerun ends in the same bytes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megadistill.blocks import BlockStore
+from megadistill.cache.reserve import block_bytes
+from megadistill.config import Config
+from megadistill.errors import MegadistillError
+from tests.cache.test_build import hashes
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.ranks import run_ranks
+
+ENGINES = {
+    "two copies": {},
+    "one copy, tensor parallel": {"tp": 2},
+    "ZeRO-3": {"engine": "zero3"},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A teacher with its tokenizer, and a text of 12 blocks."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tiny_llama(folder / "teacher")
+    tiny_tokenizer(folder / "teacher")
+    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}'
+    (folder / "text.jsonl").write_text("\n".join(line % i for i in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Callable[[str], Path]:
+    """The cache of an undisturbed run under each engine."""
+    folder, made = tmp_path_factory.mktemp("whole"), {}
+
+    def cache_of(engine: str) -> Path:
+        if engine not in made:
+            made[engine] = folder / engine
+            assert set(build(corpus, made[engine], engine)) == {None}
+        return made[engine]
+
+    return cache_of
+
+
+def build(corpus: Path, cache: Path, engine: str, *, room: int | None = None, **keys) -> list:
+    """What each of two ranks ended with: an error's text, or None."""
+    config = Config.model_validate(
+        {
+            "data": {
+                "files": [str(corpus / "text.jsonl")], "dir": str(corpus / "tokens"),
+                "seq_len": 32, "block_size": 4, "workers": 1,
+            },
+            "teacher": {
+                "model": str(corpus / "teacher"), "dtype": "float32", "micro_batch": 3,
+                **ENGINES[engine],
+            },
+            "targets": {"tau": 0.1},
+            "cache": {"dir": str(cache), "min_free": 0, **keys},
+        }
+    )  # fmt: skip
+    return run_ranks(
+        2, "tests.cache.test_reserve:rank", tp=config.teacher.tp, config=config, room=room
+    )
+
+
+def rank(mesh, config: Config, room: int | None) -> str | None:
+    """Build on a disk that has room for `room` bytes of this cache; None: on the real one."""
+    from megadistill.cache.build import build_cache
+
+    def left(path: Path) -> int:
+        taken = sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+        return max(0, room - taken)
+
+    seam = {} if room is None else {"free_bytes": left}
+    try:
+        build_cache(config, mesh, validate=False, **seam)
+    except MegadistillError as error:
+        # Told to all, so that one of them says it to the user.
+        return str(error) if error.common else f"one rank's own: {error}"
+    return None
+
+
+def size_of(store: BlockStore) -> int:
+    return sum(block_bytes(store, b) for b in store.committed())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_ranks_stop_before_the_disk_is_full_and_a_rerun_ends_in_the_same_bytes(
+    corpus, whole, tmp_path, engine
+):
+    undisturbed = BlockStore.open(whole(engine))
+    blocks, size = undisturbed.num_blocks, size_of(undisturbed)
+    assert blocks >= 10
+    cache = tmp_path / "cache"
+    said = build(corpus, cache, engine, room=round(size * 0.7))
+    assert said[0] == said[1]
+    assert f"{cache}: stopped, its disk has " in said[0]
+    assert " are still to come, expected at least 0.5 of that, cache.reserve: free " in said[0]
+    stopped = BlockStore.open(cache)
+    # 0.7 - x < (1 - x) / 2 from x = 0.4 on; then the blocks in hand are finished.
+    assert 0.3 * blocks < len(stopped.committed()) < blocks
+    assert stopped.verify() == []
+    assert {p.name for p in cache.glob("shard.*")} == {
+        stopped.layout.shard(b).name for b in stopped.committed()
+    }
+    assert build(corpus, cache, engine) == [None, None]
+    assert hashes(cache) == hashes(whole(engine))
+
+
+def test_less_than_min_free_stops_a_run_that_has_room_for_the_rest(corpus, whole, tmp_path):
+    cache = tmp_path / "cache"
+    said = build(corpus, cache, "two copies", room=10**9, min_free=1)
+    assert said[0] == said[1]
+    assert "expected at least cache.min_free (1.0 GiB): free " in said[0]
+    assert said[0].endswith("or set cache.min_free=0")
+    assert 0 < len(BlockStore.open(cache).committed()) <= 4  # two ranks, two blocks each at most
+
+
+def test_reserve_0_does_not_watch(corpus, whole, tmp_path):
+    cache = tmp_path / "cache"
+    assert build(corpus, cache, "two copies", room=0, reserve=0) == [None, None]
+    assert hashes(cache) == hashes(whole("two copies"))
+
+
+def test_the_last_blocks_need_no_reserve(corpus, whole, tmp_path):
+    size = size_of(BlockStore.open(whole("two copies")))
+    cache = tmp_path / "cache"
+    assert build(corpus, cache, "two copies", room=round(size * 1.2)) == [None, None]
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A real file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if _mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)):
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _mount(*arguments: str) -> int:
+    try:
+        return subprocess.run(["mount", *arguments], capture_output=True, check=False).returncode
+    except FileNotFoundError:
+        return 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_disk_that_is_full_stops_all_ranks_with_nothing_half_visible(corpus, whole, disk, engine):
+    cache = disk / "cache"
+    said = build(corpus, cache, engine, reserve=0)
+    assert said[0] == said[1]
+    assert "No space left on device" in said[0]
+    assert "free some space and run again" in said[0]
+    assert "\n" not in said[0]
+    stopped = BlockStore.open(cache)
+    assert len(stopped.committed()) < stopped.num_blocks
+    assert stopped.verify() == []
+    assert not _mount("-o", "remount,size=64m", str(disk))
+    assert build(corpus, cache, engine) == [None, None]
+    assert hashes(cache) == hashes(whole(engine))
+
+
+def test_counting_a_block_and_asking_the_disk_costs_less_than_a_millisecond(corpus, whole):
+    cost = run_ranks(1, "tests.cache.test_reserve:cost_of_a_commit", cache=whole("two copies"))[0]
+    assert cost < 1e-3
+
+
+def cost_of_a_commit(mesh, cache: Path) -> float:
+    from megadistill.cache.reserve import Reserve
+    from megadistill.config import CacheConfig
+
+    store = BlockStore.open(cache)
+    reserve = Reserve(mesh, store, CacheConfig(min_free=0), run=time.time_ns(), missing=1000)
+    started = time.perf_counter()
+    for _ in range(100):
+        reserve.committed(0)
+    return (time.perf_counter() - started) / 100

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.remote import shown
 from megadistill.config import Config, to_yaml
 from megadistill.data import files
 from megadistill.data.source import count_documents
 from megadistill.data.tokens import covers
-from megadistill.disk import free_bytes, readable_bytes, used_bytes
+from megadistill.disk import free_bytes, is_url, readable_bytes, used_bytes
 from megadistill.errors import MegadistillError
 from megadistill.model_files import ModelFiles, find_model
 from megadistill.plan import assumptions
@@ -100,8 +101,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
                     f"estimated, {a_position.most_entries:.1f} at most; {a_position.bytes:.1f} "
                     f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
-        ("cache" if parts == 1 else f"cache, part {config.cache.part}",
-         _store_line(config.cache.dir, part_bytes)),
+        *_cache_lines(config, part_bytes),
         ("teacher", _model_line(teacher, config.teacher.model, memory)),
     ]  # fmt: skip
     student = _local_model(config, "student")
@@ -120,7 +120,9 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         token_bytes=token_bytes,
         token_bytes_to_come=_to_come(token_bytes, config.data.dir, blocks),
         cache_bytes=cache_bytes,
-        cache_bytes_to_come=_to_come(part_bytes, config.cache.dir, part_blocks),
+        cache_bytes_to_come=_to_come(part_bytes, config.cache.folder, part_blocks)
+        if config.cache.is_folder
+        else None,
         run_bytes_to_come=run,
         teacher_memory=memory,
         student_memory=student_needs,
@@ -144,16 +146,44 @@ def _steps(config: Config, sequences: int | None) -> int | None:
 def _sequences(config: Config, vocab_size: int | None) -> tuple[int | None, str]:
     """(number of sequences, how it is known)."""
     data = config.data
+    if not config.cache.is_folder:
+        return _of_sources(config)
     with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
         known = _counted(config, BlockStore.open(data.dir))
         if known is not None:
             return known
     with contextlib.suppress(MegadistillError):
-        planned = BlockStore.open(config.cache.dir).num_sequences
+        planned = BlockStore.open(config.cache.folder).num_sequences
         if planned is not None and not os.path.isdir(data.dir):
-            return planned, f"known: {config.cache.dir} is planned"
+            return planned, f"known: {config.cache.folder} is planned"
     tokens, how = _tokens(config, vocab_size)
     return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
+
+
+def _of_sources(config: Config) -> tuple[int | None, str]:
+    """(sequences of an epoch, how known) of caches to train from alone."""
+    total = 0.0
+    for source in config.cache.sources:
+        if is_url(source.dir):
+            return None, f"unknown before {shown(source.dir)} is asked, when training starts"
+        try:
+            planned = BlockStore.open(source.dir).num_sequences
+        except MegadistillError:
+            planned = None
+        if planned is None:
+            return None, f"unknown: {source.dir} is not there, or not planned"
+        total += planned * source.weight
+    return round(total), "known: an epoch of the caches, by their weights"
+
+
+def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:
+    if config.cache.is_folder:
+        name = "cache" if config.cache.part is None else f"cache, part {config.cache.part}"
+        return [(name, _store_line(config.cache.folder, size))]
+    return [
+        ("cache", f"{shown(source.dir)}, to train from, weight {source.weight:g}")
+        for source in config.cache.sources
+    ]
 
 
 def _counted(config: Config, store: BlockStore) -> tuple[int, str] | None:

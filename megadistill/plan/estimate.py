@@ -85,7 +85,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     lines += [
         ("token store", _store_line(config.data.dir, token_bytes)),
         ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
-                    f"estimated, {a_position.most_entries:.1f} at most; {a_position.bytes:.1f} "
+                    f"estimated, {a_position.most_entries:.0f} at most; {a_position.bytes:.1f} "
                     f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
         ("cache", _store_line(config.cache.dir, cache_bytes)),
         ("teacher", _model_line(teacher, config.teacher.model, memory)),

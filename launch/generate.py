@@ -36,12 +36,9 @@ def main(argv: list[str]) -> int:
 
     _, world, _ = parallel.rank_from_environment()
     plan = check_generate(config, world=world)
-    mesh = parallel.start(tp=config.teacher.tp, **config.parallel.model_dump())
-    log_plan(plan)
-    try:
+    with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:
+        log_plan(plan)
         build_cache(config, mesh, validate=not arguments.no_validate)
-    finally:
-        parallel.stop()
     return 0
 
 

@@ -29,11 +29,8 @@ def main(argv: list[str]) -> int:
 
     _, world, _ = parallel.rank_from_environment()
     check_train(config, world=world)
-    mesh = parallel.start(**config.parallel.model_dump())
-    try:
+    with parallel.joined(**config.parallel.model_dump()) as mesh:
         train(config, mesh)
-    finally:
-        parallel.stop()
     return 0
 
 

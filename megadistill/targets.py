@@ -18,7 +18,9 @@ from megadistill.errors import ConfigError
 
 METHODS = ("varopt", "multinomial", "topk", "topp")
 SAMPLED = ("varopt", "multinomial")
+PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k")}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd", "adaptive_kl")
+PER_POSITION = ("tail", "entropy", "nll", "heads", "truth_added", "rounding")  # fields of [N]
 
 Array = Any  # np.ndarray or torch.Tensor; one SparseTargets holds one kind
 
@@ -41,6 +43,8 @@ class SparseTargets:
                  their own probability, the others were sampled and have equal weights
     truth_added  bool [N] or None; topk, topp only: the row's last entry is the ground-truth id,
                  added because it was not among the most probable
+    rounding     int64 [N] or None; the position's own random number in [0, 2^32), with which a
+                 codec rounds its weights without bias
 
     A row may be empty: the position has no target.
     """
@@ -55,6 +59,7 @@ class SparseTargets:
     nll: Array | None = None
     heads: Array | None = None
     truth_added: Array | None = None
+    rounding: Array | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -80,7 +85,7 @@ class SparseTargets:
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         cut: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[start:stop]
-            for name in ("tail", "entropy", "nll", "heads", "truth_added")
+            for name in PER_POSITION
         }
         return dataclasses.replace(
             self,
@@ -149,7 +154,7 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
         base += int(part.offsets[-1])
     joined: dict[str, Any] = {
         name: None if getattr(first, name) is None else join([getattr(p, name) for p in parts])
-        for name in ("ids", "weights", "tail", "entropy", "nll", "heads", "truth_added")
+        for name in ("ids", "weights", *PER_POSITION)
     }
     return dataclasses.replace(first, offsets=join(offsets), **joined)
 

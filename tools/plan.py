@@ -98,11 +98,8 @@ def _measure(config: Config, *, blocks: int, ranks: int) -> Measured:
         from megadistill.plan.measure import measure
 
         check_generate(config, world=ranks, writing=False)
-        mesh = parallel.start(tp=config.teacher.tp, **config.parallel.model_dump())
-        try:
+        with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:
             return measure(config, mesh, blocks=blocks)
-        finally:
-            parallel.stop()
 
 
 def _count(text: str) -> int:

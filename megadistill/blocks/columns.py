@@ -11,6 +11,7 @@ the sequence number, so that a whole record in the wrong place is found as surel
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import xxhash
 from megadistill.errors import CorruptBlockError, StoreError
 
 _DTYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64", "float32")
+_DIMENSIONS = re.compile(r"(?:[0-9]{1,9}(?:,[0-9]{1,9}){0,3})?")
 _DIMENSION_DTYPES = ("<u1", "<u2", "<u4", "<u8")  # how MDS writes the shape of a ragged array
 
 
@@ -151,13 +153,11 @@ def _parse(name: str, encoding: str) -> Column:
     kind, _, rest = encoding.partition(":")
     dtype, _, dimensions = rest.partition(":")
     if kind == "ndarray" and dtype in _DTYPES:
-        try:
-            shape = tuple(int(d) for d in dimensions.split(",")) if dimensions else None
-        except ValueError:
-            shape = (0,)
-        if shape is None or all(0 < d < 1 << 32 for d in shape):
+        known = _DIMENSIONS.fullmatch(dimensions)
+        shape = tuple(map(int, dimensions.split(","))) if dimensions and known else None
+        if known and (shape is None or all(shape)):
             return Column(name, encoding, np.dtype(dtype).newbyteorder("<"), shape)
     raise StoreError(
-        f"column {name}: encoding {encoding!r} is not known, expected bytes, uint64 or "
+        f"column {name!r:.80}: encoding {encoding!r:.80} is not known, expected bytes, uint64 or "
         "ndarray:DTYPE[:SHAPE]"
     )

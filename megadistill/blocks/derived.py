@@ -1,7 +1,7 @@
 """The two files that follow from the markers: blocks.bin and index.json.
 
 blocks.bin lets 100,000 blocks be opened by reading one file. It may lag behind the markers, and
-never contradicts them: a block that is done again removes it first.
+never contradicts them: a block that is done again removes both files first.
 
     "MDBLOCKS" | uint32 version | uint32 bytes a record | uint64 records | the records | uint64 xxh3
 
@@ -91,8 +91,13 @@ def known_blocks(path: Path) -> np.ndarray:
 
 def encode_index(markers: list[dict[str, Any]], columns: list[Column]) -> bytes:
     """The bytes of index.json for these markers, which are in block order."""
+    return encode_json({"version": 2, "shards": index_entries(markers, columns)})
+
+
+def index_entries(markers: list[dict[str, Any]], columns: list[Column]) -> list[dict[str, Any]]:
+    """What index.json says of each shard."""
     config = shard_config(columns) | {"hashes": ["xxh3_64"], "zip_data": None}
-    shards = [
+    return [
         config
         | {
             "samples": marker["sequences"],
@@ -104,7 +109,6 @@ def encode_index(markers: list[dict[str, Any]], columns: list[Column]) -> bytes:
         }
         for marker in markers
     ]
-    return encode_json({"version": 2, "shards": shards})
 
 
 def combined_hash(records: np.ndarray) -> str:

@@ -6,14 +6,16 @@ stops after each of them.
 
 from __future__ import annotations
 
+import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from megadistill.blocks.files import Files, read_file
+from megadistill.blocks.files import Files, open_regular, xxh3_of
 from megadistill.blocks.layout import Layout, same_bytes, shard_name
 from megadistill.blocks.records import hex64, put_file
 from megadistill.blocks.shard import Shard
@@ -21,26 +23,38 @@ from megadistill.errors import CorruptBlockError
 
 
 def install_block(
-    files: Files, layout: Layout, block: int, *, shard: Path, marker: bytes, temporary: Path
+    files: Files,
+    layout: Layout,
+    block: int,
+    *,
+    shard: Path,
+    marker: bytes,
+    temporary: Path,
+    guard: Callable[[], None],
 ) -> None:
     """Make a block durable: the shard first, its marker last.
 
     shard      the complete file, in a folder of its own under `temporary`
     temporary  from `temporary_folder`
+    guard      called before each of the two appears; raises where the store is no longer ours
     """
+    guard()
     if layout.marker(block).exists():
         retract_block(files, layout, block)
     files.fsync(shard)
     files.replace(shard, layout.shard(block))
     files.fsync_dir(layout.path)
     files.fsync_dir(shard.parent)
+    # A run that took the lock since may have removed the shard, having found it without a marker.
+    guard()
     put_file(files, layout.marker(block), marker, temporary=temporary / "marker")
 
 
 def retract_block(files: Files, layout: Layout, block: int) -> None:
     """Take a block back, so that its shard can be replaced without contradicting its marker."""
-    # blocks.bin goes first: it may know fewer blocks than there are, and never another one.
+    # The derived files go first: they may know fewer blocks than there are, and never another one.
     files.unlink(layout.blocks_bin)
+    files.unlink(layout.index)
     files.fsync_dir(layout.path)
     files.unlink(layout.marker(block))
     files.fsync_dir(layout.blocks)
@@ -50,11 +64,16 @@ def is_installed(layout: Layout, block: int, *, marker: dict[str, Any], data: by
     """Whether the block is there, byte for byte. `data` is the marker's bytes."""
     if not same_bytes(layout.marker(block), data):
         return False
+    path = layout.shard(block)
     try:
-        shard = read_file(layout.shard(block), limit=marker["shard"]["size"])
+        handle, size = open_regular(path)
     except (FileNotFoundError, CorruptBlockError):
         return False
-    return xxhash.xxh3_64_hexdigest(shard) == marker["shard"]["xxh3"]
+    try:
+        right = size == marker["shard"]["size"]
+        return right and hex64(xxh3_of(handle, path)) == marker["shard"]["xxh3"]
+    finally:
+        os.close(handle)
 
 
 def marker_of(
@@ -63,6 +82,7 @@ def marker_of(
     shard: Shard,
     *,
     statistics: dict[str, Any],
+    content_hash: str | None,
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     """What the marker of a written shard says."""
@@ -72,7 +92,7 @@ def marker_of(
         "sequences": len(samples),
         "shard": {"file": shard_name(block), "size": shard.size, "xxh3": hex64(shard.xxh3())},
         "tokens_xxh3": tokens_hash(samples),
-        "content_hash": hex64(shard.content_hash()),
+        "content_hash": content_hash or hex64(shard.content_hash()),
         "statistics": statistics,
     }
 

@@ -14,12 +14,18 @@ import xxhash
 from megadistill.blocks.columns import Column, parse_columns
 from megadistill.blocks.files import Files, open_regular, read_file
 from megadistill.blocks.records import is_hex64, read_json
+from megadistill.blocks.shard import SHARD_LIMIT
 from megadistill.errors import CorruptBlockError, StoreError
 
 FORMAT_VERSION = 1
 FEATURES: frozenset[str] = frozenset()  # flags a store may carry that change how it is read
 KINDS = {"tokens": "tokens.json", "cache": "cache.json"}
 MAX_BLOCKS = 1_000_000  # six digits
+# Above what is ever written, and low enough that reading a hostile file takes no memory to speak of
+# (parsed JSON is up to 30 times as large).
+MAX_BLOCK_SIZE = 1 << 30  # a shard of 4 GiB has no room for more offsets
+MAX_COLUMNS = 64
+HEADER_LIMIT = MARKER_LIMIT = 1 << 22
 MARKER_NAME = re.compile(r"[0-9]{6}\.json")
 SHARD_NAME = re.compile(r"shard\.[0-9]{6}\.mds")
 
@@ -135,28 +141,36 @@ def new_header(
 def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]]:
     """(the header, its columns), checked. StoreError, CorruptBlockError."""
     file = layout.header(kind)
-    header = read_json(file, limit=1 << 24)
+    header = read_json(file, limit=HEADER_LIMIT)
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{file}: format version {version!r}, this program reads {FORMAT_VERSION}: "
+            f"{file}: format version {_shown(version)}, this program reads {FORMAT_VERSION}: "
             "read it with the version of megadistill that wrote it"
         )
     features = header.get("features")
     if features != [] and (not isinstance(features, list) or set(map(str, features)) - FEATURES):
-        raise StoreError(f"{file}: features {features!r}, this program knows none of them")
+        raise StoreError(f"{file}: features {_shown(features)}, this program knows none of them")
     _expect(file, "kind", header.get("kind"), header.get("kind") == kind, kind)
     size, columns, recipe = (header.get(key) for key in ("block_size", "columns", "recipe"))
-    _expect(file, "block_size", size, type(size) is int and size > 0, "a positive number")
+    fits = type(size) is int and 0 < size <= MAX_BLOCK_SIZE
+    _expect(file, "block_size", size, fits, f"1 to {MAX_BLOCK_SIZE}")
     _expect(file, "recipe", recipe, isinstance(recipe, dict), "an object")
     texts = isinstance(columns, dict) and all(isinstance(e, str) for e in columns.values())
     _expect(file, "columns", columns, texts, "names and encodings")
     assert isinstance(columns, dict)
     complete = columns.get("sum") == "uint64" and "tokens" in columns
-    _expect(file, "columns", sorted(columns), complete, "tokens, and sum as uint64")
+    complete = complete and len(columns) <= MAX_COLUMNS
+    _expect(file, "columns", columns, complete, "tokens, and sum as uint64")
+    ids = header.get("ids_bin", {"size": 0, "xxh3": "0" * 16})
+    known = isinstance(ids, dict) and type(ids.get("size")) is int and is_hex64(ids.get("xxh3"))
+    _expect(file, "ids_bin", ids, known and ids["size"] >= 0, "size and xxh3")
     if not layout.blocks.is_dir() or layout.blocks.is_symlink():
         raise CorruptBlockError(str(layout.blocks), "a folder", "none, or a link")
-    return header, parse_columns(columns)
+    parsed = parse_columns(columns)
+    uint32 = any(c.name == "tokens" and c.encoding.startswith("ndarray:uint32") for c in parsed)
+    _expect(file, "columns.tokens", columns["tokens"], uint32, "ndarray:uint32")
+    return header, parsed
 
 
 def read_plan(layout: Layout, block_size: int) -> int | None:
@@ -166,9 +180,9 @@ def read_plan(layout: Layout, block_size: int) -> int | None:
     except FileNotFoundError:
         return None
     total = plan.get("num_sequences")
-    _expect(
-        layout.plan, "num_sequences", total, type(total) is int and total > 0, "a positive number"
-    )
+    most = block_size * MAX_BLOCKS
+    fits = type(total) is int and 0 < total <= most
+    _expect(layout.plan, "num_sequences", total, fits, f"1 to {most}")
     assert isinstance(total, int)
     _expect(
         layout.plan,
@@ -183,7 +197,7 @@ def read_plan(layout: Layout, block_size: int) -> int | None:
 def read_marker(layout: Layout, block: int, block_size: int) -> dict[str, Any]:
     """A block's marker, checked. FileNotFoundError where there is none, CorruptBlockError."""
     file = layout.marker(block)
-    marker = read_json(file)
+    marker = read_json(file, limit=MARKER_LIMIT)
     _expect(file, "block", marker.get("block"), marker.get("block") == block, block)
     count = marker.get("sequences")
     fits = type(count) is int and 0 < count <= block_size
@@ -196,6 +210,7 @@ def read_marker(layout: Layout, block: int, block_size: int) -> dict[str, Any]:
         isinstance(shard, dict)
         and shard.get("file") == shard_name(block)
         and type(shard.get("size")) is int
+        and 0 < shard["size"] < SHARD_LIMIT
         and is_hex64(shard.get("xxh3")),
         f"file {shard_name(block)}, size and xxh3",
     )
@@ -217,4 +232,8 @@ def same_bytes(path: Path, data: bytes) -> bool:
 
 def _expect(file: Path, field: str, found: object, fits: bool, expected: object) -> None:
     if not fits:
-        raise CorruptBlockError(str(file), f"{field}: {expected}", repr(found)[:80])
+        raise CorruptBlockError(str(file), f"{field}: {expected}", _shown(found))
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]

@@ -1,27 +1,40 @@
 """Merging stores of one recipe: blocks are taken over as they are, never encoded again.
 
 Parts may overlap. A block that two parts hold must be the same bytes in both: a recipe decides its
-blocks' bytes, so a difference means that something is not what its recipe says.
+blocks' bytes, so a difference means that something is not what its recipe says. Only what the
+block was made with may differ: then the first part's marker is taken, and it is told.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megadistill.blocks.files import LOCAL, Files
 from megadistill.blocks.layout import kind_of
+from megadistill.blocks.pool import each_block
+from megadistill.blocks.progress import BlockProgress
 from megadistill.blocks.recipe import require_same_recipe
 from megadistill.blocks.records import encode_json
 from megadistill.blocks.store import BlockStore
-from megadistill.blocks.verify import Check, verify_block
-from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.blocks.verify import Check, CheckOf, no_check, read_ids, verify_block
+from megadistill.errors import StoreError
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 8  # blocks listed in a message
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged store, and which part each of its blocks was taken from."""
+
+    store: BlockStore
+    taken: dict[int, BlockStore]
 
 
 def merge_stores(
@@ -29,16 +42,18 @@ def merge_stores(
     parts: list[BlockStore],
     *,
     prefer: str | Path | None = None,
-    check: Check | None = None,
-    progress: Callable[[int], object] | None = None,
+    check_of: CheckOf = no_check,
+    workers: int = 1,
+    show_progress: bool | None = False,
     files: Files = LOCAL,
-) -> BlockStore:
+) -> Merged:
     """Every block of the parts in one store at `out`, sharing their bytes on disk where it can.
 
-    out       a new folder, or a store of the same recipe, which then counts as a part
-    prefer    the part whose blocks win where two parts differ
-    check     what only the caller can check of a block, see verify_store
-    progress  called with each block's number when it is in place
+    out            a new folder, or a store of the same recipe, which then counts as a part
+    prefer         the part whose blocks win where two parts differ
+    check_of       what only the caller can check of a store's blocks, see verify.CheckOf
+    workers        processes that verify
+    show_progress  see BlockProgress
 
     Every block is verified before it is taken. Raises RecipeError for parts of different recipes,
     naming the field; StoreError listing the blocks that differ; CorruptBlockError. Until a block's
@@ -56,28 +71,61 @@ def merge_stores(
             parts = [existing, *parts]
     total = _common_plan(parts)
     holders = _holders(parts, total, prefer=wanted)
-    for block, candidates in holders.items():
-        holders[block] = [_sound(block, candidates, check)]
-    first = parts[0]
-    ids = first.layout.ids_bin
+    taken = sound_blocks(holders, check_of=check_of, workers=workers, show_progress=show_progress)
+    store = gather(
+        out, parts[0], taken, total=total, what="merging", show_progress=show_progress, files=files
+    )
+    return Merged(store, taken)
+
+
+def sound_blocks(
+    holders: dict[int, list[BlockStore]],
+    *,
+    check_of: CheckOf,
+    workers: int,
+    show_progress: bool | None,
+) -> dict[int, BlockStore]:
+    """block -> the first of its holders whose copy is whole. CorruptBlockError where none is."""
+    parts = list({id(p): p for candidates in holders.values() for p in candidates}.values())
+    numbers = {id(part): n for n, part in enumerate(parts)}
+    items = [(b, [numbers[id(p)] for p in candidates]) for b, candidates in holders.items()]
+    taken = {}
+    with BlockProgress("verifying", total=len(items), show=show_progress) as bar:
+        context = [(part, check_of(part)) for part in parts]
+        for block, number in each_block(_first_sound, context, items, workers=workers):
+            taken[block] = parts[number]
+            bar.add(block)
+    return taken
+
+
+def gather(
+    out: str | Path,
+    like: BlockStore,
+    taken: dict[int, BlockStore],
+    *,
+    total: int | None,
+    what: str,
+    show_progress: bool | None,
+    files: Files,
+) -> BlockStore:
+    """The store at `out`, of the recipe of `like`, with the blocks taken from other stores."""
     merged = BlockStore.create(
         out,
-        kind=first.kind,
-        header=first.header,
-        columns={k: v for k, v in first.columns.items() if k != "sum"},
-        block_size=first.block_size,
-        ids_bin=ids.read_bytes() if "ids_bin" in first.header else None,
+        kind=like.kind,
+        header=like.header,
+        columns={k: v for k, v in like.columns.items() if k != "sum"},
+        block_size=like.block_size,
+        ids_bin=read_ids(like),
         files=files,
     )
-    with merged.lock():
+    with merged.lock(), BlockProgress(what, total=len(taken), show=show_progress) as bar:
         merged.clean()
         if total is not None:
             merged.plan(total)
-        for block, (holder,) in holders.items():
+        for block, holder in taken.items():
             if not _same_folder(holder, merged):
                 merged.adopt(block, holder)
-            if progress:
-                progress(block)
+            bar.add(block)
         merged.finish()
     return merged
 
@@ -114,23 +162,28 @@ def _holders(
 ) -> dict[int, list[BlockStore]]:
     """block -> the parts that hold it, all with equal bytes or the preferred one alone."""
     found: dict[int, dict[bytes, list[BlockStore]]] = {}
+    made_with: dict[int, set[str]] = {}
     for part in parts:
         for block in part.present():
             marker = part.marker(block)
             if total is not None and marker["sequences"] != _planned(block, total, part.block_size):
                 log.info("%s: block %d is short under the merged plan, left out", part.path, block)
                 continue
-            found.setdefault(block, {}).setdefault(encode_json(marker), []).append(part)
+            made_with.setdefault(block, set()).add(str(marker.pop("made_with", None)))
+            version = xxhash.xxh3_128_digest(encode_json(marker))
+            found.setdefault(block, {}).setdefault(version, []).append(part)
     holders, disputed = {}, []
     for block in sorted(found):
         versions = list(found[block].values())
         if prefer is not None and len(versions) > 1:
             versions = [v for v in versions if prefer in v] or versions
-        holders[block] = versions[0]
+        # Of equal copies the preferred part's comes first: their made_with may differ.
+        holders[block] = sorted(versions[0], key=lambda part: part is not prefer)
         if len(versions) > 1:
             disputed.append((block, versions))
     if disputed:
         raise StoreError(_dispute(disputed))
+    _tell_mixed([b for b in holders if len(made_with[b]) > 1])
     return holders
 
 
@@ -156,19 +209,33 @@ def _what(block: int, versions: list[list[BlockStore]]) -> str:
     return "differ in " + ", ".join(keys)
 
 
-def _sound(block: int, candidates: list[BlockStore], check: Check | None) -> BlockStore:
-    """The first part whose copy of the block is whole."""
+def _tell_mixed(blocks: list[int]) -> None:
+    if blocks:
+        more = f" and {len(blocks) - _SHOWN} more" if len(blocks) > _SHOWN else ""
+        log.warning(
+            "held twice with equal bytes but another made_with: block %s%s: the first is taken",
+            ", ".join(map(str, blocks[:_SHOWN])),
+            more,
+        )
+
+
+def _first_sound(
+    parts: list[tuple[BlockStore, Check | None]], item: tuple[int, list[int]]
+) -> tuple[int, int]:
+    """(block, the first of the numbered parts whose copy of it is whole)."""
+    block, numbers = item
     error: StoreError | None = None
-    for part in candidates:
+    for number in numbers:
+        part, check = parts[number]
         try:
             _, findings = verify_block(part, block, check=check)
-        except CorruptBlockError as found:
+        except StoreError as found:
             error = error or found
             continue
         # A block may be short under the part's own plan and right under the merged one.
         findings = [f for f in findings if " by the plan, " not in f]
         if not findings:
-            return part
+            return block, number
         error = error or StoreError(findings[0])
     assert error is not None
     raise error

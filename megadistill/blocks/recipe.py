@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from megadistill.errors import RecipeError
 
 
-def first_difference(left: Any, right: Any, *, name: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted name, left, right) of the first field in which two recipes differ."""
+def differences(left: Any, right: Any, *, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, left, right) of each field in which two recipes differ, by name."""
     if isinstance(left, dict) and isinstance(right, dict):
-        for key in sorted(left.keys() | right.keys()):
+        # What both have comes first: another method says more than a parameter of one of them.
+        lonely = left.keys() ^ right.keys()
+        for key in sorted(left.keys() | right.keys(), key=lambda key: (key in lonely, key)):
             dotted = f"{name}.{key}" if name else str(key)
-            found = first_difference(left.get(key), right.get(key), name=dotted)
-            if found:
-                return found
-        return None
+            yield from differences(left.get(key), right.get(key), name=dotted)
+        return
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         left, right = list(left), list(right)
     # True == 1 and 1 == 1.0 in Python; in a recipe they are different settings.
-    return None if type(left) is type(right) and left == right else (name, left, right)
+    if type(left) is not type(right) or left != right:
+        yield name, left, right
+
+
+def first_difference(left: Any, right: Any) -> tuple[str, Any, Any] | None:
+    """The first of `differences`."""
+    return next(differences(left, right), None)
 
 
 def require_same_recipe(

@@ -16,6 +16,7 @@ import xxhash
 from megadistill.blocks.files import Files, read_file
 from megadistill.errors import CorruptBlockError
 
+_DEPTH = 32  # recipes are compared recursively; the interpreter's own limit is no error of ours
 _TAIL = len(',"xxh3":"0123456789abcdef"}\n')
 
 
@@ -46,6 +47,8 @@ def decode_json(data: bytes, *, file: str) -> dict[str, Any]:
         raise CorruptBlockError(file, f"to end with {expected[1:-2].decode()}", _shown(tail))
     try:
         record = json.loads(body + b"}")
+        if _deeper(record, _DEPTH):
+            raise CorruptBlockError(file, f"at most {_DEPTH} levels of JSON", "more")
         canonical = encode_json(record)
     except (ValueError, TypeError, RecursionError, AttributeError) as error:
         raise CorruptBlockError(file, "a JSON object", type(error).__name__) from error
@@ -69,6 +72,13 @@ def put_file(files: Files, target: Path, data: bytes, *, temporary: Path) -> Non
     files.replace(temporary, target)
     files.fsync_dir(target.parent)
     files.fsync_dir(temporary.parent)
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(v, levels - 1) for v in inside)
 
 
 def _shown(data: bytes) -> str:

@@ -4,17 +4,18 @@ An MDS file is
 
     uint32 n | uint32 offsets [n+1] | JSON of the columns | n records
 
-Reading maps the file and believes nothing before it is checked: the header must be byte for byte
-the one these columns have, offsets must not decrease nor leave the file, and every record is
-verified by its own checksum. It imports no streaming, which costs 3 to 5 seconds.
+Reading believes nothing before it is checked: the whole file is compared with its xxh3 when it is
+opened, the header must be byte for byte the one these columns have, offsets must not decrease nor
+leave the file, and every record is verified by its own checksum at every read, so that a file that
+changes after it was opened is found as well. It imports no streaming, which costs 3 to 5 seconds.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ import numpy as np
 import xxhash
 
 from megadistill.blocks.columns import Column, decode_record, encode_record, hashed_part
-from megadistill.blocks.files import open_regular
+from megadistill.blocks.files import open_regular, read_at, told, xxh3_of
+from megadistill.blocks.records import hex64
 from megadistill.errors import CorruptBlockError, StoreError
 
 SHARD_LIMIT = 1 << 32  # MDS offsets have 32 bits
@@ -45,36 +47,48 @@ def shard_config(columns: list[Column]) -> dict[str, Any]:
 
 
 class Shard:
-    """The samples of one block, mapped into memory.
+    """The samples of one block, read one by one from the open file.
 
     path      the file
     columns   of the store, in name order
     first     sequence number of the first sample
     samples   how many the marker says there are
     size      bytes the marker says there are
+    xxh3      of the whole file, as the marker says; None: not looked at
+    seen      `identity` of an earlier opening, whose file need not be read again
     Raises CorruptBlockError where the file is absent or anything else than this.
     """
 
     def __init__(
-        self, path: Path, *, columns: list[Column], first: int, samples: int, size: int
+        self,
+        path: Path,
+        *,
+        columns: list[Column],
+        first: int,
+        samples: int,
+        size: int,
+        xxh3: int | None = None,
+        seen: tuple | None = None,
     ) -> None:
         self.path, self.columns, self.first = path, columns, first
         self.samples, self.size = samples, size
         try:
-            handle, found = open_regular(path)
+            self._handle, found = open_regular(path)
         except FileNotFoundError:
             raise CorruptBlockError(str(path), f"{size} bytes", "no file") from None
+        self.close = weakref.finalize(self, os.close, self._handle)
         try:
             if found != size:
                 raise CorruptBlockError(str(path), f"{size} bytes", f"{found} bytes")
-            config = json.dumps(shard_config(columns), sort_keys=True).encode()
-            start = 4 + 4 * (samples + 1) + len(config)
-            if size < start:
-                raise CorruptBlockError(str(path), f"at least {start} bytes", f"{size} bytes")
-            self._map = mmap.mmap(handle, size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(handle)
-        self._offsets = self._checked_offsets(config, start=start, size=size)
+            status = os.fstat(self._handle)
+            # What changes when somebody replaces or rewrites the file.
+            self.identity = (status.st_dev, status.st_ino, status.st_mtime_ns, xxh3)
+            if xxh3 is not None and self.identity != seen and (found := self.xxh3()) != xxh3:
+                raise CorruptBlockError(str(path), f"xxh3 {hex64(xxh3)}", hex64(found))
+            self._offsets = self._checked_offsets()
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return self.samples
@@ -87,11 +101,11 @@ class Shard:
 
     def record(self, index: int) -> bytes:
         """The bytes of sample `index`, not verified."""
-        return self._map[self._offsets[index] : self._offsets[index + 1]]
+        return self._read(self._offsets[index], self._offsets[index + 1])
 
     def xxh3(self) -> int:
         """The checksum of the whole file."""
-        return xxhash.xxh3_64_intdigest(self._map)
+        return xxh3_of(self._handle, self.path)
 
     def content_hash(self) -> int:
         """xxh3_64 over all records without their sums: the same wherever the block stands."""
@@ -100,18 +114,26 @@ class Shard:
             digest.update(hashed_part(self.columns, self.record(index), file=str(self.path)))
         return digest.intdigest()
 
-    def close(self) -> None:
-        """Unmap the file."""
-        self._map.close()
+    def _read(self, start: int, stop: int) -> bytes:
+        data = read_at(self._handle, self.path, start, stop)
+        if len(data) != stop - start:
+            raise CorruptBlockError(str(self.path), f"{stop} bytes", f"{start + len(data)} bytes")
+        return data
 
-    def _checked_offsets(self, config: bytes, *, start: int, size: int) -> list[int]:
-        found = int.from_bytes(self._map[:4], "little")
+    def _checked_offsets(self) -> list[int]:
+        size = self.size
+        config = json.dumps(shard_config(self.columns), sort_keys=True).encode()
+        start = 4 + 4 * (self.samples + 1) + len(config)
+        if size < start:
+            raise CorruptBlockError(str(self.path), f"at least {start} bytes", f"{size} bytes")
+        head = self._read(0, start)
+        found = int.from_bytes(head[:4], "little")
         if found != self.samples:
             raise CorruptBlockError(str(self.path), f"{self.samples} samples", found)
         table = 4 + 4 * (self.samples + 1)
-        if self._map[table:start] != config:
+        if head[table:] != config:
             raise CorruptBlockError(str(self.path), "the columns of the store", "others")
-        offsets = np.frombuffer(self._map[4:table], "<u4").astype(np.int64)
+        offsets = np.frombuffer(head[4:table], "<u4").astype(np.int64)
         if offsets[0] != start or offsets[-1] != size or (np.diff(offsets) < 0).any():
             raise CorruptBlockError(
                 str(self.path), f"offsets that rise from {start} to {size}", "others"
@@ -120,7 +142,7 @@ class Shard:
 
 
 class OpenShards:
-    """The shards last read from, kept mapped. Safe to use from several threads."""
+    """The shards last read from, kept open. Safe to use from several threads."""
 
     def __init__(self, *, most: int = 64) -> None:
         # Bounded by file descriptors, not by memory.
@@ -129,7 +151,7 @@ class OpenShards:
         self._lock = threading.Lock()
 
     def get(self, block: int, opened: Callable[[int], Shard]) -> Shard:
-        """The shard of a block; `opened` maps one that is not there."""
+        """The shard of a block; `opened` opens one that is not there."""
         with self._lock:
             if block in self._shards:
                 self._shards.move_to_end(block)
@@ -138,7 +160,7 @@ class OpenShards:
         with self._lock:
             self._shards[block] = shard
             if len(self._shards) > self._most:
-                self._shards.popitem(last=False)  # unmapped when its last reader lets go
+                self._shards.popitem(last=False)  # closed when its last reader lets go
         return shard
 
     def drop(self, block: int) -> None:
@@ -165,16 +187,16 @@ def write_shard(
             f"{folder}: a block would take {size} bytes, and a shard holds {SHARD_LIMIT}: "
             "set a smaller block_size"
         )
-    writer = mds_writer()(
-        columns={c.name: c.encoding for c in columns}, out=str(folder), size_limit=None
-    )
-    for sample, (_, digest) in zip(samples, encoded, strict=True):
-        writer.write({**sample, "sum": np.uint64(digest)})
-    writer.finish()
     path = folder / "shard.00000.mds"
-    shard = Shard(
-        path, columns=columns, first=first, samples=len(samples), size=path.stat().st_size
-    )
+    with told("write", path):
+        writer = mds_writer()(
+            columns={c.name: c.encoding for c in columns}, out=str(folder), size_limit=None
+        )
+        for sample, (_, digest) in zip(samples, encoded, strict=True):
+            writer.write({**sample, "sum": np.uint64(digest)})
+        writer.finish()
+        size = path.stat().st_size
+    shard = Shard(path, columns=columns, first=first, samples=len(samples), size=size)
     for index, (record, _) in enumerate(encoded):
         if shard.record(index) != record:
             raise CorruptBlockError(str(path), f"record {index} as encoded", "another")

@@ -12,6 +12,7 @@ a store's bytes: those go to the folder `<store>.run` beside it.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from megadistill.blocks.derived import (
     read_blocks_bin,
     record_of,
 )
-from megadistill.blocks.files import LOCAL, Files
+from megadistill.blocks.files import LOCAL, Files, names_in, told
 from megadistill.blocks.install import (
     install_block,
     is_installed,
@@ -38,6 +39,7 @@ from megadistill.blocks.install import (
 )
 from megadistill.blocks.layout import (
     KINDS,
+    MARKER_LIMIT,
     MARKER_NAME,
     MAX_BLOCKS,
     SHARD_NAME,
@@ -51,7 +53,7 @@ from megadistill.blocks.layout import (
     same_bytes,
     shard_name,
 )
-from megadistill.blocks.lock import StoreLock
+from megadistill.blocks.lock import StoreLock, require_holder, token_of
 from megadistill.blocks.recipe import require_same_recipe
 from megadistill.blocks.records import encode_json, put_file
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
@@ -75,7 +77,11 @@ class BlockStore:
         self.kind = kind
         self._files = files
         self.header, self._columns = read_header(self.layout, kind)
+        # The run this object writes for: whoever holds the lock by now, and after `lock` itself.
+        self._lock: StoreLock | None = None
+        self._token = token_of(self.layout.run / "lock")
         self._shards = OpenShards()
+        self._seen: dict[int, tuple] = {}  # the files whose xxh3 was right
         self._total = read_plan(self.layout, self.block_size)
         self._records = known_blocks(self.layout.blocks_bin)
 
@@ -104,10 +110,13 @@ class BlockStore:
         shape = ("recipe", "block_size", "columns", "ids_bin")
         if prepare_folder(layout, kind, files) is None:
             temporary = temporary_folder(files, layout)
-            if ids_bin is not None:
-                put_file(files, layout.ids_bin, ids_bin, temporary=temporary / "ids")
-            put_file(files, layout.header(kind), encode_json(full), temporary=temporary / "header")
-            files.remove_tree(temporary)
+            try:
+                if ids_bin is not None:
+                    put_file(files, layout.ids_bin, ids_bin, temporary=temporary / "ids")
+                data = encode_json(full)
+                put_file(files, layout.header(kind), data, temporary=temporary / "header")
+            finally:
+                files.remove_tree(temporary)
         store = cls(path, kind=kind, files=files)
         require_same_recipe(
             {key: store.header[key] for key in shape if key in store.header},
@@ -127,6 +136,10 @@ class BlockStore:
         if kind is None:
             raise StoreError(f"{path}: holds no {' or '.join(KINDS.values())}: not a block store")
         return cls(path, kind=kind, files=files)
+
+    def __reduce__(self) -> tuple:
+        # To another process goes the folder's name; the files are opened there.
+        return BlockStore.open, (self.path,)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -162,6 +175,7 @@ class BlockStore:
         cache plans at the start. A plan may be raised: a last block that was short under the old
         plan is then removed, to be done again. StoreError for a lower one.
         """
+        self._require_lock()
         if num_sequences is None:
             self._files.unlink(self.layout.plan)
             self._files.fsync_dir(self.path)
@@ -211,7 +225,7 @@ class BlockStore:
 
     def present(self) -> list[int]:
         """The blocks that have a marker, planned or not, ascending."""
-        names = (p.name for p in self.layout.blocks.iterdir())
+        names = names_in(self.layout.blocks)
         return sorted(int(name[:6]) for name in names if MARKER_NAME.fullmatch(name))
 
     def missing(self) -> list[int]:
@@ -229,6 +243,10 @@ class BlockStore:
         """
         if self._total is None or self.missing() or len(self.present()) != self.num_blocks:
             return False
+        return self.consistent()
+
+    def consistent(self) -> bool:
+        """Whether the committed blocks' shards are there and the derived files follow from them."""
         markers = self._markers()
         return (
             all(self.shard_is_there(m) for m in markers)
@@ -239,19 +257,28 @@ class BlockStore:
     # Writing ------------------------------------------------------------------------------------
 
     def commit(
-        self, block: int, samples: list[Sample], *, statistics: dict[str, Any], **extra: Any
+        self,
+        block: int,
+        samples: list[Sample],
+        *,
+        statistics: dict[str, Any],
+        content_hash: str | None = None,
+        **extra: Any,
     ) -> dict[str, Any]:
         """Make a block durable; returns its marker. When this returns, a power cut keeps it.
 
-        samples     one dict a sequence, column to array or bytes; `sum` is added
-        statistics  and extra (cursor, made_with, ...) go into the marker as they are
+        samples       one dict a sequence, column to array or bytes; `sum` is added
+        content_hash  what the samples say, where that is less than their bytes; 16 hex digits
+        statistics    and extra (cursor, made_with, ...) go into the marker as they are
         A block that is there with the same bytes is left alone; with others, its marker is taken
-        away before anything is replaced.
+        away before anything is replaced. LockedError where another run took the store's lock since
+        this object was made: whoever was taken for dead writes nothing more.
         """
         if extra.keys() & _OWN_KEYS:
             raise ValueError(f"the marker's own keys cannot be set: {sorted(extra)}")
         if not 0 < len(samples) <= self.block_size or not 0 <= block < MAX_BLOCKS:
             raise ValueError(f"block {block} with {len(samples)} sequences does not fit the store")
+        self._require_lock()
         temporary = temporary_folder(self._files, self.layout)
         try:
             path, shard = write_shard(
@@ -260,7 +287,9 @@ class BlockStore:
                 columns=self._columns,
                 first=block * self.block_size,
             )
-            marker = marker_of(block, samples, shard, statistics=statistics, extra=extra)
+            marker = marker_of(
+                block, samples, shard, statistics=statistics, content_hash=content_hash, extra=extra
+            )
             shard.close()
             self._install(block, path, marker, temporary)
         finally:
@@ -272,6 +301,7 @@ class BlockStore:
 
         CorruptBlockError where a marker's shard is gone or of another size.
         """
+        self._require_lock()
         markers = self._markers()
         for marker in markers:
             if not self.shard_is_there(marker):
@@ -292,15 +322,19 @@ class BlockStore:
         For rank 0, under the lock, before the first block is claimed: a living writer's shard
         looks the same as a dead one's.
         """
+        self._require_lock()
         self._files.remove_tree(self.layout.run / "tmp")
-        present = {shard_name(b) for b in self.present()}
-        strays = [
-            p for p in self.path.iterdir() if SHARD_NAME.fullmatch(p.name) and p.name not in present
-        ]
+        strays = self.strays()
         for path in strays:
             self._files.unlink(path)
         if strays:
             self._files.fsync_dir(self.path)
+
+    def strays(self) -> list[Path]:
+        """The shards without a marker."""
+        present = {shard_name(b) for b in self.present()}
+        names = sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
+        return [self.path / n for n in names if n not in present]
 
     def lock(self, *, patience_s: float = 60.0) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.
@@ -309,7 +343,9 @@ class BlockStore:
                     dead; one on this host is looked up by its process number at once
         """
         self._files.mkdir(self.layout.run)
-        return StoreLock(self.layout.run / "lock", what=str(self.path), patience_s=patience_s)
+        path = self.layout.run / "lock"
+        self._lock = StoreLock(path, what=str(self.path), patience_s=patience_s)
+        return self._lock
 
     def adopt(self, block: int, source: BlockStore) -> None:
         """Take a block over from a store of the same recipe, sharing its bytes on disk."""
@@ -358,10 +394,12 @@ class BlockStore:
     def shard_is_there(self, marker: dict[str, Any]) -> bool:
         """Whether the marker's shard has the size it must have; its bytes are not read."""
         path = self.layout.shard(marker["block"])
-        try:
-            return path.lstat().st_size == marker["shard"]["size"] and not path.is_symlink()
-        except FileNotFoundError:
-            return False
+        with told("look at", path):
+            try:
+                status = path.lstat()
+            except FileNotFoundError:
+                return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == marker["shard"]["size"]
 
     def content_hash(self) -> str:
         """128 bits, hexadecimal, over the content of the committed blocks in block order."""
@@ -382,6 +420,11 @@ class BlockStore:
 
     # Inside -------------------------------------------------------------------------------------
 
+    def _require_lock(self) -> None:
+        """LockedError where the run this object writes for does not hold the lock any more."""
+        token = self._lock.token if self._lock and self._lock.entered else self._token
+        require_holder(self.layout.run / "lock", token, what=str(self.path))
+
     def _markers(self) -> list[dict[str, Any]]:
         return [self.marker(b) for b in self.committed()]
 
@@ -396,21 +439,37 @@ class BlockStore:
 
     def _open_shard(self, block: int) -> Shard:
         record = self._record(block)
-        return Shard(
+        shard = Shard(
             self.layout.shard(block),
             columns=self._columns,
             first=block * self.block_size,
             samples=int(record["sequences"]),
             size=int(record["shard_size"]),
+            xxh3=int(record["shard_xxh3"]),
+            seen=self._seen.get(block),
         )
+        # A shuffle over more blocks than are kept open would hash a whole shard for each sample.
+        self._seen[block] = shard.identity
+        return shard
 
     def _install(self, block: int, shard: Path, marker: dict[str, Any], temporary: Path) -> None:
         data = encode_json(marker)
+        if len(data) > MARKER_LIMIT:
+            raise StoreError(
+                f"{self.layout.marker(block)}: would take {len(data)} bytes, the format allows "
+                f"{MARKER_LIMIT}: set a smaller block_size"
+            )
         if is_installed(self.layout, block, marker=marker, data=data):
             return
         self._forget()
         install_block(
-            self._files, self.layout, block, shard=shard, marker=data, temporary=temporary
+            self._files,
+            self.layout,
+            block,
+            shard=shard,
+            marker=data,
+            temporary=temporary,
+            guard=self._require_lock,
         )
         self._shards.drop(block)
 

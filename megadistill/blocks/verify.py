@@ -1,20 +1,29 @@
 """Checking every byte of a store against what the store says of itself.
 
-Blocks are checked in threads: checksums release the interpreter lock and run at disk speed.
+Blocks are checked in processes, see pool.py.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from megadistill.blocks.derived import encode_blocks_bin, encode_index, read_blocks_bin, record_of
-from megadistill.blocks.files import read_file
+from megadistill.blocks.derived import (
+    encode_blocks_bin,
+    encode_index,
+    index_entries,
+    read_blocks_bin,
+    record_of,
+)
+from megadistill.blocks.files import names_in, read_file
 from megadistill.blocks.install import tokens_hash
-from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, Layout, same_bytes, shard_name
+from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, same_bytes, shard_name
+from megadistill.blocks.pool import each_block
 from megadistill.blocks.records import hex64, read_json
 from megadistill.blocks.shard import Shard
 from megadistill.errors import CorruptBlockError, StoreError
@@ -22,7 +31,14 @@ from megadistill.errors import CorruptBlockError, StoreError
 if TYPE_CHECKING:
     from megadistill.blocks.store import BlockStore, Sample
 
+# What is wrong with a block's samples and marker, a line each.
 Check = Callable[[list["Sample"], dict[str, Any]], list[str]]
+# A store's check, or None where there is nothing to add.
+CheckOf = Callable[["BlockStore"], Check | None]
+
+
+def no_check(_: BlockStore) -> None:
+    """The CheckOf of those who have nothing to add."""
 
 
 def verify_store(
@@ -34,30 +50,34 @@ def verify_store(
 ) -> list[str]:
     """What is wrong with a store, a line each; nothing for a sound one, complete or not.
 
-    workers   threads
+    workers   processes; `check` must then be a function of a module or a method, see pool.py
     progress  called with each block's number when it is checked, in block order
     check     called with each sound block's samples and marker, for what only the caller knows
     """
     present = store.present()
     findings = _names(store, present)
     markers = []
-
-    def one(block: int) -> tuple[dict[str, Any] | None, list[str]]:
-        try:
-            return verify_block(store, block, check=check)
-        except StoreError as error:
-            return None, [str(error)]
-
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for block, (marker, found) in zip(present, pool.map(one, present), strict=True):
-            findings += found
-            if marker is not None:
-                markers.append(marker)
-            if progress:
-                progress(block)
+    results = each_block(_told, (store, check), present, workers=workers)
+    for block, (marker, found) in zip(present, results, strict=True):
+        findings += found
+        if marker is not None:
+            markers.append(marker)
+        if progress:
+            progress(block)
     if len(markers) == len(present):
         findings += _derived(store, markers)
     return findings + _ids(store)
+
+
+def _told(
+    context: tuple[BlockStore, Check | None], block: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the marker of a block that can be read, what is wrong with the block)."""
+    store, check = context
+    try:
+        return verify_block(store, block, check=check)
+    except StoreError as error:
+        return None, [str(error)]
 
 
 def verify_block(
@@ -78,13 +98,12 @@ def verify_block(
         first=block * store.block_size,
         samples=marker["sequences"],
         size=marker["shard"]["size"],
+        xxh3=int(marker["shard"]["xxh3"], 16),
     )
-    if hex64(shard.xxh3()) != marker["shard"]["xxh3"]:
-        raise CorruptBlockError(
-            str(shard.path), f"xxh3 {marker['shard']['xxh3']}", hex64(shard.xxh3())
-        )
     samples = [shard[row] for row in range(len(shard))]
-    found = {"tokens_xxh3": tokens_hash(samples), "content_hash": hex64(shard.content_hash())}
+    found = {"tokens_xxh3": tokens_hash(samples)}
+    if store.kind == "tokens":  # of a cache it is taken over integers, which `check` knows
+        found["content_hash"] = hex64(shard.content_hash())
     findings += [
         f"{file}: {key}: expected {value} from the shard, found {marker[key]}"
         for key, value in found.items()
@@ -116,19 +135,25 @@ def _names(store: BlockStore, present: list[int]) -> list[str]:
     known = {"plan.json", "blocks.bin", "index.json", "ids.bin", "blocks", KINDS[store.kind]}
     shards = {shard_name(b) for b in present}
     findings = []
-    for path in sorted(store.path.iterdir()):
-        if path.name in known | shards and not path.is_symlink():
+    for name in sorted(names_in(store.path)):
+        if name in known | shards and not (store.path / name).is_symlink():
             continue
-        if SHARD_NAME.fullmatch(path.name) and path.name not in shards:
-            findings.append(f"{path}: a shard without a marker: left by a run that died")
+        if SHARD_NAME.fullmatch(name) and name not in shards:
+            findings.append(f"{store.path / name}: a shard without a marker: left by a dead run")
         else:
-            findings.append(f"{path}: no part of a store, or a link")
+            findings.append(f"{_plain(store.path, name)}: no part of a store, or a link")
+    folder = store.layout.blocks
     findings += [
-        f"{path}: no part of a store, or a link"
-        for path in sorted(store.layout.blocks.iterdir())
-        if not MARKER_NAME.fullmatch(path.name) or path.is_symlink()
+        f"{_plain(folder, name)}: no part of a store, or a link"
+        for name in sorted(names_in(folder))
+        if not MARKER_NAME.fullmatch(name) or (folder / name).is_symlink()
     ]
     return findings
+
+
+def _plain(folder: Path, name: str) -> str:
+    """A path for a message, whatever a stranger put into the name: line ends, escapes, no text."""
+    return f"{folder}/{ascii(name)[1:-1]}"
 
 
 def _derived(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
@@ -143,11 +168,12 @@ def _derived(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
             for path, data in expected.items()
             if not same_bytes(path, data)
         ]
-    return _lagging(layout, markers)
+    return _lagging(store, markers)
 
 
-def _lagging(layout: Layout, markers: list[dict[str, Any]]) -> list[str]:
+def _lagging(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
     """An unfinished store's derived files may know fewer blocks, and nothing else."""
+    layout = store.layout
     try:
         by_block = {int(r["block"]): r for r in read_blocks_bin(layout.blocks_bin)}
         for marker in markers:
@@ -158,27 +184,51 @@ def _lagging(layout: Layout, markers: list[dict[str, Any]]) -> list[str]:
                 )
         if by_block:
             raise CorruptBlockError(str(layout.blocks_bin), "committed blocks", min(by_block))
-        if layout.index.exists():
-            read_json(layout.index, limit=1 << 32)
+        _lagging_index(store, markers)
     except StoreError as error:
         return [str(error)]
     return []
 
 
+def _lagging_index(store: BlockStore, markers: list[dict[str, Any]]) -> None:
+    path = store.layout.index
+    try:
+        index = read_json(path, limit=len(encode_index(markers, store._columns)))
+    except FileNotFoundError:
+        return
+    entries = {json.dumps(e, sort_keys=True) for e in index_entries(markers, store._columns)}
+    shards = index.get("shards")
+    known = isinstance(shards, list) and all(
+        json.dumps(s, sort_keys=True) in entries for s in shards
+    )
+    if index.get("version") != 2 or not known:
+        raise CorruptBlockError(str(path), "entries as their markers say", "others")
+
+
 def _ids(store: BlockStore) -> list[str]:
-    expected = store.header.get("ids_bin")
-    path = store.layout.ids_bin
+    if store.header.get("ids_bin") is None:
+        path = store.layout.ids_bin
+        return [f"{path}: not announced in the header"] if os.path.lexists(path) else []
+    try:
+        read_ids(store)
+    except StoreError as error:
+        return [str(error)]
+    return []
+
+
+def read_ids(store: BlockStore) -> bytes | None:
+    """ids.bin as the header announces it; None where it announces none. CorruptBlockError."""
+    expected, path = store.header.get("ids_bin"), store.layout.ids_bin
     if expected is None:
-        return [f"{path}: not announced in the header"] if path.exists() else []
+        return None
     try:
         data = read_file(path, limit=int(expected["size"]))
         found = xxhash.xxh3_64_hexdigest(data)
     except FileNotFoundError:
-        found = "no file"
-    except (StoreError, TypeError, KeyError) as error:
-        return [str(error)]
-    return (
-        []
-        if found == expected["xxh3"]
-        else [f"{path}: expected xxh3 {expected['xxh3']}, found {found}"]
-    )
+        raise CorruptBlockError(str(path), f"{expected['size']} bytes", "no file") from None
+    except (TypeError, KeyError, ValueError) as error:
+        header = str(store.layout.header(store.kind))
+        raise CorruptBlockError(header, "ids_bin: size and xxh3", repr(expected)[:80]) from error
+    if found != expected["xxh3"]:
+        raise CorruptBlockError(str(path), f"xxh3 {expected['xxh3']}", found)
+    return data

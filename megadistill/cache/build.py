@@ -21,13 +21,17 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import kind_of
+from megadistill.blocks.verify import read_ids
 from megadistill.cache.progress import Progress
+from megadistill.cache.ranking import rank_ids
 from megadistill.cache.recipe import cache_recipe, made_with
 from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
@@ -37,7 +41,7 @@ from megadistill.data.tokens import build_tokens
 from megadistill.disk import free_bytes
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
-from megadistill.targets import SparseTargets, concatenate
+from megadistill.targets import PARAMETERS, SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
 
 log = logging.getLogger(__name__)
@@ -75,8 +79,8 @@ def build_cache(
             mesh.first(store.finish)
             if validate:
                 _validate(config, mesh, teacher, tokens, store)
-        elif mesh.rank == 0:
-            log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
+        if mesh.rank == 0:
+            _tell(config, store, computed=len(missing))
     return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
 
 
@@ -84,12 +88,12 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
     tokens = build_tokens(config)
     store = create_store(config, tokens)
-    if store.num_sequences == len(tokens) and store.complete():
+    if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
     store.clean()
     store.plan(len(tokens))
-    missing = store.missing()
+    missing = _to_do(config, store)
     if not missing:
         store.finish()
     return missing
@@ -107,7 +111,32 @@ def create_store(config: Config, tokens: BlockStore) -> BlockStore:
         header={"recipe": recipe},
         columns={**columns, "targets": "bytes"},
         block_size=tokens.block_size,
+        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
     )
+
+
+def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
+    """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
+    if kind_of(Path(config.cache.dir)) == "cache":
+        return read_ids(BlockStore.open(config.cache.dir))
+    return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
+
+
+def _to_do(config: Config, store: BlockStore) -> list[int]:
+    """The missing blocks of this run's part."""
+    index, parts = config.cache.share
+    return [block for block in store.missing() if block % parts == index]
+
+
+def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
+    if store.missing():  # the other parts'
+        log.info(
+            "%s: part %s is complete; when the others are, merge them: "
+            "python tools/merge_and_inspect.py --out OUT %s OTHER ...",
+            config.cache.dir, config.cache.part, config.cache.dir,
+        )  # fmt: skip
+    elif not computed:
+        log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
 
 
 def _compute(
@@ -124,7 +153,9 @@ def _compute(
         mesh, store, config.cache, run=run, missing=len(missing), free_bytes=free_bytes
     )
     groups = mesh.world if teacher.lockstep else mesh.dp
-    bar = Progress(mesh, reserve, store, missing, groups=groups)
+    index, parts = config.cache.share
+    share = len(range(index, store.num_blocks or 0, parts))
+    bar = Progress(mesh, reserve, store, missing, blocks=share, groups=groups)
     with CacheWriter(
         store,
         made_with=made_with(
@@ -212,15 +243,13 @@ def _targets(
     numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
     keys_N2 = np.stack([first + numbers, positions], 1)
     method = config.targets
-    selection = {"tau": method.tau} if method.method == "varopt" else {"k": method.k}
+    names = (*PARAMETERS[method.method], "min_entropy", "entropy", "nll", "method", "seed")
     targets = teacher.head.targets(
         hidden_NH[: len(keys_N2)],
         torch.as_tensor(labels_BT.reshape(-1), device=teacher.device),
         torch.as_tensor(keys_N2, device=teacher.device),
         temperature=method.temperature,
-        method=method.method,
-        seed=method.seed,
-        **selection,
+        **{name: getattr(method, name) for name in names},
     ).numpy()
     return [targets.rows(i * seq_len, (i + 1) * seq_len) for i in range(len(samples))]
 
@@ -238,16 +267,17 @@ def _validate(
     cache = open_cache(config.cache.dir)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
+    blocks = store.committed()  # a part has gaps
     starts = []
     for sequence in generator.permutation(len(store))[:VALIDATED_SEQUENCES]:
-        block, inside = divmod(int(sequence), store.block_size)
-        starts.append(block * store.block_size + inside // size * size)
+        turn, inside = divmod(int(sequence), store.block_size)
+        starts.append(blocks[turn] * store.block_size + inside // size * size)
     starts = sorted(set(starts))
     equal = total = 0
     for turn in range(0, len(starts), mesh.dp):
         mine = turn + mesh.dp_rank
         start = starts[mine] if mine < len(starts) else starts[0]
-        block_end = min((start // store.block_size + 1) * store.block_size, len(store))
+        block_end = min((start // store.block_size + 1) * store.block_size, len(tokens))
         stop = min(start + size, block_end)
         again = score(
             config, teacher, [tokens[i] for i in range(start, stop)], first=start, block_size=size

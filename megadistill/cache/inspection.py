@@ -10,17 +10,32 @@ import numpy as np
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.derived import RECORD, combined_hash, record_of
+from megadistill.blocks.recipe import differences
 from megadistill.blocks.verify import Check, read_markers
 from megadistill.cache.reader import Cache
 from megadistill.cache.statistics import combine, summary
 from megadistill.errors import StoreError
 
-_PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "seed")
+_PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "min_entropy", "seed")
 
 
 def block_check(store: BlockStore) -> Check | None:
     """What a cache adds to the verification of a block: targets decoded, statistics recomputed."""
     return Cache(store).check if store.kind == "cache" else None
+
+
+def require_sum(whole: BlockStore, taken: dict[int, BlockStore]) -> None:
+    """StoreError unless the statistics of a merged store are the sum of those of its blocks.
+
+    taken  block -> the store it came from, where `block_check` has recomputed its statistics
+    """
+    expected = combine([_numbers(part.marker(b)["statistics"]) for b, part in taken.items()])
+    found = combine([_numbers(whole.marker(b)["statistics"]) for b in whole.committed()])
+    for field, ours, theirs in differences(expected, found):
+        raise StoreError(
+            f"{whole.path}: statistics.{field} is {theirs}, the sum of its blocks' is {ours}: "
+            "remove it and merge again"
+        )
 
 
 def inspect_store(
@@ -33,7 +48,8 @@ def inspect_store(
     """Everything known of the store in a folder, as plain values for JSON.
 
     verify  read and check every byte; else the markers and the sizes of the shards only
-    The member `findings` lists what is damaged, a line each. Raises StoreError where the folder
+    The member `findings` lists what is damaged, a line each; `unfinished` says what keeps a store
+    with neither damage nor missing blocks from being complete. Raises StoreError where the folder
     holds no store, or the header cannot be believed.
     """
     store = BlockStore.open(path)
@@ -50,8 +66,6 @@ def inspect_store(
         ]
     complete = not findings and store.complete()
     missing = _missing(store, markers)
-    if not complete and not findings and not missing:
-        findings = [_why_incomplete(store)]
     facts = {
         "path": str(path),
         "kind": store.kind,
@@ -67,6 +81,7 @@ def inspect_store(
         "bytes": sum(m["shard"]["size"] for m in markers),
         "content_hash": combined_hash(np.array([record_of(m) for m in planned], RECORD)),
         "findings": findings,
+        "unfinished": None if complete or findings or missing else _why_incomplete(store),
     }
     return facts | _recipe(store) | _targets(store, planned, facts)
 

@@ -9,12 +9,14 @@ from megadistill.blocks import BlockStore
 from megadistill.cache.statistics import summary
 from megadistill.errors import StoreError
 
+# Quantity -> title, unit.
 _PICTURES = {
-    "entropy": "teacher's entropy, nats",
-    "listed_mass": "listed mass",
-    "entries_per_position": "entries a position",
-    "bytes_per_position": "bytes a position",
+    "entropy": ("Entropy of the teacher's distribution", "nats"),
+    "listed_mass": ("Probability that the list holds (varopt: its heads)", "probability"),
+    "entries_per_position": ("Entries kept for a position, mean", "entries"),
+    "bytes_per_position": ("Bytes of targets for a position, mean", "bytes"),
 }
+_MARKED = 100  # blocks up to which each has a dot
 
 
 def plot_store(path: str | Path, folder: str | Path) -> list[Path]:
@@ -34,33 +36,41 @@ def plot_store(path: str | Path, folder: str | Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         return [
-            _plot(out / f"{name}.png", blocks, [s[name] for s in summaries], label)
-            for name, label in _PICTURES.items()
+            _plot(
+                out / f"{name}.png", blocks, [s[name] for s in summaries], f"{title}\n{path}", unit
+            )
+            for name, (title, unit) in _PICTURES.items()
             if any(s[name] is not None for s in summaries)
         ]
     except OSError as error:
         raise StoreError(f"{folder}: cannot write pictures: {error.strerror or error}") from error
 
 
-def _plot(file: Path, blocks: list[int], values: list[Any], label: str) -> Path:
+def _plot(file: Path, blocks: list[int], values: list[Any], title: str, unit: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     known = [(b, v) for b, v in zip(blocks, values, strict=True) if v is not None]
     numbers = [b for b, _ in known]
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    marker = "." if len(known) <= _MARKED else ""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     if isinstance(known[0][1], dict):
         low, high = ([v[q] for _, v in known] for q in ("p05", "p95"))
-        axes.fill_between(numbers, low, high, alpha=0.25, step="mid", label="5 to 95 percent")
+        axes.fill_between(numbers, low, high, alpha=0.25, step="mid", label="5% to 95%")
         axes.plot(numbers, [v["p50"] for _, v in known], linestyle=":", label="median")
-        axes.plot(numbers, [v["mean"] for _, v in known], marker=".", label="mean")
-        axes.legend()
+        axes.plot(numbers, [v["mean"] for _, v in known], marker=marker, label="mean")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     else:
-        axes.plot(numbers, [v for _, v in known], marker=".")
-        axes.set_ylim(bottom=0)
+        axes.plot(numbers, [v for _, v in known], marker=marker)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # A dollar sign in a path would begin a formula.
+    axes.set_title(title.replace("$", r"\$"), fontsize="medium")
     axes.set_xlabel("block")
-    axes.set_ylabel(label)
+    axes.set_ylabel(unit)
     figure.savefig(file, dpi=120)
     return file

@@ -18,11 +18,19 @@ log = logging.getLogger(__name__)
 class Progress:
     """Rank 0's bar of durable blocks, of all ranks; on the other ranks nothing.
 
+    blocks  that this run is to see done, with those that are there
     groups  blocks that are computed at the same time
     """
 
     def __init__(
-        self, mesh: Mesh, reserve: Reserve, store: BlockStore, missing: list[int], *, groups: int
+        self,
+        mesh: Mesh,
+        reserve: Reserve,
+        store: BlockStore,
+        missing: list[int],
+        *,
+        blocks: int,
+        groups: int,
     ) -> None:
         self._mesh, self._reserve, self._store = mesh, reserve, store
         self._missing, self._groups = len(missing), min(groups, len(missing))
@@ -30,7 +38,6 @@ class Progress:
         self._started = self._warm = time.monotonic()
         self._bar = None
         if mesh.rank == 0:
-            blocks = store.num_blocks or 0
             self._before = blocks - len(missing)
             self._bar = tqdm(
                 total=blocks, initial=self._before, unit="block", desc="generate", mininterval=1.0

@@ -19,6 +19,7 @@ import xxhash
 from megadistill.config import Config
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, find_model
+from megadistill.targets import PARAMETERS
 
 # Keys of config.json that change with the library or the copy, never with what the model computes.
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -31,13 +32,17 @@ def cache_recipe(config: Config, tokens_recipe: dict[str, Any]) -> dict[str, Any
     """
     teacher, targets = config.teacher, config.targets
     files = find_model(teacher.model, key="teacher.model", revision=teacher.revision)
-    method = {"tau": targets.tau} if targets.method == "varopt" else {"k": targets.k}
+    method = {name: getattr(targets, name) for name in PARAMETERS[targets.method]}
+    if targets.positions == "entropy":
+        method["min_entropy"] = targets.min_entropy
     return {
         "attention": teacher.attention,
         "dtype": teacher.dtype,
         "engine": teacher.engine,
+        "entropy": targets.entropy,
         "method": targets.method,
         "micro_batch": teacher.micro_batch,
+        "nll": targets.nll,
         "positions": targets.positions,
         "seed": targets.seed,
         "seq_len": config.data.seq_len,

@@ -1,66 +1,173 @@
-"""The readable table of an inspection."""
+"""The readable tables of an inspection and of a comparison."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_SHOWN = 10  # blocks and findings listed before "and n more"
+Rows = list[tuple[str, str]]
+
+_SHOWN = 10  # blocks, findings and members listed before "and n more"
+_UNITS = {1000: ("", "thousand", "million", "billion", "trillion"),
+          1024: ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")}  # fmt: skip
 
 
 def table(facts: dict[str, Any]) -> str:
     """What `inspect_store` found, a line a fact."""
-    total = facts["num_blocks"]
-    state = "complete" if facts["complete"] else "INCOMPLETE OR DAMAGED"
+    state = "complete" if facts["complete"] else "DAMAGED" if facts["findings"] else "INCOMPLETE"
+    title = f"{facts['path']}: {facts['kind']}, format {facts['format_version']}, {state}"
+    return "\n".join([title, *_lines(_rows(facts)), *_findings(facts["findings"])])
+
+
+def _rows(facts: dict[str, Any]) -> Rows:
     rows = [
-        (facts["path"], f"{facts['kind']}, format {facts['format_version']}, {state}"),
-        ("blocks", f"{facts['committed_blocks']:,} of {total:,}"),
-        ("sequences", _of(facts["num_sequences"], facts["planned_sequences"])),
-        ("sequence length", _text(facts["seq_len"])),
-        ("positions", f"{facts['num_positions']:,}"),
-        ("bytes", f"{facts['bytes']:,}"),
+        ("blocks", f"{_of(facts['committed_blocks'], facts['num_blocks'])}, "
+                   f"of {facts['block_size']:,} sequences"),
+        ("sequences", f"{_of(facts['num_sequences'], facts['planned_sequences'])}, "
+                      f"of {_text(facts['seq_len'])} tokens"),
+        ("positions", _human(facts["num_positions"], 1000)),
+        ("size on disk", _human(facts["bytes"], 1024)),
         ("content hash", facts["content_hash"]),
-        ("vocabulary", _text(facts["vocab_size"])),
         ("tokenizer", _text(facts["tokenizer"])),
-    ]
+        ("vocabulary", f"{_text(facts['vocab_size'])} ids"),
+    ]  # fmt: skip
     if facts["kind"] == "cache":
-        parameters = ", ".join(f"{k} {v}" for k, v in facts["parameters"].items())
-        rows += [
-            ("teacher", _text(facts["teacher"])),
-            ("method", f"{facts['method']} ({parameters})"),
-            ("entries a position", _number(facts["entries_per_position"])),
-            ("bytes a position", _number(facts["bytes_per_position"])),
-            ("listed mass", _spread(facts["listed_mass"])),
-            ("entropy, nats", _spread(facts["entropy"])),
-            ("teacher nll, nats", _spread(facts["teacher_nll"])),
-            *(("made with", _text(made)) for made in facts["made_with"]),
-        ]
+        rows += _target_rows(facts)
     else:
         counted = {k: v for k, v in facts["statistics"].items() if isinstance(v, int)}
-        rows += [(k.replace("_", " "), f"{v:,}") for k, v in counted.items()]
+        rows += [(k.replace("_", " "), _human(v, 1000)) for k, v in counted.items()]
     rows.append(("checked", "every byte" if facts["verified"] else "markers; --verify for bytes"))
+    if facts["unfinished"]:
+        rows.append(("unfinished", facts["unfinished"]))
     if facts["missing_blocks"]:
         rows.append(("missing blocks", _listed(facts["missing_blocks"])))
-    width = max(len(name) for name, _ in rows[1:])
-    lines = [": ".join(rows[0])] + [f"  {name:<{width}}  {value}" for name, value in rows[1:]]
-    findings = facts["findings"]
-    lines += [f"  DAMAGED  {finding}" for finding in findings[:_SHOWN]]
+    return rows
+
+
+def _target_rows(facts: dict[str, Any]) -> Rows:
+    parameters = ", ".join(f"{k} {v}" for k, v in facts["parameters"].items())
+    return [
+        ("teacher", _text(facts["teacher"])),
+        ("method", f"{facts['method']} ({parameters})"),
+        ("entries", f"{_number(facts['entries_per_position'])} a position"),
+        ("bytes", f"{_number(facts['bytes_per_position'])} a position"),
+        ("listed mass", _spread(facts["listed_mass"], "")),
+        ("entropy", _spread(facts["entropy"], "nats")),
+        ("teacher nll", _spread(facts["teacher_nll"], "nats")),
+        *(("made with", _text(made)) for made in facts["made_with"]),
+    ]
+
+
+def difference_table(facts: dict[str, Any]) -> str:
+    """What `diff_stores` found, most telling first. A is the left store, B the right one."""
+    rows: Rows = [("A", facts["left"]), ("B", facts["right"])]
+    for entry in facts["recipe"][:_SHOWN]:
+        rows += [
+            (entry["field"], f"A {_text(entry['left'])}"),
+            ("", f"B {_text(entry['right'])}"),
+        ]
+    if len(facts["recipe"]) > _SHOWN:
+        rows.append(("", f"and {len(facts['recipe']) - _SHOWN} more members; --json lists all"))
+    if facts["plan"]:
+        plans = [_text(facts["plan"][side]) for side in ("left", "right")]
+        rows.append(("planned sequences", f"A {plans[0]}, B {plans[1]}"))
+    rows += _block_rows(facts)
+    lines = ["EQUAL in content" if facts["equal"] else "DIFFERENT", *_lines(rows)]
+    if facts["first"]:
+        lines += _first_lines(facts["first"])
+    told = [
+        f"{e['field']}: A {_text(e['left'])}, B {_text(e['right'])} (block {_listed(e['blocks'])})"
+        for e in facts["told"][:_SHOWN]
+    ]
+    if len(facts["told"]) > _SHOWN:
+        told.append(f"and {len(facts['told']) - _SHOWN} more; --json lists all")
+    if not (told or facts["only_left"] or facts["only_right"] or facts["different_blocks"]):
+        told = [f"{n}: should follow from the equal markers" for n in facts["derived"]]
+    if told:
+        lines += ["  differs too, and is no part of the content:", *(f"    {t}" for t in told)]
+    return "\n".join(lines)
+
+
+def _block_rows(facts: dict[str, Any]) -> Rows:
+    if facts["blocks_in_both"] is None:
+        return [("blocks", "of other sizes, not compared")]
+    rows = [
+        (f"blocks only in {side}", _listed(facts[name]))
+        for side, name in (("A", "only_left"), ("B", "only_right"))
+        if facts[name]
+    ]
+    different = facts["different_blocks"]
+    both = f"{facts['blocks_in_both']:,} in both, {len(different):,} of them with other content"
+    return [*rows, ("blocks", both + (f": {_listed(different)}" if different else ""))]
+
+
+def _first_lines(first: dict[str, Any]) -> list[str]:
+    where = f"  first difference: block {first['block']}"
+    if first["sequence"] is None:
+        return [f"{where}, in its bytes; all of it is equal when decoded"]
+    where += f", sequence {first['sequence']}"
+    if first["position"] is None:
+        return [f"{where}: one of them ends there"]
+    left, right = first["left"], first["right"]
+    rows = [("", "A", "B")]
+    for name in [n for n in left | right if n not in ("ids", "weights")]:
+        rows.append((name.replace("_", " "), _text(left.get(name)), _text(right.get(name))))
+    weights = [
+        dict(zip(s.get("ids", []), s.get("weights", []), strict=True)) for s in (left, right)
+    ]
+    entries = [(token, *(side.get(token) for side in weights)) for token in weights[0] | weights[1]]
+    parted = [(token, a, b) for token, a, b in entries if a != b]
+    rows += [(f"weight of id {t}", _weight(a), _weight(b)) for t, a, b in parted[:_SHOWN]]
+    if len(parted) > _SHOWN:
+        rows.append((f"and {len(parted) - _SHOWN} more ids", "", ""))
+    lines = [
+        f"    {name:<22}  {a:<14}  {b:<14}{'  differs' if name and a != b else ''}".rstrip()
+        for name, a, b in rows
+    ]
+    return [f"{where}, position {first['position']}", *lines]
+
+
+def _lines(rows: Rows) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {value}" for name, value in rows]
+
+
+def _findings(findings: list[str]) -> list[str]:
+    lines = [f"  DAMAGED  {finding}" for finding in findings[:_SHOWN]]
     if len(findings) > _SHOWN:
         lines.append(f"  DAMAGED  and {len(findings) - _SHOWN} more; --json lists all")
-    return "\n".join(lines)
+    return lines
 
 
 def _of(part: int, whole: int | None) -> str:
     return f"{part:,}" if whole is None else f"{part:,} of {whole:,}"
 
 
+def _human(number: int, base: int) -> str:
+    """The exact number, and the same in units that can be read at a glance."""
+    value, unit = float(number), 0
+    while value >= base and unit + 1 < len(_UNITS[base]):
+        value, unit = value / base, unit + 1
+    exact = f"{number:,} bytes" if base == 1024 else f"{number:,}"
+    return exact if unit == 0 else f"{exact} ({value:.4g} {_UNITS[base][unit]})"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _spread(values: dict[str, float] | None) -> str:
+def _weight(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _spread(values: dict[str, float] | None, unit: str) -> str:
+    """Mean and quantiles, in words."""
     if values is None:
         return "-"
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return (
+        f"mean {values['mean']:.4f} {unit}".rstrip()
+        + f"; 5% below {values['p05']:.4f}, half below {values['p50']:.4f}, "
+        + f"95% below {values['p95']:.4f}"
+    )
 
 
 def _listed(blocks: list[int]) -> str:
@@ -74,5 +181,7 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-    text = f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return text if len(text) <= 40 else f"{text[:16]}..."

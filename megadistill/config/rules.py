@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megadistill.config.deepspeed_keys import deepspeed_problems
 from megadistill.errors import ConfigError
-from megadistill.targets import check_divergence
+from megadistill.targets import PARAMETERS, check_divergence
 
 if TYPE_CHECKING:
     from megadistill.config.schema import Config
@@ -39,7 +39,12 @@ def default_groups(global_batch: int) -> int:
 def worst_bytes_per_position(config: Config) -> float:
     """The most bytes that a position's targets can take in a cache, in any of its encodings."""
     targets = config.targets
-    entries = targets.k + 1 if targets.method == "topk" else 1 / targets.tau + 1
+    entries = {
+        "varopt": 1 / targets.tau + 1,
+        "multinomial": targets.draws,
+        "topk": targets.k + 1,
+        "topp": targets.k + 1,
+    }[targets.method]
     return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
 
 
@@ -172,10 +177,24 @@ def _targets(config: Config) -> Iterator[Problem]:
     if data.block_size > fits:
         advice = f"set data.block_size to {fits} or less" if fits else "make data.seq_len smaller"
         yield Problem(
-            ("data.block_size", "data.seq_len", "targets.method", "targets.k", "targets.tau"),
+            (
+                "data.block_size",
+                "data.seq_len",
+                "targets.method",
+                *(f"targets.{name}" for name in PARAMETERS[targets.method]),
+            ),
             f"a block of {data.block_size} sequences of {data.seq_len} tokens can take "
             f"{data.block_size * worst / 2**30:.1f} GiB, expected less than the 4 GiB of a shard: "
             f"{advice}",
+        )
+    if (targets.min_entropy is not None) != (targets.positions == "entropy"):
+        yield Problem(
+            ("targets.min_entropy", "targets.positions"),
+            f"is read with targets.positions=entropy only, and positions is {targets.positions}: "
+            "remove it, or set targets.positions=entropy"
+            if targets.min_entropy is not None
+            else "targets.positions=entropy leaves out positions below it: set it, in nats, for "
+            "example targets.min_entropy=0.5",
         )
     if config.student is None:
         return

@@ -6,9 +6,11 @@ What concerns more than one key stands in rules.py.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -40,6 +42,16 @@ WeightFloat = Annotated[float, Field(ge=0), _Number]
 Share = Annotated[float, Field(ge=0, le=1), _Number]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
+
+
+def _an_existing_part(text: str) -> str:
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise PydanticCustomError("part", "expected I/N with I from 0 to N-1, such as 0/3")
+    return text
+
+
+Part = Annotated[str, AfterValidator(_an_existing_part)]
 
 
 class Section(BaseModel):
@@ -126,20 +138,39 @@ class TeacherConfig(Section):
 class TargetsConfig(Section):
     """What is kept of the teacher's distribution at each position."""
 
-    method: Literal["varopt", "topk"] = Field(
+    method: Literal["varopt", "multinomial", "topk", "topp"] = Field(
         default="varopt",
-        description="`varopt` samples without bias; `topk` keeps the k most probable ids",
+        description="`varopt` and `multinomial` sample without bias; `topk` keeps the k most "
+        "probable ids, `topp` as many of them as have mass p",
     )
     tau: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.06,
         description="`varopt`: ids of at least this probability are kept, the rest is sampled in "
         "steps of it; at most 1/tau + 1 entries a position",
     )
-    k: PositiveInt = Field(default=64, description="`topk`: entries of a position")
+    draws: Annotated[int, Field(gt=0, le=65_535), _Number] = Field(
+        default=50, description="`multinomial`: draws with replacement at a position"
+    )
+    k: PositiveInt = Field(
+        default=64, description="`topk`: entries of a position; `topp`: the most entries"
+    )
+    p: Annotated[float, Field(gt=0, le=1), _Number] = Field(
+        default=0.95, description="`topp`: the mass to keep"
+    )
     temperature: PositiveFloat = Field(default=1.0, description="the teacher's softmax temperature")
     seed: Seed = Field(default=0, description="seed of the sampling")
-    positions: Literal["all", "loss_mask"] = Field(
-        default="all", description="which positions get targets: all, or only completions"
+    positions: Literal["all", "loss_mask", "entropy"] = Field(
+        default="all",
+        description="which positions get targets: all, only completions, or those where the "
+        "teacher's entropy is at least `min_entropy`",
+    )
+    min_entropy: PositiveFloat | None = Field(
+        default=None, description="`positions: entropy`: in nats, at `temperature`"
+    )
+    entropy: bool = Field(default=True, description="keep the teacher's entropy, a byte a position")
+    nll: bool = Field(
+        default=True,
+        description="keep minus the teacher's log-probability of the true token, a byte a position",
     )
 
 
@@ -156,6 +187,17 @@ class CacheConfig(Section):
         description="share of the bytes still to come that must be free: where less is, generating "
         "stops cleanly and can go on later; 0: do not watch, nor refuse a disk that is too small",
     )
+    part: Part | None = Field(
+        default=None,
+        description="`I/N`: generate only the blocks b with b mod N = I; the parts, in folders of "
+        "their own, are merged with tools/merge_and_inspect.py",
+    )
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): the blocks b with b mod n = i are to be generated."""
+        index, _, parts = (self.part or "0/1").partition("/")
+        return int(index), int(parts)
 
 
 class StudentConfig(Section):
@@ -266,6 +308,9 @@ class ParallelConfig(Section):
     )
     timeout_s: PositiveInt = Field(
         default=1800, description="seconds until a stuck collective gives up"
+    )
+    heartbeat_s: PositiveInt = Field(
+        default=60, description="seconds without an answer until another host counts as gone"
     )
     cpu_threads: PositiveInt = Field(
         default=1,

@@ -23,26 +23,14 @@ def load_tokenizer(config: Config) -> Any:
     ConfigError: there is none, it is a slow one, it has no end token, or a chat is asked for and it
     has no chat template.
     """
-    from transformers import AutoTokenizer
-
-    own = config.data.tokenizer is not None
-    key = "data.tokenizer" if own else "teacher.model"
-    name = config.data.tokenizer if own else config.teacher.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=None if own else config.teacher.revision,
-            trust_remote_code=config.teacher.trust_remote_code,
-        )
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{key}: {name}: no tokenizer can be loaded: {lines[0]}") from error
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"{key}: {name}: expected a fast tokenizer (a tokenizer.json), found "
-            f"{type(tokenizer).__name__}: convert it with `tokenizer.save_pretrained` of its Fast "
-            "class, and set data.tokenizer to that folder"
-        )
+    own, teacher = config.data.tokenizer, config.teacher
+    key, name = ("teacher.model", teacher.model) if own is None else ("data.tokenizer", own)
+    tokenizer = open_tokenizer(
+        name,
+        key=key,
+        revision=teacher.revision if own is None else None,
+        trust_remote_code=teacher.trust_remote_code,
+    )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{key}: {name}: the tokenizer has no end token, which ends every document: set "
@@ -52,6 +40,28 @@ def load_tokenizer(config: Config) -> Any:
         raise ConfigError(
             f"{key}: {name}: data.messages_field is set and the tokenizer has no chat template: "
             "set data.tokenizer to the folder of one that has (a chat_template.jinja)"
+        )
+    return tokenizer
+
+
+def open_tokenizer(
+    name: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The fast tokenizer of a folder or a hub id. ConfigError naming `key`, which asked for it."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{key}: {name}: no tokenizer can be loaded: {lines[0]}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{key}: {name}: expected a fast tokenizer (a tokenizer.json), found "
+            f"{type(tokenizer).__name__}: convert it with `tokenizer.save_pretrained` of its Fast "
+            "class, and give that folder as the tokenizer (data.tokenizer)"
         )
     return tokenizer
 

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +22,7 @@ import torch.distributed as dist
 
 from megadistill.config import Config
 from megadistill.errors import TrainError
-from megadistill.parallel import Mesh
+from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
 from megadistill.train.checkpoint import Position
 from megadistill.train.data import Batches, MicroBatch
@@ -91,12 +88,16 @@ def run_steps(
         micro_batch=settings.micro_batch, with_targets=run.stores[0].has_targets,
         first=start.step, last=run.steps,
     )  # fmt: skip
-    with batches, _told_to_stop() as told:
+    with batches, told_to_stop() as told:
         for step in range(start.step, run.steps):
             started = time.monotonic()
             share = next(batches)
             data_s = time.monotonic() - started
-            counts = [sum(b.kd_count for b in share), sum(b.ce_count for b in share), len(told)]
+            counts = [
+                sum(b.kd_count for b in share),
+                sum(b.ce_count for b in share),
+                int(told.is_set()),
+            ]
             kd_count, ce_count, stop = mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
             if stop:
                 break
@@ -201,14 +202,3 @@ def _refuse_non_finite(run: Run, mesh: Mesh, step: int, batches: list[MicroBatch
         f"{', '.join(map(str, numbers))} of {run.stores[0].name}: nothing was saved after the last "
         "checkpoint; lower train.lr, or look at these sequences"
     )
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """A list that holds something once SIGTERM has come."""
-    told: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.files import xxh3_of
 from megadistill.blocks.records import decode_json, encode_json, read_json
 from megadistill.errors import CorruptBlockError, StoreError
 from tests.blocks.stores import fill, make_samples, same_sample
@@ -89,9 +91,44 @@ def test_the_error_names_file_expected_and_found(store: BlockStore) -> None:
     shard.write_bytes(data)
     with pytest.raises(CorruptBlockError) as caught:
         BlockStore.open(store.path)[7]
-    assert caught.value.file == f"{shard}, sequence 7"
-    assert caught.value.expected != caught.value.found
+    assert caught.value.file == str(shard)
+    assert caught.value.expected == f"xxh3 {store.marker(1)['shard']['xxh3']}"
+    assert caught.value.found == xxhash.xxh3_64_hexdigest(data)
     assert "\n" not in str(caught.value)
+
+
+def test_a_shard_is_verified_when_it_is_opened_and_its_samples_at_every_read(
+    store: BlockStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+
+    def counted(handle: int, path: Path) -> int:
+        hashed.append(path)
+        return xxh3_of(handle, path)
+
+    monkeypatch.setattr("megadistill.blocks.shard.xxh3_of", counted)
+    store = BlockStore.open(store.path)
+    shard = store.layout.shard(1)
+    assert same_sample(store[4], SAMPLES[4])
+    assert same_sample(store[5], SAMPLES[5])
+    store._shards.drop(1)  # as when more blocks are read from than are kept open
+    assert same_sample(store[4], SAMPLES[4])
+    assert hashed == [shard]
+    sound = shard.read_bytes()
+    with shard.open("r+b") as file:  # rewritten underneath, behind an open shard
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([sound[-1] ^ 1]))
+    assert same_sample(store[4], SAMPLES[4])
+    with pytest.raises(CorruptBlockError, match="sequence 7: expected xxh3"):
+        store[7]
+    os.truncate(shard, len(sound) - 20)  # a memory map would end the process here
+    with pytest.raises(CorruptBlockError, match=rf"expected {len(sound)} bytes, found"):
+        store[7]
+    store._shards.drop(1)
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(CorruptBlockError, match=r"shard\.000001\.mds: expected xxh3"):
+        store[4]  # another file now: verified anew, though sample 4 of it is right
+    assert hashed == [shard, shard]
 
 
 def test_shards_in_each_others_place_are_found_by_reading(tmp_path: Path) -> None:
@@ -100,7 +137,13 @@ def test_shards_in_each_others_place_are_found_by_reading(tmp_path: Path) -> Non
     os.rename(first, tmp_path / "spare")
     os.rename(second, first)
     os.rename(tmp_path / "spare", second)
-    with pytest.raises(CorruptBlockError, match="sequence 0"):
+    with pytest.raises(CorruptBlockError, match=r"shard\.000000\.mds: expected xxh3"):
+        BlockStore.open(store.path)[0]
+    # The records' sums are seeded with the sequence number: a marker that agrees is no way round.
+    (store.path / "blocks.bin").unlink()
+    theirs = store.marker(1)["shard"]["xxh3"]
+    forge(store.layout.marker(0), lambda m: m["shard"].update(xxh3=theirs))
+    with pytest.raises(CorruptBlockError, match="sequence 0: expected xxh3"):
         BlockStore.open(store.path)[0]
 
 
@@ -153,8 +196,6 @@ def test_links_pipes_and_folders_are_not_read(store: BlockStore) -> None:
 
 
 def test_json_that_is_deep_or_doubled_or_not_canonical_is_refused() -> None:
-    import xxhash
-
     for body in (b'{"a":' * 100_000, b'{"a":1,"a":2', b'{"b":1,"a":2', b'{ "a":1', b"[1", b""):
         tail = f',"xxh3":"{xxhash.xxh3_64_hexdigest(body)}"}}\n'.encode()
         with pytest.raises(CorruptBlockError):

@@ -26,7 +26,7 @@ def part(path: Path, blocks: list[int], *, total: int = 18, seed: int = 0) -> Bl
 def test_parts_merged_are_the_single_run(tmp_path: Path) -> None:
     single = fill(tmp_path / "single", SAMPLES)
     parts = [part(tmp_path / f"part{i}", [b for b in range(5) if b % 3 == i]) for i in range(3)]
-    merged = merge_stores(tmp_path / "merged", parts)
+    merged = merge_stores(tmp_path / "merged", parts).store
     assert merged.complete()
     assert tree(merged.path) == tree(single.path)
     assert merged.content_hash() == single.content_hash()
@@ -37,9 +37,9 @@ def test_parts_merged_are_the_single_run(tmp_path: Path) -> None:
 def test_overlapping_parts_and_a_second_merge_are_one_store(tmp_path: Path) -> None:
     single = fill(tmp_path / "single", SAMPLES)
     parts = [part(tmp_path / "a", [0, 1, 2]), part(tmp_path / "b", [2, 3])]
-    merged = merge_stores(tmp_path / "merged", parts)
+    merged = merge_stores(tmp_path / "merged", parts).store
     assert merged.missing() == [4]
-    again = merge_stores(tmp_path / "merged", [part(tmp_path / "c", [4, 0])])
+    again = merge_stores(tmp_path / "merged", [part(tmp_path / "c", [4, 0])]).store
     assert tree(again.path) == tree(single.path)
 
 
@@ -50,7 +50,7 @@ def test_a_block_held_twice_with_different_bytes_is_listed_unless_one_is_preferr
     with pytest.raises(StoreError, match=r"different bytes: 2 \(.*content_hash.*--prefer"):
         merge_stores(tmp_path / "merged", parts)
     assert not (tmp_path / "merged").exists()
-    merged = merge_stores(tmp_path / "merged", parts, prefer=tmp_path / "b")
+    merged = merge_stores(tmp_path / "merged", parts, prefer=tmp_path / "b").store
     assert merged.marker(2) == parts[1].marker(2)
     with pytest.raises(StoreError, match="not among the stores"):
         merge_stores(tmp_path / "other", parts, prefer=tmp_path / "c")
@@ -73,7 +73,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_the_larger_plan_counts_and_a_block_short_under_it_is_left_out(tmp_path: Path) -> None:
     parts = [part(tmp_path / "a", [0, 1, 2], total=10), part(tmp_path / "b", [3, 4])]
-    merged = merge_stores(tmp_path / "merged", parts)
+    merged = merge_stores(tmp_path / "merged", parts).store
     assert merged.num_sequences == 18
     assert merged.missing() == [2]
 
@@ -82,7 +82,7 @@ def test_a_damaged_block_is_taken_from_the_part_where_it_is_sound(tmp_path: Path
     parts = [part(tmp_path / "a", [0, 1]), part(tmp_path / "b", [1, 2, 3, 4])]
     shard = parts[0].layout.shard(1)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    merged = merge_stores(tmp_path / "merged", parts)
+    merged = merge_stores(tmp_path / "merged", parts).store
     assert tree(merged.path) == tree(fill(tmp_path / "single", SAMPLES).path)
     shard = parts[1].layout.shard(2)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from megadistill.targets import SparseTargets
+from megadistill.cache.codec import decode_targets, encode_targets
+from megadistill.targets import SAMPLED, SparseTargets
+
+PER_ENTRY = ("ids", "weights")
+PER_POSITION = ("offsets", "tail", "heads", "truth_added")
 
 
 def make_targets(
-    method: str, *, positions: int = 12, vocab_size: int = 1000, seed: int = 0, extras: bool = True
+    method: str,
+    *,
+    positions: int = 12,
+    vocab_size: int = 1000,
+    seed: int = 0,
+    extras: bool = True,
+    most: int = 6,
 ) -> SparseTargets:
-    """Ragged rows, some of them empty; with entropy and nll (nan in the last row) by `extras`."""
+    """As the codec gives them back, so that they can be told from others bit for bit."""
+    raw = raw_targets(
+        method, positions=positions, vocab_size=vocab_size, seed=seed, extras=extras, most=most
+    )
+    return decode_targets(encode_targets(raw, vocab_size=vocab_size), vocab_size=vocab_size)
+
+
+def raw_targets(
+    method: str,
+    *,
+    positions: int = 12,
+    vocab_size: int = 1000,
+    seed: int = 0,
+    extras: bool = True,
+    most: int = 6,
+) -> SparseTargets:
+    """Rows of up to `most` entries, some empty; entropy, nll (nan in the last row) by `extras`."""
     rng = np.random.default_rng(seed)
-    counts = rng.integers(0, 7, positions)
-    rows = [rng.choice(vocab_size, n, replace=False) for n in counts]
-    heads = np.minimum(rng.integers(1, 7, positions), counts)
-    weights, tails = [], []
+    counts = rng.integers(0, most + 1, positions)
+    truth = (rng.random(positions) < 0.3) & (counts > 1) if method not in SAMPLED else None
+    heads = np.minimum(rng.integers(1, most + 1, positions), counts)
+    ids, weights, tails = [], [], []
     for n, h in zip(counts, heads, strict=True):
+        ids.append(rng.choice(vocab_size, n, replace=False))
         p = rng.dirichlet(np.ones(n + 1)).astype(np.float32)
+        tails.append(0 if method in SAMPLED else p[n])
         row = p[:n].copy()
-        if method == "varopt" and n > h:
-            row[h:] = np.float32((1 - row[:h].sum()) / (n - h))
-        elif method == "multinomial":
-            row = (rng.integers(1, 9, n) / 50).astype(np.float32)
+        if method == "varopt" and n:
+            row /= row.sum()
+            row[h:] = row[h:].mean() if n > h else 0
+        elif method == "multinomial" and n:
+            row = (1 + rng.multinomial(50 - n, p / p.sum())[:n]).astype(np.float32)
+            row[0] += 50 - row.sum()
+            row /= np.float32(50)
+        elif n:
+            row = np.sort(row)[::-1]
         weights.append(row)
-        tails.append(p[n] if method in ("topk", "topp") else 0)
     entropy = rng.exponential(2, positions).astype(np.float32)
     nll = rng.exponential(3, positions).astype(np.float32)
     nll[-1] = np.nan
     return SparseTargets(
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        ids=np.concatenate(rows).astype(np.int64),
+        ids=np.concatenate(ids).astype(np.int64),
         weights=np.concatenate(weights).astype(np.float32),
-        tail=np.array(tails, np.float32),
+        tail=np.array(tails, np.float32) * (counts > 0),
         method=method,
         temperature=0.7,
         entropy=entropy if extras else None,
         nll=nll if extras else None,
         heads=heads.astype(np.int64) if method == "varopt" else None,
-        truth_added=(rng.random(positions) < 0.3) if method in ("topk", "topp") else None,
+        truth_added=truth,
     )
+
+
+def by_id(t: SparseTargets) -> SparseTargets:
+    """The same targets, each row's entries by rising id."""
+    row_E = np.repeat(np.arange(len(t)), t.counts)
+    order = np.lexsort((t.ids, row_E))
+    return dataclasses.replace(t, ids=t.ids[order], weights=t.weights[order])
 
 
 def assert_equal_targets(left: SparseTargets, right: SparseTargets) -> None:
     """Equal but for entropy and nll, which the codec rounds."""
     assert (left.method, left.temperature) == (right.method, right.temperature)
-    for name in ("offsets", "ids", "weights", "tail", "heads", "truth_added"):
+    for name in PER_ENTRY + PER_POSITION:
         a, b = getattr(left, name), getattr(right, name)
         assert (a is None) == (b is None), name
         if a is not None:

@@ -39,7 +39,7 @@ def _plain(line: str) -> str:
     return "".join(c for c in line if c.isalnum() or c in " .,:=")
 
 
-def settings(folder: Path, cache: Path | str, **sections) -> Config:
+def settings(folder: Path, cache: Path | str, /, **sections) -> Config:
     keys = {
         "data": {
             "files": [str(folder / "text.jsonl")], "dir": str(folder / "tokens"),
@@ -134,6 +134,45 @@ def test_two_tensor_parallel_ranks_write_one_cache(corpus, tmp_path):
     assert open_cache(tmp_path / "cache").complete()
 
 
+@pytest.mark.parametrize("method", ["multinomial", "topk", "topp"])
+def test_every_method_fills_a_cache_with_its_own_parameters_alone_in_the_recipe(
+    corpus, tmp_path, method
+):
+    targets = {"method": method, "draws": 20, "k": 6, "p": 0.5, "nll": False}
+    config = settings(corpus, tmp_path / "cache", targets=targets)
+    run_ranks(2, "tests.cache.test_build:build", config=config)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.complete()
+    assert cache.verify() == []
+    assert {n for n in ("tau", "draws", "k", "p", "min_entropy") if n in cache.recipe} == {
+        "multinomial": {"draws"}, "topk": {"k"}, "topp": {"k", "p"},
+    }[method]  # fmt: skip
+    found = cache[0]["targets"]
+    assert found.method == method
+    assert 0 < found.counts.max() <= {"multinomial": 20, "topk": 7, "topp": 7}[method]
+    assert found.entropy is not None
+    assert found.nll is None
+
+
+def test_positions_below_the_entropy_threshold_have_no_target(single, corpus, tmp_path):
+    entropies = np.concatenate([s["targets"].entropy for s in open_cache(single)])
+    threshold = float(np.nanmedian(entropies))
+    targets = {"tau": 0.1, "positions": "entropy", "min_entropy": threshold, "entropy": False}
+    config = settings(corpus, tmp_path / "cache", targets=targets)
+    run_ranks(1, "tests.cache.test_build:build", config=config)
+    kept = total = 0
+    for all_of_them, some in zip(open_cache(single), open_cache(tmp_path / "cache"), strict=True):
+        full, part = all_of_them["targets"], some["targets"]
+        assert part.entropy is None
+        total += int((full.counts > 0).sum())
+        for n in np.nonzero(part.counts)[0]:
+            a, b = full.rows(n, n + 1), part.rows(n, n + 1)
+            assert float(full.entropy[n]) > threshold - 0.1  # a byte keeps it, to a few hundredths
+            np.testing.assert_array_equal(a.ids, b.ids)
+            kept += 1
+    assert 0.3 * total < kept < 0.7 * total
+
+
 def test_an_interrupted_run_is_finished_by_another_number_of_ranks(single, corpus, tmp_path):
     cache = tmp_path / "cache"
     config = settings(corpus, cache)
@@ -154,6 +193,53 @@ def test_a_rerun_on_a_complete_cache_loads_no_teacher_and_changes_no_file(
     assert {path: path.stat().st_mtime_ns for path in single.rglob("*")} == before
 
 
+def test_three_parts_merged_are_the_single_run(single, corpus, tmp_path):
+    from megadistill.blocks.merge import merge_stores
+    from megadistill.cache.inspection import block_check, inspect_store, require_sum
+
+    for i in range(3):
+        config = settings(corpus, tmp_path / str(i), cache={"part": f"{i}/3"})
+        run_ranks(1 + i % 2, "tests.cache.test_build:build", config=config)
+        part = BlockStore.open(tmp_path / str(i))
+        assert part.committed() == [b for b in range(part.num_blocks) if b % 3 == i]
+        assert not part.complete()
+        before = {path: path.stat().st_mtime_ns for path in part.path.rglob("*")}
+        assert run_ranks(1, "tests.cache.test_build:rerun", config=config)[0].computed_blocks == 0
+        assert {path: path.stat().st_mtime_ns for path in part.path.rglob("*")} == before
+    parts = [BlockStore.open(tmp_path / str(i)) for i in range(3)]
+    merged = merge_stores(tmp_path / "merged", parts, check_of=block_check)
+    require_sum(merged.store, merged.taken)
+    assert hashes(tmp_path / "merged") == hashes(single)
+    facts = inspect_store(tmp_path / "merged", verify=True)
+    assert facts["complete"]
+    assert facts["content_hash"] == inspect_store(single)["content_hash"]
+
+
+def test_a_part_says_how_it_becomes_a_whole(single, corpus, tmp_path):
+    config = settings(corpus, tmp_path / "0", cache={"part": "0/3"})
+    said = run_ranks(1, "tests.cache.test_build:said_by_building", config=config)[0]
+    assert "part 0/3 is complete; when the others are, merge them" in said
+    config = settings(corpus, tmp_path / "all", cache={"part": "0/1"})
+    assert run_ranks(1, "tests.cache.test_build:said_by_building", config=config)[0] == ""
+    assert hashes(tmp_path / "all") == hashes(single)
+
+
+def said_by_building(mesh, config: Config) -> str:
+    import io
+    import logging
+
+    from megadistill.cache import build as module
+
+    handler = logging.StreamHandler(io.StringIO())
+    module.log.addHandler(handler)
+    module.log.setLevel(logging.INFO)
+    try:
+        module.build_cache(config, mesh, validate=False)
+    finally:
+        module.log.removeHandler(handler)
+    return handler.stream.getvalue()
+
+
 def rerun(mesh, config: Config):
     from megadistill.cache import build as module
 
@@ -172,6 +258,9 @@ def rerun(mesh, config: Config):
     [
         ("targets", {"tau": 0.2}, "tau"),
         ("targets", {"seed": 5}, "seed"),
+        ("targets", {"method": "multinomial"}, "method"),
+        ("targets", {"nll": False}, "nll"),
+        ("targets", {"positions": "entropy", "min_entropy": 1.0}, "positions"),
         ("teacher", {"micro_batch": 4}, "micro_batch"),
     ],
 )

@@ -49,6 +49,16 @@ def changed(*settings: str) -> dict:
         (["teacher.engine=zero3", "teacher.tp=2"], "teacher.tp: 2 with teacher.engine=zero3"),
         (["targets.method=topk", "targets.k=4096"],
          "data.block_size: a block of 256 sequences of 2048 tokens can take 16"),
+        (["targets.method=topp", "targets.k=4096"], "2048 tokens can take 16"),
+        (["targets.method=multinomial", "targets.draws=4096"], "2048 tokens can take 16"),
+        (["targets.positions=entropy"],
+         "targets.min_entropy: targets.positions=entropy leaves out positions below it: set it"),
+        (["targets.min_entropy=1"], "targets.min_entropy: is read with targets.positions=entropy "
+                                    "only, and positions is all: remove it, or set"),
+        (["targets.min_entropy=1", "data.prompt_field=p", "data.completion_field=c",
+          "data.source=null", "data.name=x", "targets.positions=loss_mask"],
+         "and positions is loss_mask"),
+        (["targets.method=multinomial", "targets.temperature=2"], "set loss.temperature=2.0"),
         (["targets.temperature=2"], "loss.temperature: 1.0 differs from the targets' temperature"),
         (["loss.kd_weight=0"], "loss: kd_weight and ce_weight are both 0"),
         (["train.micro_batch=6"], "set train.micro_batch to a divisor of 64, for example 4"),
@@ -77,6 +87,10 @@ def test_what_contradicts_itself_is_refused_with_what_to_do(settings, said):
         ["student=null", "targets.temperature=2", "train.steps=null"],
         ["order.shuffle=sequential", "order.groups=5"],
         ["train.steps=null", "train.epochs=0.5"],
+        ["targets.method=multinomial", "targets.draws=65535", "data.block_size=1"],
+        ["targets.method=topp", "targets.p=1", "targets.k=4096", "data.block_size=32"],
+        ["targets.method=topk", "targets.draws=5", "targets.tau=0.5", "targets.p=0.5"],
+        ["targets.positions=entropy", "targets.min_entropy=0.5", "targets.entropy=false"],
         ["eval.cache=w/cache"],  # the held-out cache is generated under the training configuration
         ["cache.dir=w/tokens2"],
         ["loss.kd_weight=0", "loss.ce_weight=1"],
@@ -86,6 +100,27 @@ def test_what_is_sound_is_not_refused(settings):
     config, found = validate(changed(*settings))
     assert found == []
     assert config is not None
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("targets.tau=0", "targets.tau: expected a number above 0, found 0"),
+        ("targets.tau=1.5", "targets.tau: expected a number of at most 1, found 1.5"),
+        ("targets.draws=0", "targets.draws: expected a number above 0, found 0"),
+        ("targets.draws=65536", "targets.draws: expected a number of at most 65535, found 65536"),
+        ("targets.draws=true", "targets.draws: expected a number"),
+        ("targets.k=0", "targets.k: expected a number above 0, found 0"),
+        ("targets.p=0", "targets.p: expected a number above 0, found 0"),
+        ("targets.p=1.01", "targets.p: expected a number of at most 1, found 1.01"),
+        ("targets.min_entropy=0", "targets.min_entropy: expected a number above 0, found 0"),
+        ("targets.nll=5", "targets.nll: expected"),
+    ],
+)
+def test_parameters_out_of_bounds_are_refused(setting, said):
+    config, found = validate(changed(setting))
+    assert config is None
+    assert [said in str(problem) for problem in found] == [True], found
 
 
 @pytest.mark.parametrize(

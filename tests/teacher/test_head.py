@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from megadistill.teacher.distributions import VocabularySlice
 from megadistill.teacher.head import TeacherHead
-from megadistill.teacher.select import VocabularySlice, select_targets
+from megadistill.teacher.select import select_targets
 from tests.allocation import AllocationWatch
 
 N, H, V = 500, 32, 1500

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from megadistill.errors import TeacherError
-from megadistill.teacher.select import VocabularySlice, select_targets
+from megadistill.targets import concatenate
+from megadistill.teacher.distributions import VocabularySlice
+from megadistill.teacher.select import select_targets
 from megadistill.teacher.starts import SELECT, below, uniform
 from tests.ranks import run_ranks
 
@@ -139,3 +141,19 @@ def test_every_slicing_of_the_vocabulary_gives_the_same_targets(method, ranks):
         for name in ("offsets", "ids", "weights", "tail", "nll"):
             np.testing.assert_array_equal(getattr(targets, name), getattr(whole, name), name)
         np.testing.assert_allclose(targets.entropy, whole.entropy, rtol=1e-5)
+
+
+def test_varopt_gives_every_position_a_number_of_its_own_to_round_with():
+    labels = torch.arange(200) % 50
+    labels[::5] = -100
+    targets = select_targets(
+        peaked(200, 50), method="varopt", tau=0.1, keys_N=keys(200), labels_N=labels
+    )
+    kept = targets.rounding[labels != -100]
+    assert len(set(kept.tolist())) == 160
+    assert int(kept.min()) >= 0
+    assert 2**31 < int(kept.max()) < 2**32
+    halves = concatenate([targets.rows(0, 70), targets.rows(70, 200)]).numpy()
+    np.testing.assert_array_equal(halves.rounding, targets.rounding)
+    starts = uniform(keys(200), seed=0, purpose=SELECT) >> 12
+    assert not set(starts.tolist()) & set(kept.tolist())

@@ -26,11 +26,11 @@ def fail_on_rank_one(mesh):
 
 
 def test_consecutive_ranks_form_a_tensor_parallel_group():
-    assert run_ranks(2, "tests.test_parallel:where", tp=2) == [
+    assert run_ranks(2, "tests.parallel.test_ranks:where", tp=2) == [
         (0, 0, 1, 1.0, "from 0"),
         (1, 0, 1, 1.0, "from 0"),
     ]
-    assert run_ranks(2, "tests.test_parallel:where", tp=1) == [
+    assert run_ranks(2, "tests.parallel.test_ranks:where", tp=1) == [
         (0, 0, 2, 1.0, "from 0"),
         (0, 1, 2, 1.0, "from 1"),
     ]
@@ -38,7 +38,7 @@ def test_consecutive_ranks_form_a_tensor_parallel_group():
 
 def test_a_failing_rank_fails_the_call():
     with pytest.raises(RankError, match="planted"):
-        run_ranks(2, "tests.test_parallel:fail_on_rank_one")
+        run_ranks(2, "tests.parallel.test_ranks:fail_on_rank_one")
 
 
 def rank_zero_decides(mesh, error=None):
@@ -54,14 +54,14 @@ def rank_zero_decides(mesh, error=None):
 
 
 def test_rank_zero_works_alone_and_all_ranks_get_what_it_returned_or_raised():
-    decide = "tests.test_parallel:rank_zero_decides"
+    decide = "tests.parallel.test_ranks:rank_zero_decides"
     assert run_ranks(2, decide) == ["decided", "decided"]
     ours = ConfigError("a line")
     assert run_ranks(2, decide, error=ours) == [("ConfigError", "a line")] * 2
 
 
 def test_a_bug_on_rank_zero_ends_the_others_without_a_traceback_of_their_own():
-    assert run_ranks(2, "tests.test_parallel:rank_zero_decides", error=KeyError("k")) == [
+    assert run_ranks(2, "tests.parallel.test_ranks:rank_zero_decides", error=KeyError("k")) == [
         ("KeyError", "'k'"),
         ("MegadistillError", "rank 0 failed: KeyError"),
     ]

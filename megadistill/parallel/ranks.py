@@ -1,10 +1,6 @@
-"""Ranks: the one place that starts DeepSpeed, lays out tp x dp, and stops the ranks together.
+"""The process group, joined and left, and where a rank stands in it.
 
 world = tp x dp. Consecutive ranks form a tensor-parallel group; rank = dp_rank * tp + tp_rank.
-
-Works the same under `deepspeed`, `torchrun` and plain `python` (one rank). Where there is no
-accelerator, DeepSpeed is told to run on the CPU before it is first imported: import deepspeed only
-after importing this module.
 """
 
 from __future__ import annotations
@@ -14,25 +10,26 @@ import itertools
 import logging
 import os
 import pickle
-import signal
 import socket
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from megadistill.errors import ConfigError, MegadistillError
+from megadistill.parallel.watchdog import PATIENCE_S, Watchdog
 
 log = logging.getLogger(__name__)
 _FIRST = itertools.count()  # names one call of Mesh.first on all ranks
+_WATCHDOG: list[Watchdog] = []  # this process's, from `start` to `stop`
+_STORE: list[dist.Store] = []  # keeps rank 0's server alive until the others have left
 
 
 def choose_accelerator() -> None:
@@ -140,10 +137,12 @@ def start(
     tp: int = 1,
     expect_hosts: int | None = None,
     timeout_s: int = 1800,
+    heartbeat_s: int = 60,
     cpu_threads: int = 1,
 ) -> Mesh:
     """Join the process group and lay out the mesh. Collective over all ranks.
 
+    heartbeat_s: seconds without an answer from another host until its ranks count as gone.
     cpu_threads: torch's threads a rank. Set here, since sums, and so a cache's bytes, depend on it.
     """
     torch.set_num_threads(cpu_threads)
@@ -156,7 +155,9 @@ def start(
         os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
     rank, world, local_rank = rank_from_environment()
     check_layout(tp=tp, world=world)
-    _watch_launcher()
+    if not _WATCHDOG:
+        _WATCHDOG.append(Watchdog(rank=rank, world=world))
+        _WATCHDOG[0].start()
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
@@ -173,10 +174,15 @@ def start(
     # serves, and nobody waits a minute for it to be compiled.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
         try:
+            # A connection of the watchdog's own, before the process group: that one takes its time,
+            # and waits for ranks that are no more.
+            _STORE[:] = [next(dist.rendezvous("env://", timeout=timeout))[0]]
+            _WATCHDOG[0].join(_STORE[0], master=os.environ["MASTER_ADDR"], heartbeat_s=heartbeat_s)
             deepspeed.init_distributed(
                 dist_backend="nccl" if cuda else "gloo",
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timeout,
                 auto_mpi_discovery=False,
                 verbose=False,
             )
@@ -206,43 +212,56 @@ def start(
     )  # fmt: skip
 
 
-def stop() -> None:
+@contextlib.contextmanager
+def joined(**settings: Any) -> Iterator[Mesh]:
+    """The mesh of `start`, left at the end: with the others, or taking them along.
+
+    Where another rank's end is what went wrong here, SystemExit takes the error's place: the cause
+    has been reported where it was.
+    """
+    error: BaseException | None = None
+    try:
+        yield start(**settings)
+    except RuntimeError as raised:  # also what collectives and the store raise when a rank is gone
+        error = raised
+        cause = _WATCHDOG[0].settled(PATIENCE_S) if _WATCHDOG else None
+        if cause is None:
+            raise
+        _WATCHDOG[0].speak()
+        time.sleep(PATIENCE_S)  # a launcher ends all when the first leaves: let the cause be that
+        sys.exit(cause.code)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        stop(error)
+
+
+def stop(error: BaseException | None = None) -> None:
     """Leave the process group. Without this a rank may die noisily at exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if _WATCHDOG and error is not None:
+        _WATCHDOG[0].failed(error)
+    try:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if _WATCHDOG:
+            _WATCHDOG[0].leave()
+    finally:
+        _WATCHDOG.clear()
+        _STORE.clear()
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """An event that is set when all ranks are to stop; the body has 15 s to end by itself."""
+    if _WATCHDOG:
+        with _WATCHDOG[0].told_to_stop() as told:
+            yield told
+    else:
+        yield threading.Event()
 
 
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def _watch_launcher(interval_s: float = 1.0) -> None:
-    """End this rank when its launcher dies: DeepSpeed's leaves orphans when it is terminated.
-
-    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks and outlives it. So both
-    are watched; what started them is not, since a shell may go and leave its run behind on purpose.
-    """
-    if "RANK" not in os.environ or os.getppid() == 1:
-        return
-    chain = [psutil.Process(), psutil.Process().parent()]
-    with contextlib.suppress(psutil.Error):
-        above = chain[1].parent()
-        if above is not None and _is_deepspeed(chain[1]) and _is_deepspeed(above):
-            chain.append(above)
-
-    def watch() -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while all(p.ppid() == q.pid for p, q in itertools.pairwise(chain)):
-                time.sleep(interval_s)
-        log.error("rank %s: the launcher is gone, leaving", os.environ.get("RANK"))
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(20 * interval_s)  # training saves first
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def _is_deepspeed(process: psutil.Process) -> bool:
-    return any("deepspeed" in word for word in process.cmdline()[:4])

@@ -1,0 +1,58 @@
+"""A cache with fewer entries a position, made from a larger one without the teacher.
+
+    python tools/retruncate_cache.py CACHE --out OUT (--tau X | --k K | --p P) [--seed S] [--json]
+
+varopt goes to a larger tau and stays unbiased; topk and topp go to a smaller k or p, what they drop
+joins the tail. A run that was interrupted goes on where it was. Exit code 0: OUT is complete. 1: it
+is damaged. 2: nothing was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megadistill.cache.inspection import inspect_store
+from megadistill.cache.report import table
+from megadistill.cache.retruncate import retruncate_cache
+from megadistill.commands import run
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    retruncate(args)
+    facts = inspect_store(args.out)
+    print(json.dumps(facts, sort_keys=True) if args.json else table(facts))
+    return 0 if facts["complete"] else 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make a cache smaller without the teacher.")
+    parser.add_argument("cache", metavar="CACHE")
+    parser.add_argument("--out", required=True, help="a new folder, or an interrupted run's")
+    parser.add_argument("--tau", type=float, help="varopt: larger than the cache's")
+    parser.add_argument("--k", type=int, help="topk, topp: entries, fewer than the cache's")
+    parser.add_argument("--p", type=float, help="topp: mass, less than the cache's")
+    parser.add_argument("--seed", type=int, default=0, help="of the new draws; default 0")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)
+
+
+def retruncate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    # None: no bar where standard error is not a terminal.
+    with tqdm(desc="retruncating", unit=" blocks", disable=None) as bar:
+        retruncate_cache(
+            args.cache, args.out, tau=args.tau, k=args.k, p=args.p, seed=args.seed,
+            progress=lambda _: bar.update(),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -58,9 +58,7 @@ def storage(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     if Path(args.teacher).is_dir():
-        teacher = trained(
-            args.teacher, args.tokens, positions=args.positions, entropy=args.entropy
-        )
+        teacher = trained(args.teacher, args.tokens, positions=args.positions, entropy=args.entropy)
         rows += measure(teacher, seq_len=args.seq_len)
     else:
         print(f"{args.teacher}: not there, left out: `make demo` makes it", file=sys.stderr)

@@ -87,18 +87,7 @@ def build_cache(
 def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
     tokens = build_tokens(config)
-    recipe = cache_recipe(config, tokens.recipe)
-    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
-    if "loss_mask" in tokens.columns:
-        columns["loss_mask"] = tokens.columns["loss_mask"]
-    store = BlockStore.create(
-        config.cache.folder,
-        kind="cache",
-        header={"recipe": recipe},
-        columns={**columns, "targets": "bytes"},
-        block_size=tokens.block_size,
-        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
-    )
+    store = create_store(config, tokens)
     if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
@@ -108,6 +97,22 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     if not missing:
         store.finish()
     return missing
+
+
+def create_store(config: Config, tokens: BlockStore) -> BlockStore:
+    """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
+    recipe = cache_recipe(config, tokens.recipe)
+    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
+    if "loss_mask" in tokens.columns:
+        columns["loss_mask"] = tokens.columns["loss_mask"]
+    return BlockStore.create(
+        config.cache.folder,
+        kind="cache",
+        header={"recipe": recipe},
+        columns={**columns, "targets": "bytes"},
+        block_size=tokens.block_size,
+        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
+    )
 
 
 def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:

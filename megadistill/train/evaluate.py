@@ -37,7 +37,8 @@ class Evaluation:
         if method in SAMPLED:
             raise ConfigError(
                 f"eval.cache: {self.sequences.name} holds {method} targets, expected topk: "
-                "single samples say little about a held-out distribution; generate with targets.method=topk"
+                "single samples say little about a held-out distribution; generate with "
+                "targets.method=topk"
             )
         self.temperature = float(self.sequences.recipe["temperature"])
         self.count = min(len(self.sequences), max_sequences or len(self.sequences))

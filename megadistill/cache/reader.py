@@ -113,6 +113,10 @@ class Cache:
         )
         if len(targets) != len(sample["tokens"]):
             raise CorruptBlockError(file, f"{len(sample['tokens'])} positions", len(targets))
+        for name in ("method", "temperature"):
+            found, wanted = getattr(targets, name), self.recipe.get(name)
+            if found != wanted:
+                raise CorruptBlockError(file, f"{name} {str(wanted)[:40]}", found)
         return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}
 
 

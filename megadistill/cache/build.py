@@ -295,20 +295,19 @@ def _validate(
 
 
 def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:
-    """Positions with targets in b whose ids are the same in a."""
+    """Positions with targets in b that have the same ids in a. A codec keeps no order."""
     same_N = a.counts == b.counts
-    if not same_N.all():
-        # Compare row by row only what has equal length.
-        rows = np.nonzero(same_N & (b.counts > 0))[0]
-        return sum(
-            np.array_equal(
-                a.ids[a.offsets[n] : a.offsets[n + 1]], b.ids[b.offsets[n] : b.offsets[n + 1]]
-            )
-            for n in rows
-        )
-    different = np.nonzero(a.ids != b.ids)[0]
-    rows = np.unique(np.searchsorted(b.offsets, different, side="right") - 1)
-    return int((b.counts > 0).sum()) - len(rows)
+    (rows, ours), (_, theirs) = _sorted_ids(a, same_N), _sorted_ids(b, same_N)
+    different = np.unique(rows[ours != theirs])
+    return int((same_N & (b.counts > 0)).sum()) - len(different)
+
+
+def _sorted_ids(t: SparseTargets, keep_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, id) of the entries of the rows to keep, ids rising within a row."""
+    rows = np.repeat(np.arange(len(t)), t.counts)
+    kept = keep_N[rows]
+    rows, ids = rows[kept], t.ids[kept]
+    return rows, ids[np.lexsort((ids, rows))]
 
 
 def _accelerator(mesh: Mesh) -> str:

@@ -84,6 +84,13 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         if sequences is None
         else round(sequences * (a_sequence + a_position.bytes * config.data.seq_len))
     )
+    index, parts = config.cache.share
+    part_blocks = None if blocks is None else len(range(index, blocks, parts))
+    part_bytes = (
+        None
+        if cache_bytes is None or blocks is None or part_blocks is None
+        else cache_bytes * part_blocks // blocks
+    )
     memory = teacher_memory(config, teacher, world)
     lines = [("sequences", f"{_count(sequences)} of {config.data.seq_len} tokens, {how}")]
     if blocks is not None:
@@ -93,7 +100,8 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
                     f"estimated, {a_position.most_entries:.1f} at most; {a_position.bytes:.1f} "
                     f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
-        ("cache", _store_line(config.cache.dir, cache_bytes)),
+        ("cache" if parts == 1 else f"cache, part {config.cache.part}",
+         _store_line(config.cache.dir, part_bytes)),
         ("teacher", _model_line(teacher, config.teacher.model, memory)),
     ]  # fmt: skip
     student = _local_model(config, "student")
@@ -112,7 +120,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         token_bytes=token_bytes,
         token_bytes_to_come=_to_come(token_bytes, config.data.dir, blocks),
         cache_bytes=cache_bytes,
-        cache_bytes_to_come=_to_come(cache_bytes, config.cache.dir, blocks),
+        cache_bytes_to_come=_to_come(part_bytes, config.cache.dir, part_blocks),
         run_bytes_to_come=run,
         teacher_memory=memory,
         student_memory=student_needs,

@@ -82,6 +82,7 @@ def marker_of(
     shard: Shard,
     *,
     statistics: dict[str, Any],
+    content_hash: str | None,
     extra: dict[str, Any],
 ) -> dict[str, Any]:
     """What the marker of a written shard says."""
@@ -91,7 +92,7 @@ def marker_of(
         "sequences": len(samples),
         "shard": {"file": shard_name(block), "size": shard.size, "xxh3": hex64(shard.xxh3())},
         "tokens_xxh3": tokens_hash(samples),
-        "content_hash": hex64(shard.content_hash()),
+        "content_hash": content_hash or hex64(shard.content_hash()),
         "statistics": statistics,
     }
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import decode_targets
+from megadistill.cache.content import content_hash
+from megadistill.cache.ranking import ranking_of
 from megadistill.cache.statistics import Statistics, block_statistics, combine
 from megadistill.errors import CorruptBlockError, StoreError
 
@@ -35,6 +37,7 @@ class Cache:
                 str(store.layout.header("cache")), "recipe.vocab_size from 1 to 2^32", vocab_size
             )
         self.store, self.vocab_size = store, vocab_size
+        self.codec = ranking_of(store, vocab_size=vocab_size)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -91,7 +94,13 @@ class Cache:
         decoded = [self._decoded(s, first + i)["targets"] for i, s in enumerate(samples)]
         found = block_statistics(decoded, [len(s["targets"]) for s in samples])
         file, claimed = self.store.layout.marker(block), marker["statistics"]
-        return [
+        content, named = content_hash(samples), marker["content_hash"]
+        wrong = (
+            []
+            if content == named
+            else [f"{file}: content_hash: expected {content} from the shard, found {named}"]
+        )
+        return wrong + [
             f"{file}: statistics.{key}: expected {found.get(key)}, found {claimed.get(key)}"
             for key in sorted(found.keys() | claimed.keys())
             if found.get(key) != claimed.get(key)
@@ -99,7 +108,9 @@ class Cache:
 
     def _decoded(self, sample: Sample, index: int) -> Sample:
         file = f"{self.store.layout.shard(index // self.store.block_size)}, sequence {index}"
-        targets = decode_targets(sample["targets"], vocab_size=self.vocab_size, file=file)
+        targets = decode_targets(
+            sample["targets"], vocab_size=self.vocab_size, codec=self.codec, file=file
+        )
         if len(targets) != len(sample["tokens"]):
             raise CorruptBlockError(file, f"{len(sample['tokens'])} positions", len(targets))
         return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}

@@ -165,7 +165,9 @@ def retruncate_cache(
     with store.lock():
         store.clean()
         store.plan(len(source))
-        missing = itertools.groupby(store.missing(), lambda b: source.store.marker(b).get("made_with"))
+        missing = itertools.groupby(
+            store.missing(), lambda b: source.store.marker(b).get("made_with")
+        )
         for made_with, blocks in missing:
             with CacheWriter(store, made_with=made_with, on_commit=progress) as writer:
                 for block in blocks:

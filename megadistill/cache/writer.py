@@ -15,6 +15,8 @@ from typing import Any
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import NonFiniteError, decode_targets, encode_targets
+from megadistill.cache.content import content_hash
+from megadistill.cache.ranking import ranking_of
 from megadistill.cache.statistics import block_statistics
 from megadistill.errors import TeacherError
 from megadistill.targets import SparseTargets
@@ -46,6 +48,7 @@ class CacheWriter:
     ) -> None:
         self._store = store
         self._vocab_size = int(store.recipe["vocab_size"])
+        self._codec = ranking_of(store, vocab_size=self._vocab_size)
         self._made_with = made_with or {}
         self._on_commit, self._on_error = on_commit, on_error
         self._free = threading.Semaphore(depth)
@@ -99,7 +102,7 @@ class CacheWriter:
         first = block * self._store.block_size
         data = [self._encoded(t, first + i) for i, t in enumerate(targets)]
         # Decoded again: statistics are of what will be read, and nothing unreadable is committed.
-        decoded = [decode_targets(d, vocab_size=self._vocab_size) for d in data]
+        decoded = [decode_targets(d, vocab_size=self._vocab_size, codec=self._codec) for d in data]
         full = [s | {"targets": d} for s, d in zip(samples, data, strict=True)]
         for sample, target in zip(samples, targets, strict=True):
             if len(target) != len(sample["tokens"]):
@@ -108,6 +111,7 @@ class CacheWriter:
             block,
             full,
             statistics=block_statistics(decoded, [len(d) for d in data]),
+            content_hash=content_hash(full),
             made_with=self._made_with,
         )
         if self._on_commit:
@@ -115,7 +119,7 @@ class CacheWriter:
 
     def _encoded(self, targets: SparseTargets, sequence: int) -> bytes:
         try:
-            return encode_targets(targets, vocab_size=self._vocab_size)
+            return encode_targets(targets, vocab_size=self._vocab_size, codec=self._codec)
         except NonFiniteError as error:
             raise TeacherError(
                 f"sequence {sequence}, position {error.position}: the teacher's {error.name} is "

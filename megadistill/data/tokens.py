@@ -98,11 +98,11 @@ def store_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def token_counts(store: BlockStore) -> np.ndarray:
-    """int64 [V]: how often each id occurs in the store. Reads it once."""
+def token_counts(store: BlockStore, blocks: list[int] | None = None) -> np.ndarray:
+    """int64 [V]: how often each id occurs in the blocks, by default all. Reads them once."""
     vocab_size = store.recipe["tokenizer"]["vocab_size"]
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for block in store.committed():
+    for block in store.committed() if blocks is None else blocks:
         for sample in store.block(block):
             counts += np.bincount(sample["tokens"], minlength=vocab_size)
     return counts

@@ -120,9 +120,13 @@ def test_verifying_recomputes_every_statistic(tmp_path: Path) -> None:
     full = [{k: v for k, v in s.items() if k != "sum"} for s in store.block(1)]
     marker = store.marker(1)
     statistics = marker["statistics"] | {"entries": 7}
-    store.commit(1, full, statistics=statistics, made_with=marker["made_with"])
+    store.commit(
+        1, full, statistics=statistics, content_hash="0" * 16, made_with=marker["made_with"]
+    )
     store.finish()
-    (finding,) = open_cache(store.path).verify()
+    content, finding = open_cache(store.path).verify()
+    assert f"000001.json: content_hash: expected {marker['content_hash']}" in content
+    assert content.endswith("found " + "0" * 16)
     assert "000001.json: statistics.entries: expected" in finding
     assert finding.endswith("found 7")
 

@@ -13,9 +13,9 @@ ranks and levels as they are, came out 1 % smaller at 4,096 ids and 3 % larger a
     where flagged: 1 for an added ground truth [rows with targets] | its level | its rank
     ranks of all entries
 
-The table of levels is exact in every bit: level q stands for table[q mod 16] / 2^(32 + q // 16), and
-the last one for 0. A row's levels, in units of 2^-40, are added up as integers; every weight is its
-level over that sum, in float64, rounded to float32.
+The table of levels is exact in every bit: level q stands for octave[q mod 16] / 2^(32 + q // 16),
+and the last one for 0. A row's levels, in units of 2^-40, are added up as integers; every weight is
+its level over that sum, in float64, rounded to float32.
 
 Shape letters: N positions, E entries.
 """

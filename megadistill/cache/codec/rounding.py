@@ -26,6 +26,7 @@ _EXACT = 1 << 18
 
 def round_to_grid(t: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
     """(heads' weights in 1/GRID, int64 [E], 0 for sampled entries; sampled mass, int64 [N])."""
+    assert t.heads is not None
     counts_N = t.counts
     row_E = np.repeat(np.arange(len(t)), counts_N)
     is_head = np.arange(len(row_E)) - t.offsets[row_E] < t.heads[row_E]

@@ -1,10 +1,10 @@
 """Streams of sampled targets: varopt and multinomial.
 
-varopt. Weights are rounded to GRID-ths of the whole, at random and without bias (rounding.py), which
-also drops what rounds to nothing. Rounding to equal steps is what a sum of variances asks for: at
-1/128 it adds 0.25 % to the variance of 50 draws and costs 11 bits a position, at 1/256 0.06 % and
-13 bits; steps in the logarithm cost more at either. The heaviest head is what the others leave of
-the whole, and is not stored. Streams:
+varopt. Weights are rounded to GRID-ths of the whole, at random and without bias (rounding.py),
+which also drops what rounds to nothing. Rounding to equal steps is what a sum of variances asks
+for: at 1/128 it adds 0.25 % to the variance of 50 draws and costs 11 bits a position, at 1/256
+0.06 % and 13 bits; steps in the logarithm cost more at either. The heaviest head is what the others
+leave of the whole, and is not stored. Streams:
 
     heads [N] | sampled entries [N]
     the other heads' weights, in 1/GRID
@@ -53,6 +53,7 @@ class VAROPT:
     @staticmethod
     def put(writer: SymbolWriter, t: SparseTargets, ranks_E: np.ndarray) -> int:
         """Append the streams; returns the ratio."""
+        assert t.heads is not None
         parts_E, rest_N = round_to_grid(t)
         row_E = np.repeat(np.arange(len(t)), t.counts)
         is_head = arange(len(row_E), row_E) - t.offsets[row_E] < t.heads[row_E]

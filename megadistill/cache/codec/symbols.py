@@ -8,11 +8,11 @@ they are:
                       symbol is direct + b, and those b bits follow as they are
 
 With direct = 0 that is the octave and the place in it: right for ranks, whose distribution is close
-to uniform within an octave (2 % of their information is lost to that). With direct = 192, levels and
+to uniform within an octave (of 1/x, 0.03 bits are lost to that). With direct = 192, levels and
 counts are symbols of their own, and still may be of any size.
 
 Symbols are deflated (RFC 1951, Huffman codes alone), a block for each stream, so that each has its
-own code: within 2 % of the streams' entropy at 2,048 positions, and 15 bytes a stream for its table.
+own code: 3 % above the streams' entropy at 2,048 positions, and 15 bytes a stream for its table.
 zlib serves better here than zstd (RFC 8878), whose tables are as large and whose blocks cost 10
 bytes more. Bits that are raw stand in 32-bit words behind, least significant first.
 

@@ -57,6 +57,7 @@ def _check_sampled(t: SparseTargets, counts: np.ndarray) -> None:
 
 
 def _check_shared(t: SparseTargets, counts: np.ndarray) -> None:
+    assert t.heads is not None
     place = np.arange(len(t.ids)) - np.repeat(t.offsets[:-1], counts)
     is_sampled = place >= np.repeat(t.heads, counts)
     drawn = counts - t.heads

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,8 +57,13 @@ from megadistill.blocks.layout import (
 from megadistill.blocks.lock import StoreLock, require_holder, token_of
 from megadistill.blocks.recipe import require_same_recipe
 from megadistill.blocks.records import encode_json, put_file
+from megadistill.blocks.remote import read_only
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
+from megadistill.disk import is_url
 from megadistill.errors import CorruptBlockError, StoreError
+
+if TYPE_CHECKING:
+    from megadistill.blocks.copies import LocalCopies
 
 Sample = dict[str, Any]
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
@@ -103,6 +109,8 @@ class BlockStore:
         columns  column name to MDS encoding; `sum` is added
         Raises RecipeError for another recipe, StoreError for a folder that holds something else.
         """
+        if is_url(path):
+            raise read_only(str(path))
         layout = Layout(Path(path))
         full = new_header(
             header, kind=kind, columns=columns, block_size=block_size, ids_bin=ids_bin
@@ -128,8 +136,17 @@ class BlockStore:
         return store
 
     @classmethod
-    def open(cls, path: str | Path, *, files: Files = LOCAL) -> BlockStore:
-        """The store in a folder, of either kind. StoreError, CorruptBlockError."""
+    def open(
+        cls, path: str | Path, *, files: Files = LOCAL, local: LocalCopies | None = None
+    ) -> BlockStore:
+        """The store in a folder or at a URL, of either kind. StoreError, CorruptBlockError.
+
+        local  where shards of a remote store are kept, see `blocks.mirror`
+        """
+        if is_url(path):
+            from megadistill.blocks.mirror import open_remote
+
+            return open_remote(str(path), local=local)
         if not Path(path).is_dir():
             raise StoreError(f"{path}: no such folder, expected a block store")
         kind = kind_of(Path(path))
@@ -140,6 +157,11 @@ class BlockStore:
     def __reduce__(self) -> tuple:
         # To another process goes the folder's name; the files are opened there.
         return BlockStore.open, (self.path,)
+
+    @property
+    def name(self) -> str:
+        """The folder or the URL, for messages and reports."""
+        return str(self.path)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -323,18 +345,24 @@ class BlockStore:
         looks the same as a dead one's.
         """
         self._require_lock()
+        shards = self._shard_names()
+        # A rank of a dead run may still live for seconds. Without its temporary files it cannot
+        # complete a commit that is under way, and one that it begins later is not in `shards`.
         self._files.remove_tree(self.layout.run / "tmp")
-        strays = self.strays()
+        strays = self.strays(shards)
         for path in strays:
             self._files.unlink(path)
         if strays:
             self._files.fsync_dir(self.path)
 
-    def strays(self) -> list[Path]:
-        """The shards without a marker."""
+    def strays(self, shards: list[str] | None = None) -> list[Path]:
+        """The shards without a marker, of all that are there by default."""
+        names = self._shard_names() if shards is None else shards
         present = {shard_name(b) for b in self.present()}
-        names = sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
         return [self.path / n for n in names if n not in present]
+
+    def _shard_names(self) -> list[str]:
+        return sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
 
     def lock(self, *, patience_s: float = 60.0) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.
@@ -353,7 +381,8 @@ class BlockStore:
         try:
             path = temporary / "shard" / "shard"
             self._files.mkdir(path.parent)
-            self._files.link(source.layout.shard(block), path)
+            with source.shard_file(block) as shard:
+                self._files.link(shard, path)
             self._install(block, path, source.marker(block), temporary)
         finally:
             self._files.remove_tree(temporary)
@@ -390,6 +419,11 @@ class BlockStore:
             return read_marker(self.layout, block, self.block_size)
         except FileNotFoundError:
             raise StoreError(f"{self.path}: block {block} is not committed") from None
+
+    @contextmanager
+    def shard_file(self, block: int) -> Iterator[Path]:
+        """The file of a block's shard, which stays where it is meanwhile."""
+        yield self.layout.shard(block)
 
     def shard_is_there(self, marker: dict[str, Any]) -> bool:
         """Whether the marker's shard has the size it must have; its bytes are not read."""

@@ -72,7 +72,7 @@ def build_cache(
     with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
         missing = mesh.first(lambda: _prepare(config, held))
         tokens = BlockStore.open(config.data.dir)
-        store = BlockStore.open(config.cache.dir)
+        store = BlockStore.open(config.cache.folder)
         if missing:
             teacher = load_teacher(config, mesh)
             _compute(config, mesh, teacher, tokens, store, missing, free_bytes)
@@ -87,18 +87,7 @@ def build_cache(
 def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
     tokens = build_tokens(config)
-    recipe = cache_recipe(config, tokens.recipe)
-    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
-    if "loss_mask" in tokens.columns:
-        columns["loss_mask"] = tokens.columns["loss_mask"]
-    store = BlockStore.create(
-        config.cache.dir,
-        kind="cache",
-        header={"recipe": recipe},
-        columns={**columns, "targets": "bytes"},
-        block_size=tokens.block_size,
-        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
-    )
+    store = create_store(config, tokens)
     if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
@@ -110,10 +99,26 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     return missing
 
 
+def create_store(config: Config, tokens: BlockStore) -> BlockStore:
+    """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
+    recipe = cache_recipe(config, tokens.recipe)
+    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
+    if "loss_mask" in tokens.columns:
+        columns["loss_mask"] = tokens.columns["loss_mask"]
+    return BlockStore.create(
+        config.cache.folder,
+        kind="cache",
+        header={"recipe": recipe},
+        columns={**columns, "targets": "bytes"},
+        block_size=tokens.block_size,
+        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
+    )
+
+
 def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
     """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
-    if kind_of(Path(config.cache.dir)) == "cache":
-        return read_ids(BlockStore.open(config.cache.dir))
+    if kind_of(Path(config.cache.folder)) == "cache":
+        return read_ids(BlockStore.open(config.cache.folder))
     return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
 
 
@@ -128,10 +133,10 @@ def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
         log.info(
             "%s: part %s is complete; when the others are, merge them: "
             "python tools/merge_and_inspect.py --out OUT %s OTHER ...",
-            config.cache.dir, config.cache.part, config.cache.dir,
+            config.cache.folder, config.cache.part, config.cache.folder,
         )  # fmt: skip
     elif not computed:
-        log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
+        log.info("%s: complete already, %d sequences", config.cache.folder, len(store))
 
 
 def _compute(
@@ -259,7 +264,7 @@ def _validate(
     """
     from megadistill.cache.reader import open_cache
 
-    cache = open_cache(config.cache.dir)
+    cache = open_cache(config.cache.folder)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
     blocks = store.committed()  # a part has gaps
@@ -286,7 +291,7 @@ def _validate(
     equal, total = int(sums[0]), int(sums[1])
     if equal < 0.99 * total:
         raise TeacherError(
-            f"{config.cache.dir}: scored {total} positions again and found other token ids at "
+            f"{config.cache.folder}: scored {total} positions again and found other token ids at "
             f"{total - equal}, expected at most {total // 100}: the teacher does not repeat itself "
             "here, or the cache was made elsewhere; --no_validate skips this"
         )
@@ -295,20 +300,19 @@ def _validate(
 
 
 def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:
-    """Positions with targets in b whose ids are the same in a."""
+    """Positions with targets in b that have the same ids in a. A codec keeps no order."""
     same_N = a.counts == b.counts
-    if not same_N.all():
-        # Compare row by row only what has equal length.
-        rows = np.nonzero(same_N & (b.counts > 0))[0]
-        return sum(
-            np.array_equal(
-                a.ids[a.offsets[n] : a.offsets[n + 1]], b.ids[b.offsets[n] : b.offsets[n + 1]]
-            )
-            for n in rows
-        )
-    different = np.nonzero(a.ids != b.ids)[0]
-    rows = np.unique(np.searchsorted(b.offsets, different, side="right") - 1)
-    return int((b.counts > 0).sum()) - len(rows)
+    (rows, ours), (_, theirs) = _sorted_ids(a, same_N), _sorted_ids(b, same_N)
+    different = np.unique(rows[ours != theirs])
+    return int((same_N & (b.counts > 0)).sum()) - len(different)
+
+
+def _sorted_ids(t: SparseTargets, keep_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, id) of the entries of the rows to keep, ids rising within a row."""
+    rows = np.repeat(np.arange(len(t)), t.counts)
+    kept = keep_N[rows]
+    rows, ids = rows[kept], t.ids[kept]
+    return rows, ids[np.lexsort((ids, rows))]
 
 
 def _accelerator(mesh: Mesh) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from megadistill.config.deepspeed_keys import deepspeed_problems
+from megadistill.disk import is_url
 from megadistill.errors import ConfigError
 from megadistill.targets import PARAMETERS, check_divergence
 
@@ -46,6 +47,15 @@ def worst_bytes_per_position(config: Config) -> float:
         "topp": targets.k + 1,
     }[targets.method]
     return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
+
+
+def largest_block_size(config: Config) -> int:
+    """The most sequences a block that surely stay within the 4 GiB of a shard; 0: not even one."""
+    return int(MAX_SHARD_BYTES // _worst_bytes_a_sequence(config))
+
+
+def _worst_bytes_a_sequence(config: Config) -> float:
+    return config.data.seq_len * (8 + worst_bytes_per_position(config)) + 256
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -114,13 +124,18 @@ def _fields(config: Config) -> Iterator[Problem]:
 
 def _folders(config: Config) -> Iterator[Problem]:
     # A store and a run each own their folder: cleaning up in one must not reach into another.
-    written = {"data.dir": config.data.dir, "cache.dir": config.cache.dir}
+    written = {"data.dir": config.data.dir}
+    if isinstance(config.cache.dir, str):
+        written["cache.dir"] = config.cache.dir
+    if config.cache.local_dir is not None:
+        written["cache.local_dir"] = config.cache.local_dir
     read = {"teacher.model": config.teacher.model}
     if config.student is not None:
         written["train.out_dir"] = config.train.out_dir
         read["student.model"] = config.student.model
     if config.data.tokenizer is not None:
         read["data.tokenizer"] = config.data.tokenizer
+    written = {key: folder for key, folder in written.items() if not is_url(folder)}
     for i, (target, folder) in enumerate(written.items()):
         clashes = [*_clashes(target, folder, dict(list(written.items())[:i]))]
         clashes += [
@@ -164,9 +179,8 @@ def _teacher(config: Config) -> Iterator[Problem]:
 
 def _targets(config: Config) -> Iterator[Problem]:
     targets, loss, data = config.targets, config.loss, config.data
-    worst = data.seq_len * (8 + worst_bytes_per_position(config)) + 256
-    if data.block_size * worst > MAX_SHARD_BYTES:
-        fits = int(MAX_SHARD_BYTES // worst)
+    worst, fits = _worst_bytes_a_sequence(config), largest_block_size(config)
+    if data.block_size > fits:
         advice = f"set data.block_size to {fits} or less" if fits else "make data.seq_len smaller"
         yield Problem(
             (

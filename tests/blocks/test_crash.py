@@ -125,10 +125,9 @@ LIVES = {
 
 
 def replay(life: Life, work: Path, make: type[Recorder] = Recorder) -> int:
-    """Live, then crash after every operation in every way.
+    """Live, then crash after every operation in every way; the number of states that were left.
 
-    AssertionError or one of our errors where that is not recovered from; else in how many different
-    states the store was left.
+    AssertionError, or one of our errors, where one of them is not recovered from.
     """
     filled(work / "undisturbed")
     reference = tree(work / "undisturbed/store")

@@ -50,11 +50,12 @@ def fill_cache(
     total: int = 10,
     blocks: list[int] | None = None,
     method: str = "varopt",
+    torch: str = "2.13.0",
     **recipe: Any,
 ) -> BlockStore:
     store = create_cache(path, method=method, **recipe)
     store.plan(total)
-    with CacheWriter(store, made_with={"torch": "2.13.0"}) as writer:
+    with CacheWriter(store, made_with={"torch": torch}) as writer:
         for block in store.missing() if blocks is None else blocks:
             writer.submit(block, *block_of(block, total=total, method=method))
     store.finish()

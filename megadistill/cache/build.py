@@ -30,8 +30,10 @@ import torch
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
 from megadistill.blocks.verify import read_ids
+from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.progress import Progress
 from megadistill.cache.ranking import rank_ids
+from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.recipe import cache_recipe, made_with
 from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
@@ -262,8 +264,6 @@ def _validate(
     On the machine that made the cache the ids are equal; another accelerator or a library's atomics
     may move a probability across a threshold, so a hundredth of the positions may differ.
     """
-    from megadistill.cache.reader import open_cache
-
     cache = open_cache(config.cache.folder)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
@@ -284,7 +284,7 @@ def _validate(
         )
         if mine < len(starts) and mesh.tp_rank == 0:
             found = concatenate([cache[i]["targets"].numpy() for i in range(start, stop)])
-            fresh = concatenate(again)
+            fresh = concatenate([_coded(t, cache) for t in again])
             equal += int(_equal_rows(found, fresh))
             total += int((fresh.counts > 0).sum())
     sums = mesh.sum(torch.tensor([equal, total], dtype=torch.float64))
@@ -297,6 +297,12 @@ def _validate(
         )
     if mesh.rank == 0:
         log.info("validated: %d of %d positions scored again have the same ids", equal, total)
+
+
+def _coded(targets: SparseTargets, cache: Cache) -> SparseTargets:
+    """As the cache would give them back: what rounds to nothing is not there any more."""
+    shape: dict[str, Any] = {"vocab_size": cache.vocab_size, "codec": cache.codec}
+    return decode_targets(encode_targets(targets, **shape), **shape)
 
 
 def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.verify import read_ids
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.data.packing import labels as packed_labels
@@ -149,16 +150,15 @@ def retruncate_cache(
     if not source.complete():
         raise StoreError(
             f"{path}: is not complete, and its missing blocks would be missing in {out}: finish it "
-            "with launch/generate.py first"
+            "with launch/generate.py, or merge its parts, first"
         )
-    ids = source.store.layout.ids_bin
     store = BlockStore.create(
         out,
         kind="cache",
         header=source.header | {"recipe": recipe},
         columns={name: e for name, e in source.store.columns.items() if name != "sum"},
         block_size=source.store.block_size,
-        ids_bin=ids.read_bytes() if "ids_bin" in source.header else None,
+        ids_bin=read_ids(source.store),
     )
     if store.num_sequences == source.num_sequences and store.complete():
         return store

@@ -173,6 +173,27 @@ def test_positions_below_the_entropy_threshold_have_no_target(single, corpus, tm
     assert 0.3 * total < kept < 0.7 * total
 
 
+def test_validation_knows_that_coding_drops_what_weighs_next_to_nothing(corpus, tmp_path):
+    config = settings(corpus, tmp_path / "cache", targets={"tau": 0.1, "temperature": 0.02})
+    run_ranks(1, "tests.cache.test_build:build", config=config)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.complete()
+    counts = np.concatenate([s["targets"].counts for s in cache])
+    assert (counts == 1).sum() > 100
+
+
+def test_a_built_cache_is_retruncated_with_its_ranking_of_ids(single, tmp_path):
+    from megadistill.cache.retruncate import retruncate_cache
+
+    retruncate_cache(single, tmp_path / "out", tau=0.3)
+    cache, source = open_cache(tmp_path / "out"), open_cache(single)
+    assert cache.verify() == []
+    assert (tmp_path / "out/ids.bin").read_bytes() == (single / "ids.bin").read_bytes()
+    assert cache.statistics()["entries"] < 0.6 * source.statistics()["entries"]
+    assert cache.statistics()["positions"] == source.statistics()["positions"]
+    assert cache.statistics()["entropy_codes"] == source.statistics()["entropy_codes"]
+
+
 def test_an_interrupted_run_is_finished_by_another_number_of_ranks(single, corpus, tmp_path):
     cache = tmp_path / "cache"
     config = settings(corpus, cache)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.records import encode_json, read_json
+from megadistill.errors import StoreError
 
 SEQ_LEN, BLOCK_SIZE = 8, 4
 COLUMNS = {"tokens": f"ndarray:uint32:{SEQ_LEN}", "documents": "ndarray:uint32"}
@@ -63,3 +66,26 @@ def same_sample(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether two samples have equal columns, leaving `sum` aside."""
     keys = (left.keys() | right.keys()) - {"sum"}
     return all(k in left and k in right and np.array_equal(left[k], right[k]) for k in keys)
+
+
+def read_all(path: Path, samples: list[dict[str, Any]]) -> None:
+    """Every sample, compared with what was written. One of our errors, or all is right."""
+    store = BlockStore.open(path)
+    for index in range(len(store)):
+        assert same_sample(store[index], samples[index])
+
+
+def is_noticed(path: Path, samples: list[dict[str, Any]]) -> bool:
+    """Whether verifying tells of damage. Reading may only err, or return the right samples."""
+    try:
+        read_all(path, samples)
+        return bool(BlockStore.open(path).verify())
+    except StoreError:
+        return True
+
+
+def forge(file: Path, change: Callable[[dict], object]) -> None:
+    """Change a JSON file and give it a right checksum, as an attacker would."""
+    record = {k: v for k, v in read_json(file).items() if k != "xxh3"}
+    change(record)
+    file.write_bytes(encode_json(record))

@@ -1,4 +1,4 @@
-"""Room on the disk: how much there is where a folder will be, and whether it is enough."""
+"""Whether a path is on a disk here, how much room that has, and whether it is enough."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 
 from megadistill.errors import ConfigError
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether `path` names a place that is reached through fsspec: `s3://bucket/cache`."""
+    return "://" in str(path)
 
 
 def free_bytes(path: str | Path) -> int:

@@ -31,7 +31,7 @@ class SshServer:
         folder.chmod(0o700)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+            self.port = port = s.getsockname()[1]
         for key in ("host_key", "user_key"):
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True
@@ -40,6 +40,7 @@ class SshServer:
         Path("/run/sshd").mkdir(exist_ok=True)
         (folder / "sshd_config").write_text(
             f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\n"
+            "Subsystem sftp internal-sftp\n"
             f"AuthorizedKeysFile {folder}/authorized_keys\nPidFile none\nStrictModes no\n"
             "PermitRootLogin prohibit-password\nPasswordAuthentication no\nUsePAM no\n"
         )

@@ -26,6 +26,7 @@ from megadistill.blocks.progress import BlockProgress
 from megadistill.cache.inspection import inspect_store
 from megadistill.cache.report import difference_table, table
 from megadistill.commands import run
+from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from megadistill.cache.reader import Cache
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     # What the terminal's encoding lacks is shown escaped, rather than ending the program.
     sys.stdout.reconfigure(errors="backslashreplace")
     config = configured(args) if args.config or args.overrides or not args.cache else None
-    path = args.cache or config.cache.dir
+    path = args.cache or one_cache(config)
     if args.diff:
         return diff(path, args)
     if args.show is not None:
@@ -48,11 +49,23 @@ def main(arguments: list[str]) -> int:
     return inspect(path, args)
 
 
+def one_cache(config: Config) -> str:
+    sources = config.cache.sources
+    if len(sources) > 1:
+        raise ConfigError(
+            f"cache.dir: is a list of {len(sources)} caches: name the one to inspect, for example "
+            f"{sources[0].dir}"
+        )
+    return sources[0].dir
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cache", nargs="?", metavar="CACHE", help="default: the configured one")
+    parser.add_argument(
+        "cache", nargs="?", metavar="CACHE", help="a folder or a URL; default: the configured one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change the configuration")
     parser.add_argument("--config", help="whose cache.dir to inspect; default zero3.yaml")
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
@@ -69,7 +82,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         "else ids")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(arguments)
-    if args.cache and "=" in args.cache and not os.path.exists(args.cache):
+    if args.cache and "=" in args.cache.partition("://")[0] and not os.path.exists(args.cache):
         args.cache, args.overrides = None, [args.cache, *args.overrides]
     if args.diff and args.show is not None:
         parser.error("--diff and --show are two questions: ask one at a time")

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,8 +57,13 @@ from megadistill.blocks.layout import (
 from megadistill.blocks.lock import StoreLock, require_holder, token_of
 from megadistill.blocks.recipe import require_same_recipe
 from megadistill.blocks.records import encode_json, put_file
+from megadistill.blocks.remote import read_only
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
+from megadistill.disk import is_url
 from megadistill.errors import CorruptBlockError, StoreError
+
+if TYPE_CHECKING:
+    from megadistill.blocks.copies import LocalCopies
 
 Sample = dict[str, Any]
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
@@ -103,6 +109,8 @@ class BlockStore:
         columns  column name to MDS encoding; `sum` is added
         Raises RecipeError for another recipe, StoreError for a folder that holds something else.
         """
+        if is_url(path):
+            raise read_only(str(path))
         layout = Layout(Path(path))
         full = new_header(
             header, kind=kind, columns=columns, block_size=block_size, ids_bin=ids_bin
@@ -128,8 +136,17 @@ class BlockStore:
         return store
 
     @classmethod
-    def open(cls, path: str | Path, *, files: Files = LOCAL) -> BlockStore:
-        """The store in a folder, of either kind. StoreError, CorruptBlockError."""
+    def open(
+        cls, path: str | Path, *, files: Files = LOCAL, local: LocalCopies | None = None
+    ) -> BlockStore:
+        """The store in a folder or at a URL, of either kind. StoreError, CorruptBlockError.
+
+        local  where shards of a remote store are kept, see `blocks.mirror`
+        """
+        if is_url(path):
+            from megadistill.blocks.mirror import open_remote
+
+            return open_remote(str(path), local=local)
         if not Path(path).is_dir():
             raise StoreError(f"{path}: no such folder, expected a block store")
         kind = kind_of(Path(path))
@@ -140,6 +157,11 @@ class BlockStore:
     def __reduce__(self) -> tuple:
         # To another process goes the folder's name; the files are opened there.
         return BlockStore.open, (self.path,)
+
+    @property
+    def name(self) -> str:
+        """The folder or the URL, for messages and reports."""
+        return str(self.path)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -359,7 +381,8 @@ class BlockStore:
         try:
             path = temporary / "shard" / "shard"
             self._files.mkdir(path.parent)
-            self._files.link(source.layout.shard(block), path)
+            with source.shard_file(block) as shard:
+                self._files.link(shard, path)
             self._install(block, path, source.marker(block), temporary)
         finally:
             self._files.remove_tree(temporary)
@@ -396,6 +419,11 @@ class BlockStore:
             return read_marker(self.layout, block, self.block_size)
         except FileNotFoundError:
             raise StoreError(f"{self.path}: block {block} is not committed") from None
+
+    @contextmanager
+    def shard_file(self, block: int) -> Iterator[Path]:
+        """The file of a block's shard, which stays where it is meanwhile."""
+        yield self.layout.shard(block)
 
     def shard_is_there(self, marker: dict[str, Any]) -> bool:
         """Whether the marker's shard has the size it must have; its bytes are not read."""

@@ -92,14 +92,15 @@ def verify_block(
         findings.append(
             f"{file}: sequences: expected {expected} by the plan, found {marker['sequences']}"
         )
-    shard = Shard(
-        store.layout.shard(block),
-        columns=store._columns,
-        first=block * store.block_size,
-        samples=marker["sequences"],
-        size=marker["shard"]["size"],
-        xxh3=int(marker["shard"]["xxh3"], 16),
-    )
+    with store.shard_file(block) as path:
+        shard = Shard(
+            path,
+            columns=store._columns,
+            first=block * store.block_size,
+            samples=marker["sequences"],
+            size=marker["shard"]["size"],
+            xxh3=int(marker["shard"]["xxh3"], 16),
+        )
     samples = [shard[row] for row in range(len(shard))]
     found = {"tokens_xxh3": tokens_hash(samples)}
     if store.kind == "tokens":  # of a cache it is taken over integers, which `check` knows

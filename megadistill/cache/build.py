@@ -72,7 +72,7 @@ def build_cache(
     with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
         missing = mesh.first(lambda: _prepare(config, held))
         tokens = BlockStore.open(config.data.dir)
-        store = BlockStore.open(config.cache.dir)
+        store = BlockStore.open(config.cache.folder)
         if missing:
             teacher = load_teacher(config, mesh)
             _compute(config, mesh, teacher, tokens, store, missing, free_bytes)
@@ -100,13 +100,13 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
 
 
 def create_store(config: Config, tokens: BlockStore) -> BlockStore:
-    """The cache's store at `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
+    """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
     recipe = cache_recipe(config, tokens.recipe)
     columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
     if "loss_mask" in tokens.columns:
         columns["loss_mask"] = tokens.columns["loss_mask"]
     return BlockStore.create(
-        config.cache.dir,
+        config.cache.folder,
         kind="cache",
         header={"recipe": recipe},
         columns={**columns, "targets": "bytes"},
@@ -117,8 +117,8 @@ def create_store(config: Config, tokens: BlockStore) -> BlockStore:
 
 def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
     """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
-    if kind_of(Path(config.cache.dir)) == "cache":
-        return read_ids(BlockStore.open(config.cache.dir))
+    if kind_of(Path(config.cache.folder)) == "cache":
+        return read_ids(BlockStore.open(config.cache.folder))
     return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
 
 
@@ -133,10 +133,10 @@ def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
         log.info(
             "%s: part %s is complete; when the others are, merge them: "
             "python tools/merge_and_inspect.py --out OUT %s OTHER ...",
-            config.cache.dir, config.cache.part, config.cache.dir,
+            config.cache.folder, config.cache.part, config.cache.folder,
         )  # fmt: skip
     elif not computed:
-        log.info("%s: complete already, %d sequences", config.cache.dir, len(store))
+        log.info("%s: complete already, %d sequences", config.cache.folder, len(store))
 
 
 def _compute(
@@ -264,7 +264,7 @@ def _validate(
     """
     from megadistill.cache.reader import open_cache
 
-    cache = open_cache(config.cache.dir)
+    cache = open_cache(config.cache.folder)
     size = config.teacher.micro_batch
     generator = np.random.default_rng(config.targets.seed)
     blocks = store.committed()  # a part has gaps
@@ -291,7 +291,7 @@ def _validate(
     equal, total = int(sums[0]), int(sums[1])
     if equal < 0.99 * total:
         raise TeacherError(
-            f"{config.cache.dir}: scored {total} positions again and found other token ids at "
+            f"{config.cache.folder}: scored {total} positions again and found other token ids at "
             f"{total - equal}, expected at most {total // 100}: the teacher does not repeat itself "
             "here, or the cache was made elsewhere; --no_validate skips this"
         )

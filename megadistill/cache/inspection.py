@@ -67,7 +67,7 @@ def inspect_store(
     complete = not findings and store.complete()
     missing = _missing(store, markers)
     facts = {
-        "path": str(path),
+        "path": store.name,
         "kind": store.kind,
         "format_version": store.header["format_version"],
         "complete": complete,

@@ -32,7 +32,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     found.of(folders.check_corpus, config)
     if writing:
         found.of(folders.check_store_folder, config.data.dir, "data.dir", "tokens")
-        found.of(folders.check_store_folder, config.cache.dir, "cache.dir", "cache")
+        found.of(folders.check_cache_folder, config)
     teacher = found.of(models.check_model, config.teacher, "teacher.model", with_weights=True)
     if teacher is not None:
         found.of(models.check_seq_len, config, teacher)
@@ -64,13 +64,14 @@ def check_train(config: Config, *, world: int) -> None:
             "a hub id"
         )
     found = _Mistakes()
-    found.of(
-        folders.check_cache_is_there,
-        config.cache.dir,
-        key="cache.dir",
-        way_out="make it with launch/generate.py and the same configuration",
-        text_is_enough=config.loss.kd_weight == 0,
-    )
+    for source in config.cache.sources:
+        found.of(
+            folders.check_cache_is_there,
+            source.dir,
+            key="cache.dir",
+            way_out="make it with launch/generate.py and the same configuration",
+            text_is_enough=config.loss.kd_weight == 0,
+        )
     if config.eval.cache is not None:
         found.of(
             folders.check_cache_is_there,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megadistill.blocks.layout import KINDS, kind_of
 from megadistill.config import Config
-from megadistill.disk import check_disk, device_of
+from megadistill.disk import check_disk, device_of, is_url
 from megadistill.errors import ConfigError
 from megadistill.plan import Plan
 
@@ -25,6 +25,11 @@ def check_corpus(config: Config) -> None:
 
 def check_store_folder(path: str, key: str, kind: str) -> None:
     """A store of `kind` can be made, or gone on with, at `path`."""
+    if is_url(path):
+        raise ConfigError(
+            f"{key}: a URL cannot be written in place: set it to a folder, and copy what is made "
+            "with tools/copy_cache.py"
+        )
     folder = Path(path)
     _can_be_written(folder, key)
     if not folder.is_dir():
@@ -40,8 +45,15 @@ def check_store_folder(path: str, key: str, kind: str) -> None:
         )
 
 
+def check_cache_folder(config: Config) -> None:
+    """The cache can be made, or gone on with, where cache.dir says."""
+    check_store_folder(config.cache.folder, "cache.dir", "cache")
+
+
 def check_run_folder(config: Config) -> None:
     """A training run can be made, or gone on with, in train.out_dir."""
+    if is_url(config.train.out_dir):
+        raise ConfigError("train.out_dir: a URL cannot be trained into: set it to a folder")
     folder = Path(config.train.out_dir)
     _can_be_written(folder, "train.out_dir")
     others = _entries(folder) if folder.is_dir() else []
@@ -56,6 +68,8 @@ def check_cache_is_there(
     path: str, *, key: str, way_out: str, text_is_enough: bool = False
 ) -> None:
     """There is a cache at `path`, complete or not; with `text_is_enough` a token store serves."""
+    if is_url(path):
+        return  # the network is for the start, where it is asked once and for good
     there = Path(path).is_dir()
     found = kind_of(Path(path)) if there else None
     if found != "cache" and not (found == "tokens" and text_is_enough):
@@ -100,9 +114,9 @@ def _needs(config: Config, plan: Plan, *, training: bool) -> Iterator[tuple[str,
         yield "train.out_dir", config.train.out_dir, plan.run_bytes_to_come
         return
     first, second = plan.token_bytes_to_come, plan.cache_bytes_to_come
-    one_disk = device_of(config.data.dir) == device_of(config.cache.dir)
+    one_disk = device_of(config.data.dir) == device_of(config.cache.folder)
     if one_disk and first is not None and second is not None:
-        yield "cache.dir", config.cache.dir, first + second
+        yield "cache.dir", config.cache.folder, first + second
         return
     yield "data.dir", config.data.dir, first
-    yield "cache.dir", config.cache.dir, second
+    yield "cache.dir", config.cache.folder, second

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from megadistill.config.deepspeed_keys import deepspeed_problems
+from megadistill.disk import is_url
 from megadistill.errors import ConfigError
 from megadistill.targets import PARAMETERS, check_divergence
 
@@ -123,13 +124,18 @@ def _fields(config: Config) -> Iterator[Problem]:
 
 def _folders(config: Config) -> Iterator[Problem]:
     # A store and a run each own their folder: cleaning up in one must not reach into another.
-    written = {"data.dir": config.data.dir, "cache.dir": config.cache.dir}
+    written = {"data.dir": config.data.dir}
+    if isinstance(config.cache.dir, str):
+        written["cache.dir"] = config.cache.dir
+    if config.cache.local_dir is not None:
+        written["cache.local_dir"] = config.cache.local_dir
     read = {"teacher.model": config.teacher.model}
     if config.student is not None:
         written["train.out_dir"] = config.train.out_dir
         read["student.model"] = config.student.model
     if config.data.tokenizer is not None:
         read["data.tokenizer"] = config.data.tokenizer
+    written = {key: folder for key, folder in written.items() if not is_url(folder)}
     for i, (target, folder) in enumerate(written.items()):
         clashes = [*_clashes(target, folder, dict(list(written.items())[:i]))]
         clashes += [

@@ -14,14 +14,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from megadistill.config.rules import default_groups, problems
+from megadistill.disk import is_url
+from megadistill.errors import ConfigError
 
 
 def _not_a_truth_value(value: Any) -> Any:
@@ -174,10 +178,43 @@ class TargetsConfig(Section):
     )
 
 
+class CacheSource(Section):
+    """One of several caches to train from."""
+
+    dir: Text = Field(description="the cache: a folder or a URL")
+    weight: PositiveFloat = Field(default=1.0, description="passes over it in an epoch")
+
+
+def _source(value: Any) -> Any:
+    return {"dir": value} if isinstance(value, str) else value
+
+
+# The tags end up in the places of pydantic's errors, where what has brackets is no key.
+CacheDir = Annotated[
+    Annotated[Text, Tag("[text]")]
+    | Annotated[
+        list[Annotated[CacheSource, BeforeValidator(_source)]], Field(min_length=1), Tag("[list]")
+    ],
+    Discriminator(lambda value: "[list]" if isinstance(value, list) else "[text]"),
+]
+
+
 class CacheConfig(Section):
     """Where the targets lie."""
 
-    dir: Text = Field(default="runs/cache", description="the cache, a block store")
+    dir: CacheDir = Field(
+        default="runs/cache",
+        description="the cache, a folder; to train from, also a URL (`sftp://`, `s3://`, `gs://`, "
+        "`hf://`, `file://`), or a list of these, or of `{dir: ..., weight: ...}` with the passes "
+        "over each in an epoch",
+    )
+    local_dir: Text | None = Field(
+        default=None,
+        description="where shards of caches at URLs are kept; default: `~/.cache/megadistill`",
+    )
+    local_limit: PositiveFloat = Field(
+        default=50.0, description="GiB of such shards to keep at most, of all caches together"
+    )
     min_free: WeightFloat = Field(
         default=0.5,
         description="GiB of disk to leave free; looked at before a run starts and after each block",
@@ -198,6 +235,31 @@ class CacheConfig(Section):
         """(i, n): the blocks b with b mod n = i are to be generated."""
         index, _, parts = (self.part or "0/1").partition("/")
         return int(index), int(parts)
+
+    @property
+    def sources(self) -> list[CacheSource]:
+        """What to train from; a single cache is a list of one."""
+        return [CacheSource(dir=self.dir)] if isinstance(self.dir, str) else self.dir
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether there is one cache, in a folder, which can be generated into."""
+        return isinstance(self.dir, str) and not is_url(self.dir)
+
+    @property
+    def folder(self) -> str:
+        """The one folder that is generated into. ConfigError for a list or a URL."""
+        if not isinstance(self.dir, str):
+            raise ConfigError(
+                f"cache.dir: a list of {len(self.dir)} caches is to train from, and generating "
+                "writes one: set cache.dir to one folder"
+            )
+        if is_url(self.dir):
+            raise ConfigError(
+                "cache.dir: a URL is to train from, and generating writes to a folder: set "
+                "cache.dir to one, then copy it with tools/copy_cache.py"
+            )
+        return self.dir
 
 
 class StudentConfig(Section):
@@ -294,7 +356,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Held-out evaluation."""
 
-    cache: Text | None = Field(default=None, description="a `topk` cache of held-out text")
+    cache: Text | None = Field(
+        default=None, description="a `topk` cache of held-out text, a folder or a URL"
+    )
     max_sequences: PositiveInt | None = Field(
         default=None, description="sequences to evaluate at most; default: all"
     )

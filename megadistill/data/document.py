@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from megadistill.data.encode import Unit
 from megadistill.data.pieces import PIECE, split_text

@@ -17,29 +17,43 @@ is dropped. The number of sequences consumed is all there is to resume.
 
 The rows of a batch are sorted by group: ranks, which take consecutive rows, get whole groups when
 their number divides G.
+
+With weights each store has a line of its own, pass after pass, and `mixture` says which line each
+position takes from, and at which of its positions. An epoch is `weight` passes over every store. A
+batch has a store's share of rows, and of each group of that store equally many but for one, so that
+the groups at the border between two hosts are read by both: the price of the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
-from megadistill.data.hashing import permutation
+from megadistill.data.hashing import key, permutation
+from megadistill.data.mixture import Mixture
 from megadistill.errors import ConfigError
 
 # What a host keeps at hand per group. Measured in blocks: 4 of 256 sequences shuffle 1,024 ways.
 WINDOW_BLOCKS = 4
-_BLOCKS, _WINDOW = 1, 2  # purposes: two permutations never share a key
+_BLOCKS, _WINDOW, _SOURCE = 1, 2, 3  # purposes: two permutations never share a key
+
+
+def rank_rows(rows: list[tuple[int, int]], rank: int, ranks: int) -> list[tuple[int, int]]:
+    """The rows of a global batch that are one rank's: consecutive, equally many for each."""
+    share = len(rows) // ranks
+    return rows[rank * share : (rank + 1) * share]
 
 
 class Order:
     """The order of training over one or more stores.
 
-    `sizes`: sequences in each store; several stores are dealt as if they were one. `block_size`:
-    sequences a block, of all stores or of each; only a store's last block may be shorter.
+    `sizes`: sequences in each store. `block_size`: sequences a block, of all stores or of each;
+    only a store's last block may be shorter. `weights`: passes over each store in an epoch; without
+    them, or where all are 1, several stores are dealt as if they were one.
     """
 
     def __init__(
@@ -48,11 +62,14 @@ class Order:
         *,
         block_size: int | Sequence[int],
         global_batch: int,
+        weights: Sequence[float] | None = None,
         seed: int = 0,
         groups: int = 64,
         shuffle: Literal["shuffle", "sequential"] = "shuffle",
     ) -> None:
-        if sum(sizes) < 1:
+        blocks = [block_size] * len(sizes) if isinstance(block_size, int) else list(block_size)
+        mixed = weights is not None and any(w != 1 for w in weights)
+        if sum(sizes) < 1 or (mixed and min(sizes) < 1):
             raise ConfigError(
                 "cache.dir: there is no sequence to train on: generate the cache first"
             )
@@ -62,18 +79,59 @@ class Order:
                 f"order.groups: {groups} does not divide train.global_batch {global_batch}: "
                 f"set order.groups to {fits[-1]}, or another divisor of the batch"
             )
+        self.global_batch, self.groups, self.shuffle = global_batch, groups, shuffle
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._mixture: Mixture | None = None
+        if mixed:
+            assert weights is not None
+            amounts = [Fraction(str(w)) * n for w, n in zip(weights, sizes, strict=True)]
+            self._mixture = Mixture(amounts)
+            self.num_sequences = max(1, round(sum(amounts)))
+            self._lines = [
+                _Line([n], [b], seed=key(seed, _SOURCE, k), groups=groups, shuffle=shuffle)
+                for k, (n, b) in enumerate(zip(sizes, blocks, strict=True))
+            ]
+        else:
+            self.num_sequences = sum(sizes)
+            self._lines = [_Line(sizes, blocks, seed=seed, groups=groups, shuffle=shuffle)]
+
+    def batch(self, g: int) -> list[tuple[int, int]]:
+        """Global batch `g`: (store, sequence within the store) of each of its rows, in order."""
+        positions = g * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+        source, turn = np.zeros_like(positions), positions
+        if self._mixture is not None:
+            source, turn = self._mixture.draws(positions)
+        if self.shuffle == "shuffle":
+            by_group = np.argsort(turn % self.groups, kind="stable")
+            source, turn = source[by_group], turn[by_group]
+        places = np.empty_like(turn)  # numbered through all stores
+        for k, line in enumerate(self._lines):
+            rows = source == k
+            places[rows] = self._starts[k] + line.sequences(turn[rows])
+        store = np.searchsorted(self._starts, places, side="right") - 1
+        return list(zip(store.tolist(), (places - self._starts[store]).tolist(), strict=True))
+
+
+class _Line:
+    """Endless passes over stores that are dealt as if they were one."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        block_sizes: Sequence[int],
+        *,
+        seed: int,
+        groups: int,
+        shuffle: Literal["shuffle", "sequential"],
+    ) -> None:
         self.num_sequences = sum(sizes)
-        self.global_batch = global_batch
-        self.groups = groups
-        self.shuffle = shuffle
-        self.seed = seed
-        block_sizes = [block_size] * len(sizes) if isinstance(block_size, int) else list(block_size)
+        self.groups, self.seed, self.shuffle = groups, seed, shuffle
         self.window = WINDOW_BLOCKS * max(block_sizes)
         # Blocks of all stores in one table: where each begins in all sequences, and its length.
-        self._store_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        starts = np.cumsum([0, *sizes])
         firsts = [
             np.arange(0, size, block) + start
-            for size, block, start in zip(sizes, block_sizes, self._store_starts, strict=False)
+            for size, block, start in zip(sizes, block_sizes, starts, strict=False)
         ]
         self._first = np.concatenate(firsts).astype(np.int64)
         self._length = np.diff(self._first, append=self.num_sequences)
@@ -81,18 +139,10 @@ class Order:
         # One window a group is open at a time; twice that where a batch straddles two.
         self._permutation = lru_cache(maxsize=4 * groups)(permutation)
 
-    def batch(self, g: int) -> list[tuple[int, int]]:
-        """Global batch `g`: (store, sequence within the store) of each of its rows, in order."""
-        places = self._in_batch(g)
-        store = np.searchsorted(self._store_starts, places, side="right") - 1
-        return list(zip(store.tolist(), (places - self._store_starts[store]).tolist(), strict=True))
-
-    def _in_batch(self, g: int) -> np.ndarray:
-        """int64 [B]: the rows' sequences, numbered through all stores."""
-        positions = g * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+    def sequences(self, positions: np.ndarray) -> np.ndarray:
+        """int64: the sequences at these positions, numbered through the stores."""
         if self.shuffle == "sequential":
             return positions % self.num_sequences
-        positions = positions[np.argsort(positions % self.groups, kind="stable")]
         epochs = positions // self.num_sequences
         places = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
@@ -107,8 +157,10 @@ class Order:
         turn = (positions - first[group]) // self.groups  # the how-manieth of its group
         window, inside = np.divmod(turn, self.window)
         line = slice_start[group] + window * self.window
-        for k, w in np.unique(np.stack([group, window], axis=1), axis=0).tolist():
-            rows = (group == k) & (window == w)
+        both = group * (int(window.max()) + 1) + window
+        for each in np.unique(both):
+            rows = np.flatnonzero(both == each)
+            k, w = int(group[rows[0]]), int(window[rows[0]])
             length = min(self.window, int(count[k]) - w * self.window)
             shuffled = self._permutation(length, self.seed, _WINDOW, epoch, k, w)
             line[rows] += shuffled[inside[rows]]

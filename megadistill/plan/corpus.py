@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.remote import shown
 from megadistill.config import Config
 from megadistill.data import files
 from megadistill.data.source import count_documents
 from megadistill.data.tokens import covers
-from megadistill.disk import readable_bytes
+from megadistill.disk import is_url, readable_bytes
 from megadistill.errors import MegadistillError
 from megadistill.plan import assumptions
 
@@ -21,16 +22,34 @@ _UNPACKED = {".parquet": 2.5, ".gz": 3.5, ".bz2": 4.5, ".xz": 4.5, ".zst": 3.5}
 def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, str]:
     """(number of sequences, how it is known)."""
     data = config.data
+    if not config.cache.is_folder:
+        return _of_sources(config)
     with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
         known = _counted(config, BlockStore.open(data.dir))
         if known is not None:
             return known
     with contextlib.suppress(MegadistillError):
-        planned = BlockStore.open(config.cache.dir).num_sequences
+        planned = BlockStore.open(config.cache.folder).num_sequences
         if planned is not None and not os.path.isdir(data.dir):
-            return planned, f"known: {config.cache.dir} is planned"
+            return planned, f"known: {config.cache.folder} is planned"
     tokens, how = _tokens(config, vocab_size)
     return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
+
+
+def _of_sources(config: Config) -> tuple[int | None, str]:
+    """(sequences of an epoch, how known) of caches to train from alone."""
+    total = 0.0
+    for source in config.cache.sources:
+        if is_url(source.dir):
+            return None, f"unknown before {shown(source.dir)} is asked, when training starts"
+        try:
+            planned = BlockStore.open(source.dir).num_sequences
+        except MegadistillError:
+            planned = None
+        if planned is None:
+            return None, f"unknown: {source.dir} is not there, or not planned"
+        total += planned * source.weight
+    return round(total), "known: an epoch of the caches, by their weights"
 
 
 def _counted(config: Config, store: BlockStore) -> tuple[int, str] | None:

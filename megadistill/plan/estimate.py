@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, field
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.remote import shown
 from megadistill.config import Config, to_yaml
 from megadistill.disk import free_bytes, readable_bytes, used_bytes
 from megadistill.errors import MegadistillError
@@ -94,8 +95,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
                     f"estimated, {a_position.most_entries:.0f} at most; {a_position.bytes:.1f} "
                     f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
-        ("cache" if parts == 1 else f"cache, part {config.cache.part}",
-         _store_line(config.cache.dir, part_bytes)),
+        *_cache_lines(config, part_bytes),
         ("teacher", _model_line(teacher, config.teacher.model, memory)),
     ]  # fmt: skip
     student = _local_model(config, "student")
@@ -114,7 +114,9 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         token_bytes=token_bytes,
         token_bytes_to_come=_to_come(token_bytes, config.data.dir, blocks),
         cache_bytes=cache_bytes,
-        cache_bytes_to_come=_to_come(part_bytes, config.cache.dir, part_blocks),
+        cache_bytes_to_come=_to_come(part_bytes, config.cache.folder, part_blocks)
+        if config.cache.is_folder
+        else None,
         run_bytes_to_come=run,
         teacher_memory=memory,
         student_memory=student_needs,
@@ -133,6 +135,16 @@ def _steps(config: Config, sequences: int | None) -> int | None:
     if train.steps is not None or train.epochs is None or sequences is None:
         return train.steps
     return max(1, round(train.epochs * sequences / train.global_batch))
+
+
+def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:
+    if config.cache.is_folder:
+        name = "cache" if config.cache.part is None else f"cache, part {config.cache.part}"
+        return [(name, _store_line(config.cache.folder, size))]
+    return [
+        ("cache", f"{shown(source.dir)}, to train from, weight {source.weight:g}")
+        for source in config.cache.sources
+    ]
 
 
 def _local_model(config: Config, which: str) -> ModelFiles | None:

@@ -50,7 +50,7 @@ class Report:
             "currency": self.currency,
             "measured": None if self.measured is None else dataclasses.asdict(self.measured),
             "rates": dataclasses.asdict(self.rates),
-            "free_bytes": free_bytes(self.config.cache.dir),
+            "free_bytes": free_bytes(self.config.cache.folder),
             "this_run": None if self.own is None else dataclasses.asdict(self.own),
             "sizes": [dataclasses.asdict(r) for r in self.rows],
         }

@@ -112,7 +112,7 @@ def _shares_to_come(plan: Plan) -> tuple[float, float]:
 
 def _fits(config: Config, store: int, cache: int) -> bool:
     floor = int(config.cache.min_free * 2**30)
-    first, second = config.data.dir, config.cache.dir
+    first, second = config.data.dir, config.cache.folder
     if device_of(first) == device_of(second):
         return store + cache + floor <= free_bytes(second)
     return store + floor <= free_bytes(first) and cache + floor <= free_bytes(second)

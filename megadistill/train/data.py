@@ -1,4 +1,4 @@
-"""From stores to micro-batches: what a rank reads for each step, ahead of time, in a thread.
+"""From stores to micro-batches: what a rank reads for each step, ahead of time, in threads.
 
 A store is a cache, or a token store where there is nothing to distil (loss.kd_weight=0). The order
 says which sequences form global batch g; rank r of R takes the r-th of R equal parts of it.
@@ -8,10 +8,11 @@ Shapes: B sequences of a micro-batch, T positions, N = B*T.
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,16 @@ from torch import nn
 
 from megadistill.attention import forward_inputs
 from megadistill.blocks import BlockStore
+from megadistill.blocks.copies import LocalCopies, default_folder
 from megadistill.cache.reader import Cache
-from megadistill.data.order import Order
+from megadistill.config import Config
+from megadistill.data.order import Order, rank_rows
 from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
 from megadistill.targets import SparseTargets, concatenate
 
 AHEAD = 2  # steps read in advance: one to hide reading behind, one against its variance
+WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,14 @@ class Sequences:
     source: Any  # Cache or BlockStore
     store: BlockStore
     has_targets: bool
+    weight: float = 1.0  # passes over it in an epoch
 
     def __len__(self) -> int:
         return len(self.store)
 
     @property
     def name(self) -> str:
-        return str(self.store.path)
+        return self.store.name
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -62,28 +67,77 @@ class Sequences:
         return int(self.recipe.get("vocab_size") or self.tokenizer["vocab_size"])
 
 
-def open_sequences(path: str, *, key: str, with_targets: bool) -> Sequences:
+def open_sequences(
+    path: str,
+    *,
+    key: str,
+    with_targets: bool,
+    weight: float = 1.0,
+    local: LocalCopies | None = None,
+) -> Sequences:
     """The complete store at `path`. `key`: the configuration key, for messages.
 
-    Raises ConfigError for a token store where targets are needed, StoreError for one that is
-    missing, incomplete or empty.
+    `local`: see BlockStore.open. Raises ConfigError for a token store where targets are needed,
+    StoreError for one that is missing, incomplete or empty.
     """
-    store = BlockStore.open(path)
+    store = BlockStore.open(path, local=local)
     if with_targets and store.kind != "cache":
         raise ConfigError(
-            f"{key}: {path} is a token store, without targets: generate a cache from it, or set "
-            "loss.kd_weight=0 loss.ce_weight=1 to train on its text alone"
+            f"{key}: {store.name} is a token store, without targets: generate a cache from it, or "
+            "set loss.kd_weight=0 loss.ce_weight=1 to train on its text alone"
         )
     if len(store) == 0:
-        raise StoreError(f"{key}: {path} holds no sequence yet: run launch/generate.py first")
+        raise StoreError(f"{key}: {store.name} holds no sequence yet: run launch/generate.py first")
     if not store.complete():
         missing = "" if store.num_sequences is None else f" of {store.num_sequences}"
         raise StoreError(
-            f"{key}: {path} is incomplete, {len(store)}{missing} sequences: run the command that "
-            "made it again, it goes on where it stopped"
+            f"{key}: {store.name} is incomplete, {len(store)}{missing} sequences: run the command "
+            "that made it again, it goes on where it stopped"
         )
     has_targets = store.kind == "cache"
-    return Sequences(Cache(store) if has_targets else store, store, has_targets)
+    return Sequences(Cache(store) if has_targets else store, store, has_targets, weight)
+
+
+def open_sources(config: Config) -> list[Sequences]:
+    """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both."""
+    stores = [
+        open_sequences(
+            source.dir, key="cache.dir", with_targets=config.loss.kd_weight > 0,
+            weight=source.weight, local=local_copies(config),
+        )
+        for source in config.cache.sources
+    ]  # fmt: skip
+    for store in stores[1:]:
+        _require_mixable(stores[0], store)
+    return stores
+
+
+def local_copies(config: Config) -> LocalCopies:
+    """Where shards of remote stores are kept."""
+    folder = config.cache.local_dir
+    return LocalCopies(
+        default_folder() if folder is None else Path(folder).expanduser(),
+        int(config.cache.local_limit * 2**30),
+    )
+
+
+def _require_mixable(first: Sequences, other: Sequences) -> None:
+    for what, ours, theirs in (
+        ("tokenizer", first.tokenizer["content"], other.tokenizer["content"]),
+        ("seq_len", first.seq_len, other.seq_len),
+        ("vocab_size", first.vocab_size, other.vocab_size),
+        ("method", first.recipe.get("method"), other.recipe.get("method")),
+        ("temperature", first.recipe.get("temperature"), other.recipe.get("temperature")),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"cache.dir: {what} is {_short(ours)} in {first.name} and {_short(theirs)} in "
+                f"{other.name}, expected one: train from caches that agree in it"
+            )
+
+
+def _short(value: object) -> str:
+    return "absent" if value is None else str(value)[:16]
 
 
 @dataclass(frozen=True)
@@ -146,7 +200,8 @@ def _without_notes(targets: SparseTargets) -> SparseTargets:
 class Batches:
     """This rank's micro-batches of each step, from step `first` on. A context manager.
 
-    A thread reads AHEAD steps in advance; what goes wrong in it is raised by `next`.
+    WORKERS threads read the next AHEAD steps, a micro-batch each at a time. What goes wrong in one
+    is raised by `next`, at its step.
     """
 
     def __init__(
@@ -163,49 +218,44 @@ class Batches:
     ) -> None:
         self._stores, self._order, self._with_targets = stores, order, with_targets
         self._rank, self._world, self._micro_batch = rank, world, micro_batch
-        self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=AHEAD)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._read, args=(first, last), name="batches", daemon=True
-        )
+        self._to_come = iter(range(first, last))
+        self._steps: deque[list[Future[MicroBatch]]] = deque()
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="batches")
 
     def __enter__(self) -> Batches:
-        self._thread.start()
+        for _ in range(AHEAD):
+            self._begin_next()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        while self._thread.is_alive():
-            with_room = self._queue.qsize() == 0
-            if not with_room:
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
-
-    def __next__(self) -> list[MicroBatch]:
-        share = self._queue.get()
-        if isinstance(share, BaseException):
-            raise share
-        return share
+        self._pool.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 
+    def __next__(self) -> list[MicroBatch]:
+        if not self._steps:
+            raise StopIteration
+        step = self._steps.popleft()
+        self._begin_next()
+        return [future.result() for future in step]
+
     def names(self, step: int) -> list[tuple[int, int]]:
         """(store, sequence) of this rank's rows of global batch `step`."""
-        rows = self._order.batch(step)
-        share = len(rows) // self._world
-        return rows[self._rank * share : (self._rank + 1) * share]
+        return rank_rows(self._order.batch(step), self._rank, self._world)
 
-    def _read(self, first: int, last: int) -> None:
-        try:
-            for step in range(first, last):
-                names, size = self.names(step), self._micro_batch
-                share = [
-                    micro_batch(self._stores, names[i : i + size], with_targets=self._with_targets)
+    def _begin_next(self) -> None:
+        for step in self._to_come:
+            names, size = self.names(step), self._micro_batch
+            self._steps.append(
+                [
+                    self._pool.submit(
+                        micro_batch,
+                        self._stores,
+                        names[i : i + size],
+                        with_targets=self._with_targets,
+                    )
                     for i in range(0, len(names), size)
                 ]
-                self._queue.put(share)
-                if self._closed.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again by the loop
-            self._queue.put(error)
+            )
+            return

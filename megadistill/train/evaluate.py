@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megadistill.blocks.copies import LocalCopies
 from megadistill.errors import ConfigError
 from megadistill.targets import SAMPLED
 from megadistill.train.data import MicroBatch, micro_batch, open_sequences
@@ -28,13 +29,16 @@ from megadistill.train.engine import Trainer
 class Evaluation:
     """A held-out cache, opened once, and what of it is known without the student."""
 
-    def __init__(self, path: str, *, max_sequences: int | None) -> None:
-        self.sequences = open_sequences(path, key="eval.cache", with_targets=True)
+    def __init__(
+        self, path: str, *, max_sequences: int | None, local: LocalCopies | None = None
+    ) -> None:
+        self.sequences = open_sequences(path, key="eval.cache", with_targets=True, local=local)
         method = self.sequences.recipe["method"]
         if method in SAMPLED:
             raise ConfigError(
-                f"eval.cache: {path} holds {method} targets, expected topk: single samples say "
-                "little about a held-out distribution; generate with targets.method=topk"
+                f"eval.cache: {self.sequences.name} holds {method} targets, expected topk: "
+                "single samples say little about a held-out distribution; generate with "
+                "targets.method=topk"
             )
         self.temperature = float(self.sequences.recipe["temperature"])
         self.count = min(len(self.sequences), max_sequences or len(self.sequences))
@@ -85,6 +89,8 @@ def _teacher(batch: MicroBatch) -> torch.Tensor:
     return torch.tensor([note.sum(dtype=np.float64) for note in notes], dtype=torch.float64)
 
 
-def open_evaluation(path: str | None, *, max_sequences: int | None) -> Evaluation | None:
+def open_evaluation(
+    path: str | None, *, max_sequences: int | None, local: LocalCopies | None = None
+) -> Evaluation | None:
     """The held-out cache of `eval.cache`, or None where there is none."""
-    return None if path is None else Evaluation(path, max_sequences=max_sequences)
+    return None if path is None else Evaluation(path, max_sequences=max_sequences, local=local)

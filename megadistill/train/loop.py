@@ -196,9 +196,14 @@ def _refuse_non_finite(run: Run, mesh: Mesh, step: int, batches: list[MicroBatch
     mine = [name for batch in batches for name in batch.names]
     everyone: list[list[tuple[int, int]]] = [[] for _ in range(mesh.world)]
     dist.all_gather_object(everyone, mine)
-    numbers = sorted(sequence for names in everyone for _, sequence in names)
+    named = [name for names in everyone for name in names]
+    of_stores = [
+        f"{', '.join(str(i) for k, i in sorted(named) if k == number)} of {store.name}"
+        for number, store in enumerate(run.stores)
+        if any(k == number for k, _ in named)
+    ]
     raise TrainError(
         f"step {step + 1}: loss or gradient is not finite; among sequences "
-        f"{', '.join(map(str, numbers))} of {run.stores[0].name}: nothing was saved after the last "
+        f"{' and '.join(of_stores)}: nothing was saved after the last "
         "checkpoint; lower train.lr, or look at these sequences"
     )

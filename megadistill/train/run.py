@@ -23,7 +23,7 @@ from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import check_divergence
-from megadistill.train.data import Sequences, open_sequences
+from megadistill.train.data import Sequences, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
 from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
@@ -49,31 +49,33 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     if config.student is None:
         raise ConfigError("student: there is nothing to train: set student.model")
     deepspeed_config(config, mesh.world)
-    store = open_sequences(
-        config.cache.dir, key="cache.dir", with_targets=config.loss.kd_weight > 0
-    )
+    stores = open_sources(config)
+    store = stores[0]
     if store.has_targets:
         check_divergence(
             store.recipe["method"], config.loss.divergence,
             kd_temperature=config.loss.temperature, made_at=store.recipe["temperature"],
         )  # fmt: skip
-    evaluation = open_evaluation(config.eval.cache, max_sequences=config.eval.max_sequences)
+    evaluation = open_evaluation(
+        config.eval.cache, max_sequences=config.eval.max_sequences, local=local_copies(config)
+    )
     if evaluation and evaluation.sequences.tokenizer["content"] != store.tokenizer["content"]:
         raise ConfigError(
-            f"eval.cache: {config.eval.cache} was made with another tokenizer than {store.name}: "
-            "generate it again with this run's data.tokenizer"
+            f"eval.cache: {evaluation.sequences.name} was made with another tokenizer than "
+            f"{store.name}: generate it again with this run's data.tokenizer"
         )
     vocab_size = max(s.vocab_size for s in (store, evaluation and evaluation.sequences) if s)
     check_fits(student_settings(config.student), vocab_size=vocab_size, seq_len=store.seq_len)
     mesh.first(lambda: check_tokenizer(config, store.tokenizer["content"], store=store.name))
     order = Order(
-        [len(store)], block_size=store.store.block_size, global_batch=config.train.global_batch,
+        [len(s) for s in stores], block_size=[s.store.block_size for s in stores],
+        weights=[s.weight for s in stores], global_batch=config.train.global_batch,
         seed=config.order.seed, groups=config.order.groups, shuffle=config.order.shuffle,
     )  # fmt: skip
     steps = config.train.steps or math.ceil(
-        (config.train.epochs or 1) * len(store) / config.train.global_batch
+        (config.train.epochs or 1) * order.num_sequences / config.train.global_batch
     )
-    return Run(config, [store], order, evaluation, RunFolder(config.train.out_dir), steps)
+    return Run(config, stores, order, evaluation, RunFolder(config.train.out_dir), steps)
 
 
 def build(run: Run, mesh: Mesh) -> Trainer:
@@ -98,7 +100,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
 def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | None) -> None:
     """Export the model; with that the run is finished. Collective."""
     config = run.config
-    learned = run.stores[0].name
+    learned = ", ".join(store.name for store in run.stores)
     export(
         trainer.student, mesh, run.folder.model,
         tokenizer=student_tokenizer(config) if mesh.rank == 0 else None,

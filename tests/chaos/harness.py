@@ -151,7 +151,9 @@ class Chaos:
         """Wait until the survivors of a kill have left, each with a code that says why."""
         for ranks in self.survivors:
             ranks.wait(STOP_S)
-            self.check_codes(ranks, folder, {0, 1, 143, -SIGKILL, -SIGTERM})
+            # 2: it could not meet the others, or the next run had taken its lock.
+            self.check_codes(ranks, folder, {0, 1, 2, 143, -SIGKILL, -SIGTERM})
+            assert "Traceback" not in ranks.said(), self.failure(folder, ranks.said())
         self.survivors.clear()
 
     def phase(self, folder: Path, layout: str, committed: set[int]) -> str:
@@ -159,8 +161,11 @@ class Chaos:
             return "tokenising"
         if not committed:
             return "before the first commit"
-        total = markers(self.corpus / layout / "cache")
-        return "when finishing" if committed == total else "in the middle"
+        return "when finishing" if len(committed) == self.blocks(layout) else "in the middle"
+
+    def blocks(self, layout: str) -> int:
+        self.reference(layout)
+        return len(markers(self.corpus / layout / "cache"))
 
     def length(self, layout: str) -> float:
         """Seconds that the undisturbed run took."""

@@ -71,18 +71,20 @@ class LaunchedChaos(Chaos):
             ONE: [ranks[victim]], ALL: ranks, RUNNER: [psutil.Process(launcher.pid)],
             LAUNCHERS: [psutil.Process(launcher.pid), *node],
         }[how]:  # fmt: skip
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         _, alive = psutil.wait_procs([*ranks, *node], timeout=STOP_S)
         left_s = time.monotonic() - began
         # DeepSpeed's own launcher of a node outlives `deepspeed`; it ends with its ranks.
         assert not alive, self.failure(folder, f"{how} killed, still there: {alive}")
         code = launcher.wait(STOP_S)
         text = said.read_text()
-        assert code != 0, self.failure(folder, f"{how} killed, exit code 0: {text}")
-        assert "Traceback" not in text, self.failure(folder, text)
-        if how is ONE and joined and world > 1:
-            assert "all ranks stop" in text, self.failure(folder, text)
         committed = markers(folder / "cache")
+        if code == 0:  # all ranks had done their work before
+            return True
+        assert "Traceback" not in text, self.failure(folder, text)
+        if how is ONE and joined and world > 1 and len(committed) < self.blocks(layout):
+            assert "all ranks stop" in text, self.failure(folder, text)
         lost = [len(begun(note) - committed) for note in notes.glob("begun-*")]
         kill = Kill(
             series=self.series, layout=layout, world=world, after_s=delay,

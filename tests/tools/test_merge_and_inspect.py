@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megadistill.blocks import BlockStore
 from megadistill.blocks.records import encode_json
 from megadistill.cache.inspection import require_sum
+from megadistill.cache.ranking import IdRanking
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import StoreError
 from tests.blocks.stores import tree
-from tests.cache.caches import block_of, create_cache, fill_cache
-from tests.tools.test_inspect_cache import load
+from tests.cache.caches import VOCAB_SIZE, block_of, create_cache, fill_cache
+from tests.tools.test_inspect_cache import inspect, load
 
 
 def merge(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -96,6 +99,23 @@ def test_a_cache_is_split_and_its_parts_are_it_again(tmp_path: Path, capsys) -> 
     assert tree(tmp_path / "merged") == tree(store.path)
     code, _, error = merge(capsys, "--split", 3, "--out", tmp_path / "part", store.path)
     assert (code, "exists already" in error) == (2, True)
+
+
+def test_a_cache_with_ranked_ids_goes_through_several_processes(tmp_path: Path, capsys) -> None:
+    ranking = IdRanking(np.random.default_rng(0).permutation(VOCAB_SIZE)).to_bytes()
+    store = fill_cache(tmp_path / "cache", total=80, ids_bin=ranking)
+    many = ("--workers", 2)
+    assert merge(capsys, "--split", 2, "--out", tmp_path / "part", store.path, *many)[0] == 0
+    parts = sorted(tmp_path.glob("part.?"))
+    code, out, _ = merge(capsys, "--out", tmp_path / "merged", *parts, *many, "--json")
+    assert (code, json.loads(out)["content_hash"]) == (0, store.content_hash())
+    assert tree(tmp_path / "merged") == tree(store.path)
+    code, out, _ = inspect(capsys, tmp_path / "merged", "--verify", *many)
+    assert (code, "every byte" in out) == (0, True)
+    shard = BlockStore.open(tmp_path / "merged").layout.shard(13)
+    shard.unlink()
+    code, out, _ = merge(capsys, "--repair", tmp_path / "merged", *many, "--json")
+    assert (code, json.loads(out)["missing_blocks"]) == (1, [13])
 
 
 def test_repairing_says_what_was_dropped_and_what_to_run(tmp_path: Path, capsys) -> None:

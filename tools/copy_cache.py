@@ -1,0 +1,51 @@
+"""Copy a cache (or a token store) to a URL, from one, or between folders.
+
+    python tools/copy_cache.py SOURCE DEST [--verify] [--workers N]
+
+URLs are fsspec's: sftp://host/path, s3://bucket/path, gs://..., hf://datasets/owner/name/path,
+file://... Interrupted, it goes on where it was when it is started again; at a place that holds
+another store it changes nothing. --verify reads back every shard that lies at DEST.
+Exit code 0: DEST is what SOURCE is. 2: not copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megadistill.blocks.copy import copy_store
+from megadistill.blocks.remote import shown
+from megadistill.commands import run
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    from tqdm import tqdm
+
+    # None: no bar where standard error is not a terminal.
+    with tqdm(desc="copying", unit=" blocks", disable=None) as bar:
+        copied = copy_store(
+            args.source, args.dest, verify=args.verify, workers=max(1, args.workers),
+            progress=lambda _: bar.update(),
+        )  # fmt: skip
+    print(f"{shown(args.dest)}: {copied.sent} blocks sent, {copied.there} were there")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder or a URL")
+    parser.add_argument("dest", metavar="DEST", help="a folder or a URL")
+    parser.add_argument("--verify", action="store_true", help="read back every shard at DEST")
+    parser.add_argument("--workers", type=int, default=4, help="shards sent at a time")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

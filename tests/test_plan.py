@@ -11,7 +11,7 @@ from megadistill.blocks import BlockStore
 from megadistill.config import load_config
 from megadistill.model_files import find_model
 from megadistill.plan import log_plan, make_plan, show_plan
-from megadistill.plan.assumptions import position
+from megadistill.plan.assumptions import METHODS, position
 from tests.models import tiny_llama, tiny_tokenizer
 
 
@@ -211,3 +211,48 @@ def test_generating_prints_the_plan_without_the_student(place, caplog):
         "sequences", "blocks", "token", "targets", "cache", "teacher",
     ]  # fmt: skip
     assert "bytes a position estimated" in caplog.text
+
+
+def test_a_part_of_a_cache_needs_room_for_its_own_blocks(place):
+    store = BlockStore.create(
+        "tokens", kind="tokens", header={"recipe": {}}, block_size=4,
+        columns={"tokens": "ndarray:uint32:8", "documents": "ndarray:uint32"},
+    )  # fmt: skip
+    store.plan(40)
+    settings = ["data.dir=tokens", "data.block_size=4", "data.seq_len=8"]
+    whole = plan(*settings)
+    assert whole.cache_bytes_to_come == whole.cache_bytes > 0
+    parts = [plan(*settings, f"cache.part={i}/3").cache_bytes_to_come for i in range(3)]
+    assert parts == [whole.cache_bytes * blocks // 10 for blocks in (4, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        # At 128,256 ids and 1.6 nats: entries, bytes a position.
+        ({"tau": 0.2}, (3.48, 8.42)),
+        ({"tau": 0.06}, (6.29, 13.58)),
+        ({"tau": 0.02}, (11.18, 22.33)),
+        ({"method": "multinomial", "draws": 10}, (3.87, 8.92)),
+        ({"method": "multinomial", "draws": 200}, (20.3, 38.9)),
+        ({"method": "topk", "k": 8}, (8.1, 21.3)),
+        ({"method": "topk", "k": 64}, (64.0, 138.4)),
+        ({"method": "topp", "p": 0.95}, (20.5, 46.4)),
+    ],
+)
+def test_bytes_follow_from_the_entries_as_the_codec_was_measured(settings, measured):
+    from megadistill.config.schema import TargetsConfig
+
+    estimate = position(TargetsConfig(**settings), vocab_size=128_256)
+    entries, size = measured
+    assert 0.95 < estimate.entries / entries < 1.8
+    assumed = METHODS[settings.get("method", "varopt")]
+    assert assumed.bytes_a_position + assumed.bytes_an_entry * entries == pytest.approx(
+        size, rel=0.06
+    )
+
+
+def test_topp_of_everything_is_k():
+    from megadistill.config.schema import TargetsConfig
+
+    assert position(TargetsConfig(method="topp", p=1, k=64), vocab_size=None).entries == 65

@@ -63,7 +63,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cache", nargs="?", metavar="CACHE", help="a folder or a URL; default: the configured one")
+    parser.add_argument(
+        "cache", nargs="?", metavar="CACHE", help="a folder or a URL; default: the configured one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change the configuration")
     parser.add_argument("--config", help="whose cache.dir to inspect; default zero3.yaml")
     parser.add_argument("--verify", action="store_true", help="read and check every byte")

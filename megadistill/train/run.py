@@ -61,8 +61,8 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     )
     if evaluation and evaluation.sequences.tokenizer["content"] != store.tokenizer["content"]:
         raise ConfigError(
-            f"eval.cache: {evaluation.sequences.name} was made with another tokenizer than {store.name}: "
-            "generate it again with this run's data.tokenizer"
+            f"eval.cache: {evaluation.sequences.name} was made with another tokenizer than "
+            f"{store.name}: generate it again with this run's data.tokenizer"
         )
     vocab_size = max(s.vocab_size for s in (store, evaluation and evaluation.sequences) if s)
     check_fits(student_settings(config.student), vocab_size=vocab_size, seq_len=store.seq_len)

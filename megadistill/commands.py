@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megadistill.errors import ConfigError, MegadistillError
+from megadistill.launcher import leave_with_launcher
 
 SILENCE_S = 2.0  # a rank that leaves the report to another waits so long before it leaves
 NOBODY_READS = 141  # what a shell gives a program that wrote into a closed pipe
@@ -72,6 +73,7 @@ def parse(
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """`main` as a program: logging set up, our errors as lines on stderr. Returns the exit code."""
     start_logging()
+    leave_with_launcher()
     try:
         code = main(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()

@@ -109,6 +109,16 @@ def test_smaller_tau_and_larger_k_need_a_larger_cache(place):
     assert sizes == sorted(sizes)
 
 
+def test_a_part_needs_the_disk_for_its_own_blocks_alone(place):
+    whole = plan()
+    parts = [plan(f"cache.part={i}/3") for i in range(3)]
+    assert {made.cache_bytes for made in parts} == {whole.cache_bytes}
+    to_come = [made.cache_bytes_to_come for made in parts]
+    assert sum(to_come) == pytest.approx(whole.cache_bytes_to_come, abs=3)
+    assert max(to_come) < 0.4 * whole.cache_bytes_to_come
+    assert "cache, part 1/3" in dict(parts[1].lines)
+
+
 def test_memory_falls_with_the_ranks_that_share_a_model(place):
     student = ["student.model=./teacher", "cache.dir=c"]
     made = {world: plan(*student, "teacher.model=./teacher", world=world) for world in (1, 8)}

@@ -3,7 +3,7 @@
     python tools/bench.py storage [--vocab_size V ...] [--teacher DIR] [--json]
     python tools/bench.py codec   [--vocab_size V] [--json]
 
-storage  bytes a position of varopt and top-64, beside the entropy of their streams and other formats
+storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
 codec    positions a second and core for encoding and decoding, per method
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
@@ -58,9 +58,7 @@ def storage(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     if Path(args.teacher).is_dir():
-        teacher = trained(
-            args.teacher, args.tokens, positions=args.positions, entropy=args.entropy
-        )
+        teacher = trained(args.teacher, args.tokens, positions=args.positions, entropy=args.entropy)
         rows += measure(teacher, seq_len=args.seq_len)
     else:
         print(f"{args.teacher}: not there, left out: `make demo` makes it", file=sys.stderr)

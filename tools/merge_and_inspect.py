@@ -78,7 +78,7 @@ def merge(args: argparse.Namespace) -> int:
     merged = merge_stores(args.out, parts, prefer=args.prefer, workers=args.workers, **WATCHED)
     require_sum(merged.store, merged.taken)
     facts = inspect_store(args.out) | {"taken": taken(merged)}
-    lines = [f"  {count:,} blocks from {path}" for path, count in facts["taken"].items()]
+    lines = [f"  {count:,} block(s) from {path}" for path, count in facts["taken"].items()]
     checked = "  Every byte was checked and every statistic recomputed; the whole's are their sum."
     answer(args, facts, [table(facts), *lines, checked])
     return 0 if facts["complete"] else 1
@@ -119,7 +119,7 @@ def repair(args: argparse.Namespace) -> int:
 def said(repaired: Repaired, done: str) -> list[str]:
     lines = [f"block {block} {done}: {why}" for block, why in repaired.dropped.items()]
     if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more blocks {done}"]
+        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more block(s) {done}"]
     lines += [f"{path} {done}: a shard without a marker" for path in repaired.strays[:MOST_LINES]]
     if repaired.plan:
         lines.append(f"plan.json {done}: it is damaged, and the next run plans again")
@@ -130,7 +130,7 @@ def split(args: argparse.Namespace) -> int:
     store = BlockStore.open(args.caches[0])
     parts = split_store(store, args.out, args.split, workers=args.workers, **WATCHED)
     facts = {"parts": {str(part.path): len(part.committed()) for part in parts}}
-    lines = [f"{path}: {count:,} blocks" for path, count in facts["parts"].items()]
+    lines = [f"{path}: {count:,} block(s)" for path, count in facts["parts"].items()]
     answer(args, facts, lines)
     return 0
 

@@ -60,7 +60,8 @@ def storage(distribution: Any, *, seq_len: int) -> tuple[Row, Row]:
     second = {
         **common, "method": "topk", "bytes": size,
         "entropy_of_streams": _entropy(listed, seq_len, codec),
-        "zstd": zstd_3, "ratio_zstd": size / zstd_3, "packed": packed, "ratio_packed": size / packed,
+        "zstd": zstd_3, "ratio_zstd": size / zstd_3,
+        "packed": packed, "ratio_packed": size / packed,
         **_errors(listed, vocab_size, codec),
     }  # fmt: skip
     return first, second
@@ -88,7 +89,7 @@ def _coded(t: SparseTargets, seq_len: int, vocab_size: int, codec: Any) -> float
 def _entropy(t: SparseTargets, seq_len: int, codec: Any) -> float:
     """Bytes a position by the static entropy of each stream's symbols, and the raw bits."""
     streams: list[list[bytes]] = []
-    bits = 0
+    bits = 0.0
     for part in _sequences(t, seq_len):
         symbols, raw = streams_of(part, codec=codec)
         bits += 8 * raw
@@ -132,7 +133,7 @@ def _megatron(t: SparseTargets, seq_len: int) -> float:
 
 
 def _errors(t: SparseTargets, vocab_size: int, codec: Any) -> Row:
-    """What decoding loses: KL over the list and its tail, and the largest single log-probability."""
+    """What decoding loses: KL over list and tail, and the largest of single log-probabilities."""
     data = encode_targets(t, vocab_size=vocab_size, codec=codec)
     back = decode_targets(data, vocab_size=vocab_size, codec=codec)
     assert np.array_equal(back.ids, t.ids)

@@ -143,7 +143,7 @@ def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]
     file = layout.header(kind)
     header = read_json(file, limit=HEADER_LIMIT)
     version = header.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise StoreError(
             f"{file}: format version {_shown(version)}, this program reads {FORMAT_VERSION}: "
             "read it with the version of megadistill that wrote it"
@@ -198,8 +198,8 @@ def read_marker(layout: Layout, block: int, block_size: int) -> dict[str, Any]:
     """A block's marker, checked. FileNotFoundError where there is none, CorruptBlockError."""
     file = layout.marker(block)
     marker = read_json(file, limit=MARKER_LIMIT)
-    _expect(file, "block", marker.get("block"), marker.get("block") == block, block)
-    count = marker.get("sequences")
+    number, count = marker.get("block"), marker.get("sequences")
+    _expect(file, "block", number, type(number) is int and number == block, block)
     fits = type(count) is int and 0 < count <= block_size
     _expect(file, "sequences", count, fits, f"1 to {block_size}")
     shard = marker.get("shard")

@@ -347,18 +347,24 @@ class BlockStore:
         looks the same as a dead one's.
         """
         self._require_lock()
+        shards = self._shard_names()
+        # A rank of a dead run may still live for seconds. Without its temporary files it cannot
+        # complete a commit that is under way, and one that it begins later is not in `shards`.
         self._files.remove_tree(self.layout.run / "tmp")
-        strays = self.strays()
+        strays = self.strays(shards)
         for path in strays:
             self._files.unlink(path)
         if strays:
             self._files.fsync_dir(self.path)
 
-    def strays(self) -> list[Path]:
-        """The shards without a marker."""
+    def strays(self, shards: list[str] | None = None) -> list[Path]:
+        """The shards without a marker, of all that are there by default."""
+        names = self._shard_names() if shards is None else shards
         present = {shard_name(b) for b in self.present()}
-        names = sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
         return [self.path / n for n in names if n not in present]
+
+    def _shard_names(self) -> list[str]:
+        return sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
 
     def lock(self, *, patience_s: float = 60.0) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.

@@ -88,18 +88,7 @@ def build_cache(
 def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
     tokens = build_tokens(config)
-    recipe = cache_recipe(config, tokens.recipe)
-    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
-    if "loss_mask" in tokens.columns:
-        columns["loss_mask"] = tokens.columns["loss_mask"]
-    store = BlockStore.create(
-        config.cache.folder,
-        kind="cache",
-        header={"recipe": recipe},
-        columns={**columns, "targets": "bytes"},
-        block_size=tokens.block_size,
-        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
-    )
+    store = create_store(config, tokens)
     if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
@@ -109,6 +98,22 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     if not missing:
         store.finish()
     return missing
+
+
+def create_store(config: Config, tokens: BlockStore) -> BlockStore:
+    """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
+    recipe = cache_recipe(config, tokens.recipe)
+    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
+    if "loss_mask" in tokens.columns:
+        columns["loss_mask"] = tokens.columns["loss_mask"]
+    return BlockStore.create(
+        config.cache.folder,
+        kind="cache",
+        header={"recipe": recipe},
+        columns={**columns, "targets": "bytes"},
+        block_size=tokens.block_size,
+        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
+    )
 
 
 def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
@@ -296,20 +301,19 @@ def _validate(
 
 
 def _equal_rows(a: SparseTargets, b: SparseTargets) -> int:
-    """Positions with targets in b whose ids are the same in a."""
+    """Positions with targets in b that have the same ids in a. A codec keeps no order."""
     same_N = a.counts == b.counts
-    if not same_N.all():
-        # Compare row by row only what has equal length.
-        rows = np.nonzero(same_N & (b.counts > 0))[0]
-        return sum(
-            np.array_equal(
-                a.ids[a.offsets[n] : a.offsets[n + 1]], b.ids[b.offsets[n] : b.offsets[n + 1]]
-            )
-            for n in rows
-        )
-    different = np.nonzero(a.ids != b.ids)[0]
-    rows = np.unique(np.searchsorted(b.offsets, different, side="right") - 1)
-    return int((b.counts > 0).sum()) - len(rows)
+    (rows, ours), (_, theirs) = _sorted_ids(a, same_N), _sorted_ids(b, same_N)
+    different = np.unique(rows[ours != theirs])
+    return int((same_N & (b.counts > 0)).sum()) - len(different)
+
+
+def _sorted_ids(t: SparseTargets, keep_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(row, id) of the entries of the rows to keep, ids rising within a row."""
+    rows = np.repeat(np.arange(len(t)), t.counts)
+    kept = keep_N[rows]
+    rows, ids = rows[kept], t.ids[kept]
+    return rows, ids[np.lexsort((ids, rows))]
 
 
 def _accelerator(mesh: Mesh) -> str:

@@ -34,7 +34,8 @@ class Progress:
     ) -> None:
         self._mesh, self._reserve, self._store = mesh, reserve, store
         self._missing, self._groups = len(missing), min(groups, len(missing))
-        self._own, self._started, self._measured = 0, time.monotonic(), False
+        self._own, self._measured = 0, False
+        self._started = self._warm = time.monotonic()
         self._bar = None
         if mesh.rank == 0:
             self._before = blocks - len(missing)
@@ -45,6 +46,8 @@ class Progress:
     def update(self) -> None:
         """Once rank 0 has handed over a block, or gone through a round of padding."""
         self._own += 1
+        if self._own == 1:
+            self._warm = time.monotonic()
         self._show()
 
     def close(self) -> None:
@@ -61,13 +64,17 @@ class Progress:
         self._bar.update(self._before + blocks - self._bar.n)
         if blocks and not self._measured:
             self._measured = True
+            self._bar.clear()  # else the line continues the bar's
             log.info("%s", self._measure(blocks, size))
 
     def _measure(self, blocks: int, size: int) -> str:
-        """By the durable blocks' bytes, and by the pace of rank 0, whose first block is slow."""
+        """By the durable blocks' bytes, and by rank 0's pace, without its first block if it can."""
         tokens = self._store.block_size * self._store.recipe["seq_len"]
-        computed = min(max(self._own * self._groups, blocks), self._missing)
-        pace = computed / (time.monotonic() - self._started)
+        now = time.monotonic()
+        if self._own > 1:
+            pace = (self._own - 1) * self._groups / (now - self._warm)
+        else:
+            pace = max(self._own * self._groups, blocks) / (now - self._started)
         left = self._missing - blocks
         whole = (self._before + self._missing) * size // blocks
         return (

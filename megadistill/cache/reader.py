@@ -101,7 +101,8 @@ class Cache:
             else [f"{file}: content_hash: expected {content} from the shard, found {named}"]
         )
         return wrong + [
-            f"{file}: statistics.{key}: expected {found.get(key)}, found {claimed.get(key)}"
+            f"{file}: statistics.{ascii(key)[1:-1]:.60}: "
+            f"expected {found.get(key)!s:.80}, found {claimed.get(key)!s:.80}"
             for key in sorted(found.keys() | claimed.keys())
             if found.get(key) != claimed.get(key)
         ]
@@ -113,6 +114,10 @@ class Cache:
         )
         if len(targets) != len(sample["tokens"]):
             raise CorruptBlockError(file, f"{len(sample['tokens'])} positions", len(targets))
+        for name in ("method", "temperature"):
+            found, wanted = getattr(targets, name), self.recipe.get(name)
+            if found != wanted:
+                raise CorruptBlockError(file, f"{name} {str(wanted)[:40]}", found)
         return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}
 
 

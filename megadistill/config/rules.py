@@ -49,6 +49,15 @@ def worst_bytes_per_position(config: Config) -> float:
     return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
 
 
+def largest_block_size(config: Config) -> int:
+    """The most sequences a block that surely stay within the 4 GiB of a shard; 0: not even one."""
+    return int(MAX_SHARD_BYTES // _worst_bytes_a_sequence(config))
+
+
+def _worst_bytes_a_sequence(config: Config) -> float:
+    return config.data.seq_len * (8 + worst_bytes_per_position(config)) + 256
+
+
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
     for rule in (_source, _fields, _folders, _teacher, _targets, _batch, _steps):
@@ -172,9 +181,8 @@ def _teacher(config: Config) -> Iterator[Problem]:
 
 def _targets(config: Config) -> Iterator[Problem]:
     targets, loss, data = config.targets, config.loss, config.data
-    worst = data.seq_len * (8 + worst_bytes_per_position(config)) + 256
-    if data.block_size * worst > MAX_SHARD_BYTES:
-        fits = int(MAX_SHARD_BYTES // worst)
+    worst, fits = _worst_bytes_a_sequence(config), largest_block_size(config)
+    if data.block_size > fits:
         advice = f"set data.block_size to {fits} or less" if fits else "make data.seq_len smaller"
         yield Problem(
             (

@@ -207,8 +207,9 @@ def start(
         except dist.DistNetworkError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise MegadistillError(
-                f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}): another run on "
-                "that host may have the port: give the launcher --master_port"
+                f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}): rank 0 "
+                "has ended, or another run on that host has the port: give the launcher "
+                "--master_port"
             ) from error
     tp_groups = [dist.new_group(range(r, r + tp)) for r in range(0, world, tp)]
     dp_groups = [dist.new_group(range(t, world, tp)) for t in range(tp)]

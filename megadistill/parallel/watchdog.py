@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
-import itertools
 import logging
 import os
 import selectors
@@ -34,19 +33,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
+from megadistill.launcher import LOOK_S, TERMINATED, launcher_is_there, take_over
 from megadistill.parallel.circle import Line, call_hub, open_hub
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # between two looks at the launcher
 PATIENCE_S = 2.0  # for the main thread to leave by itself after another rank's failure
 GRACE_S = 5.0  # from SystemExit to the end
 SAVING_S = 15.0  # the same inside `told_to_stop`
 BACKSTOP_S = 5.0
-TERMINATED, INTERRUPTED, FAILED = 143, 130, 1  # exit codes; the first two as shells count
+INTERRUPTED, FAILED = 130, 1  # exit codes, beside TERMINATED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,6 @@ class Watchdog:
         self._hub: socket.socket | None = None
         self._joined_at = self._looked_at = time.monotonic()
         self._heartbeat_s = 60.0
-        self._launcher = _launcher_chain()
         self._lock = threading.Lock()  # of acting on a cause, and of taking it back
         self._devnull = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
         self._pipe = os.pipe()
@@ -93,6 +90,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Watch signals and the launcher. Signals only where this is the main thread."""
+        launcher_is_there()  # from here on
         if self._main is threading.main_thread():
             handler = signal.signal(signal.SIGTERM, self._in_main_thread)
             wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -111,6 +109,7 @@ class Watchdog:
             after_in_child=lambda: _forked(me()),
         )
         self._thread.start()
+        take_over()
 
     def join(self, store: dist.Store, *, master: str, heartbeat_s: float) -> None:
         """Watch the other ranks, too. Collective over all ranks."""
@@ -181,7 +180,7 @@ class Watchdog:
                     self._stop(now, self.cause)
 
     def _look_around(self, now: float) -> None:
-        if not _alive(self._launcher):
+        if not launcher_is_there():
             self._see(Cause(self.rank, "lost its launcher", TERMINATED))
         elif self._hub is not None and now - self._joined_at > self._heartbeat_s:
             away = set(range(1, self.world)) - self._lines.keys()
@@ -301,30 +300,3 @@ def _forked(watchdog: Watchdog | None) -> None:
     if watchdog is not None:
         watchdog.close()
     _fork_signals(signal.SIG_UNBLOCK)
-
-
-def _launcher_chain() -> list[psutil.Process]:
-    """This rank, its launcher, and DeepSpeed's launcher above that one.
-
-    `deepspeed` starts `deepspeed.launcher.launch`, which starts the ranks and outlives it. So both
-    are watched; what started them is not, since a shell may go and leave its run behind on purpose.
-    """
-    if "RANK" not in os.environ or os.getppid() == 1:
-        return []
-    chain = [psutil.Process(), psutil.Process().parent()]
-    with contextlib.suppress(psutil.Error):
-        above = chain[1].parent()
-        if above is not None and _is_deepspeed(chain[1]) and _is_deepspeed(above):
-            chain.append(above)
-    return chain
-
-
-def _alive(chain: list[psutil.Process]) -> bool:
-    try:
-        return all(p.ppid() == q.pid for p, q in itertools.pairwise(chain))
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _is_deepspeed(process: psutil.Process) -> bool:
-    return any("deepspeed" in word for word in process.cmdline()[:4])

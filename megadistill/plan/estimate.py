@@ -13,23 +13,17 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.remote import shown
 from megadistill.config import Config, to_yaml
-from megadistill.data import files
-from megadistill.data.source import count_documents
-from megadistill.data.tokens import covers
-from megadistill.disk import free_bytes, is_url, readable_bytes, used_bytes
+from megadistill.disk import free_bytes, readable_bytes, used_bytes
 from megadistill.errors import MegadistillError
 from megadistill.model_files import ModelFiles, find_model
-from megadistill.plan import assumptions
+from megadistill.plan import assumptions, corpus
 from megadistill.plan.memory import run_bytes, student_memory, teacher_memory
 
 log = logging.getLogger(__name__)
-
-_UNPACKED = {".parquet": 2.5, ".gz": 3.5, ".bz2": 4.5, ".xz": 4.5, ".zst": 3.5}
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     """The plan of generating, and of training with `training`, by `config` on `world` ranks."""
     teacher = _local_model(config, "teacher")
     vocab_size = teacher.vocab_size if teacher is not None else None
-    sequences, how = _sequences(config, vocab_size)
+    sequences, how = corpus.sequences(config, vocab_size=vocab_size)
     blocks = None if sequences is None else math.ceil(sequences / config.data.block_size)
     a_position = assumptions.position(config.targets, vocab_size=vocab_size)
     a_sequence = token_store_bytes(config)
@@ -85,6 +79,13 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         if sequences is None
         else round(sequences * (a_sequence + a_position.bytes * config.data.seq_len))
     )
+    index, parts = config.cache.share
+    part_blocks = None if blocks is None else len(range(index, blocks, parts))
+    part_bytes = (
+        None
+        if cache_bytes is None or blocks is None or part_blocks is None
+        else cache_bytes * part_blocks // blocks
+    )
     memory = teacher_memory(config, teacher, world)
     lines = [("sequences", f"{_count(sequences)} of {config.data.seq_len} tokens, {how}")]
     if blocks is not None:
@@ -92,9 +93,9 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     lines += [
         ("token store", _store_line(config.data.dir, token_bytes)),
         ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
-                    f"estimated, {a_position.most_entries:.1f} at most; {a_position.bytes:.1f} "
+                    f"estimated, {a_position.most_entries:.0f} at most; {a_position.bytes:.1f} "
                     f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
-        *_cache_lines(config, cache_bytes),
+        *_cache_lines(config, part_bytes),
         ("teacher", _model_line(teacher, config.teacher.model, memory)),
     ]  # fmt: skip
     student = _local_model(config, "student")
@@ -113,7 +114,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         token_bytes=token_bytes,
         token_bytes_to_come=_to_come(token_bytes, config.data.dir, blocks),
         cache_bytes=cache_bytes,
-        cache_bytes_to_come=_to_come(cache_bytes, config.cache.folder, blocks)
+        cache_bytes_to_come=_to_come(part_bytes, config.cache.folder, part_blocks)
         if config.cache.is_folder
         else None,
         run_bytes_to_come=run,
@@ -136,98 +137,14 @@ def _steps(config: Config, sequences: int | None) -> int | None:
     return max(1, round(train.epochs * sequences / train.global_batch))
 
 
-def _sequences(config: Config, vocab_size: int | None) -> tuple[int | None, str]:
-    """(number of sequences, how it is known)."""
-    data = config.data
-    if not config.cache.is_folder:
-        return _of_sources(config)
-    with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
-        known = _counted(config, BlockStore.open(data.dir))
-        if known is not None:
-            return known
-    with contextlib.suppress(MegadistillError):
-        planned = BlockStore.open(config.cache.folder).num_sequences
-        if planned is not None and not os.path.isdir(data.dir):
-            return planned, f"known: {config.cache.folder} is planned"
-    tokens, how = _tokens(config, vocab_size)
-    return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
-
-
-def _of_sources(config: Config) -> tuple[int | None, str]:
-    """(sequences of an epoch, how known) of caches to train from alone."""
-    total = 0.0
-    for source in config.cache.sources:
-        if is_url(source.dir):
-            return None, f"unknown before {shown(source.dir)} is asked, when training starts"
-        try:
-            planned = BlockStore.open(source.dir).num_sequences
-        except MegadistillError:
-            planned = None
-        if planned is None:
-            return None, f"unknown: {source.dir} is not there, or not planned"
-        total += planned * source.weight
-    return round(total), "known: an epoch of the caches, by their weights"
-
-
 def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:
     if config.cache.is_folder:
-        return [("cache", _store_line(config.cache.folder, size))]
+        name = "cache" if config.cache.part is None else f"cache, part {config.cache.part}"
+        return [(name, _store_line(config.cache.folder, size))]
     return [
         ("cache", f"{shown(source.dir)}, to train from, weight {source.weight:g}")
         for source in config.cache.sources
     ]
-
-
-def _counted(config: Config, store: BlockStore) -> tuple[int, str] | None:
-    """(sequences, how known) of a token store: its plan; what it will grow to; None."""
-    data, blocks = config.data, store.committed()
-    last = store.marker(blocks[-1]) if blocks else {}
-    end = last.get("end")
-    if store.num_sequences is not None and (end is None or covers(store, data)):
-        return store.num_sequences, f"known: {data.dir} is planned"
-    documents, read = count_documents(data), last.get("cursor", {}).get("document")
-    if end is not None:
-        read = end["documents_read"]
-    if documents is None or not read or read > documents:
-        return None
-    held = blocks[-1] * store.block_size + last["sequences"]
-    return round(held * documents / read), (
-        f"estimated from the {_count(held)} that {_count(read)} of {_count(documents)} documents "
-        f"gave, in {data.dir}"
-    )
-
-
-def _tokens(config: Config, vocab_size: int | None) -> tuple[float | None, str]:
-    data = config.data
-    a_token = assumptions.bytes_a_token_of_text(vocab_size)
-    a_document = assumptions.TOKENS_A_DOCUMENT
-    by_number = None if data.max_samples is None else float(data.max_samples * a_document)
-    try:
-        if data.source is not None:
-            found = count_documents(data) or 0
-            tokens = found * assumptions.BYTES_A_SOURCE_FILE / a_token
-            return tokens, f"estimated from {_count(found)} files"
-        if data.files is not None:
-            paths = files.find(data.files)
-            size = sum(_text_bytes(path) for path in paths)
-            tokens = size / a_token
-            if by_number is not None and by_number < tokens:
-                return by_number, f"estimated from at most {_count(data.max_samples)} documents"
-            return tokens, f"estimated from {readable_bytes(size)} of text in {len(paths)} file(s)"
-    except MegadistillError as error:
-        return None, f"unknown: {error}"
-    if by_number is None:
-        return None, "unknown: the number of documents is not known before they are read"
-    return by_number, (
-        f"estimated from at most {_count(data.max_samples)} documents, {a_document} tokens each"
-    )
-
-
-def _text_bytes(path: str) -> float:
-    size = float(Path(path).stat().st_size)
-    for suffix in Path(path).suffixes:
-        size *= _UNPACKED.get(suffix.lower(), 1)
-    return size
 
 
 def _local_model(config: Config, which: str) -> ModelFiles | None:

@@ -36,8 +36,8 @@ class Evaluation:
         method = self.sequences.recipe["method"]
         if method in SAMPLED:
             raise ConfigError(
-                f"eval.cache: {self.sequences.name} holds {method} targets, expected topk: single "
-                "samples say little about a held-out distribution; generate with "
+                f"eval.cache: {self.sequences.name} holds {method} targets, expected topk: "
+                "single samples say little about a held-out distribution; generate with "
                 "targets.method=topk"
             )
         self.temperature = float(self.sequences.recipe["temperature"])

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.install import retract_block
 from megadistill.blocks.layout import kind_of
 from megadistill.blocks.merge import merge_stores
+from megadistill.blocks.repair import repair_store
 from megadistill.errors import CorruptBlockError
 from tests.blocks.disk import BROKEN, Disk, Recorder, Unsynced
 from tests.blocks.stores import commit, create, fill, make_samples, same_sample, tree
@@ -89,8 +89,7 @@ def replace_a_damaged_block(root: Path, files: Recorder) -> None:
 
 
 def repair(root: Path, files: Recorder) -> None:
-    store = BlockStore.open(root / "store", files=files)
-    retract_block(files, store.layout, 1)
+    repair_store(root / "store", files=files)
     replace_a_damaged_block(root, files)
 
 
@@ -104,13 +103,10 @@ def parts(root: Path) -> None:
 
 
 def merge(root: Path, files: Recorder | Unsynced) -> None:
-    stores = [BlockStore.open(root / name) for name in "ab"]
-
-    def done(block: int) -> None:
-        if isinstance(files, Recorder):
+    merge_stores(root / "store", [BlockStore.open(root / name) for name in "ab"], files=files)
+    if isinstance(files, Recorder):
+        for block in range(3):
             files.report(block)
-
-    merge_stores(root / "store", stores, progress=done, files=files)
 
 
 LIVES = {
@@ -125,10 +121,9 @@ LIVES = {
 
 
 def replay(life: Life, work: Path, make: type[Recorder] = Recorder) -> int:
-    """Live, then crash after every operation in every way.
+    """Live, then crash after every operation in every way; the number of states that were left.
 
-    AssertionError or one of our errors where that is not recovered from; else in how many different
-    states the store was left.
+    AssertionError, or one of our errors, where one of them is not recovered from.
     """
     filled(work / "undisturbed")
     reference = tree(work / "undisturbed/store")

@@ -89,3 +89,49 @@ def test_a_damaged_block_is_taken_from_the_part_where_it_is_sound(tmp_path: Path
     with pytest.raises(CorruptBlockError, match=r"b/shard\.000002\.mds"):
         merge_stores(tmp_path / "other", parts)
     assert not (tmp_path / "other").exists()
+
+
+def test_blocks_that_differ_in_what_they_were_made_with_alone_are_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def made_with(path: Path, version: str) -> BlockStore:
+        store = create(path)
+        store.plan(8)
+        for block in (0, 1):
+            samples = SAMPLES[block * 4 : block * 4 + 4]
+            store.commit(block, samples, statistics={}, made_with={"torch": version})
+        store.finish()
+        return store
+
+    parts = [made_with(tmp_path / "a", "1"), made_with(tmp_path / "b", "2")]
+    merged = merge_stores(tmp_path / "merged", parts)
+    assert tree(merged.store.path) == tree(parts[0].path)
+    assert "another made_with: block 0, 1: the first is taken" in caplog.text
+    merged = merge_stores(tmp_path / "other", parts, prefer=tmp_path / "b")
+    assert tree(merged.store.path) == tree(parts[1].path)
+    assert {s.path.name for s in merged.taken.values()} == {"b"}
+
+
+def test_the_ranking_of_ids_goes_along_and_must_be_the_same(tmp_path: Path) -> None:
+    single = fill(tmp_path / "single", SAMPLES, ids_bin=b"ranking")
+    merged = merge_stores(tmp_path / "merged", [single])
+    assert tree(merged.store.path) == tree(single.path)
+    other = fill(tmp_path / "other", SAMPLES, ids_bin=b"another")
+    with pytest.raises(RecipeError, match=r"ids_bin\.xxh3"):
+        merge_stores(tmp_path / "both", [single, other])
+    (single.path / "ids.bin").write_bytes(b"rankinG")
+    with pytest.raises(CorruptBlockError, match=r"single/ids\.bin"):
+        merge_stores(tmp_path / "both", [single])
+    assert not (tmp_path / "both").exists()
+
+
+def test_several_processes_merge_the_same_store(tmp_path: Path) -> None:
+    samples = make_samples(80)  # 20 blocks
+    single = fill(tmp_path / "single", samples)
+    merged = merge_stores(tmp_path / "merged", [single], workers=2)
+    assert tree(merged.store.path) == tree(single.path)
+    shard = single.layout.shard(11)
+    shard.unlink()
+    with pytest.raises(CorruptBlockError, match=r"shard\.000011\.mds"):
+        merge_stores(tmp_path / "other", [single], workers=2)
+    assert not (tmp_path / "other").exists()

@@ -13,7 +13,9 @@ from tests.cache.targets import make_targets
 VOCAB_SIZE = 1000
 
 
-def create_cache(path: Path, *, method: str = "varopt", **recipe: Any) -> BlockStore:
+def create_cache(
+    path: Path, *, method: str = "varopt", ids_bin: bytes | None = None, **recipe: Any
+) -> BlockStore:
     return BlockStore.create(
         path,
         kind="cache",
@@ -31,6 +33,7 @@ def create_cache(path: Path, *, method: str = "varopt", **recipe: Any) -> BlockS
         },
         columns={**COLUMNS, "targets": "bytes"},
         block_size=BLOCK_SIZE,
+        ids_bin=ids_bin,
     )
 
 
@@ -50,11 +53,13 @@ def fill_cache(
     total: int = 10,
     blocks: list[int] | None = None,
     method: str = "varopt",
+    torch: str = "2.13.0",
+    ids_bin: bytes | None = None,
     **recipe: Any,
 ) -> BlockStore:
-    store = create_cache(path, method=method, **recipe)
+    store = create_cache(path, method=method, ids_bin=ids_bin, **recipe)
     store.plan(total)
-    with CacheWriter(store, made_with={"torch": "2.13.0"}) as writer:
+    with CacheWriter(store, made_with={"torch": torch}) as writer:
         for block in store.missing() if blocks is None else blocks:
             writer.submit(block, *block_of(block, total=total, method=method))
     store.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,3 +138,13 @@ def test_targets_that_do_not_decode_are_a_typed_error_naming_the_sequence(tmp_pa
     store.commit(0, [s | {"targets": b"nonsense"} for s in samples], statistics={})
     with pytest.raises(CorruptBlockError, match=r"shard\.000000\.mds, sequence 2"):
         open_cache(store.path)[2]
+
+
+@pytest.mark.parametrize("recipe", [{"method": "topk"}, {"temperature": 0.8}])
+def test_targets_that_are_not_what_the_recipe_says_are_refused(tmp_path: Path, recipe: Any) -> None:
+    store = create_cache(tmp_path / "cache", **recipe)
+    with CacheWriter(store) as writer:
+        writer.submit(0, *block_of(0, total=4))
+    ((name, value),) = recipe.items()
+    with pytest.raises(CorruptBlockError, match=f"sequence 3: expected {name} {value}, found"):
+        open_cache(store.path)[3]

@@ -221,6 +221,14 @@ deepspeed:
         ("data.files=a.txt", "data.files: expected a list, found 'a.txt'"),
         ("data.shuffle=perhaps", "data.shuffle: expected true or false, found 'perhaps'"),
         ("train.seed=-1", "train.seed: expected a number of at least 0, found -1"),
+        (
+            "cache.part=3/3",
+            "cache.part: expected I/N with I from 0 to N-1, such as 0/3, found '3/3'",
+        ),
+        ("cache.part=1", "cache.part: expected text, found the number 1"),
+        ("cache.part=-1/3", "cache.part: expected I/N"),
+        ("cache.part=0/0", "cache.part: expected I/N"),
+        ("cache.part=0/3/5", "cache.part: expected I/N"),
     ],
 )
 def test_a_wrong_override_is_one_line(override, said, folder):
@@ -252,6 +260,11 @@ def test_overrides_reach_deep_and_take_yaml_values(folder):
     }
     assert config.eval.cache == "a=b"
     assert (config.train.steps, config.train.epochs) == (None, 1.5)
+
+
+def test_a_part_of_the_cache_is_a_share_of_its_blocks(folder):
+    assert load(GOOD, "cache.part=1/3").cache.share == (1, 3)
+    assert load(GOOD).cache.share == (0, 1)
 
 
 def test_the_student_can_be_left_out_and_taken_out(folder):

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from megadistill.targets import METHODS
 from megadistill.teacher.distributions import VocabularySlice
 from megadistill.teacher.head import TeacherHead
 from megadistill.teacher.select import select_targets
 from tests.allocation import AllocationWatch
+from tests.ranks import run_ranks
 
 N, H, V = 500, 32, 1500
 
@@ -58,13 +60,24 @@ def test_chunks_give_the_targets_of_the_whole():
     np.testing.assert_allclose(chunked.nll, whole.nll, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["varopt", "topk"])
+def chunk_of(mesh) -> int:
+    vocab, limit = 2049, 4 * 1024 * 8  # 8 rows fit beside 1024 ids, not beside 1025
+    first, last = vocab * mesh.tp_rank // mesh.tp, vocab * (mesh.tp_rank + 1) // mesh.tp
+    piece = VocabularySlice(first, last - first, mesh.tp_group)
+    return TeacherHead(torch.zeros(last - first, 2), piece, chunk_bytes=limit).chunk
+
+
+def test_ranks_whose_slices_differ_by_an_id_take_chunks_of_one_size():
+    """Else they would come to the collectives a different number of times, and hang."""
+    assert run_ranks(2, "tests.teacher.test_head:chunk_of", tp=2) == [7, 7]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_positions_times_vocabulary_is_never_allocated(method):
     hidden, weight, labels, keys = parts()
     watched = head(weight)
-    selection = {"tau": 0.05} if method == "varopt" else {"k": 20}
     with AllocationWatch() as watch:
-        watched.targets(hidden, labels, keys, method=method, **selection)
+        watched.targets(hidden, labels, keys, method=method, tau=0.05, k=20)
     assert 0 < watch.largest <= 2 * watched.chunk * V, (watch.operation, watch.shape)
     assert watch.largest < N * V / 4
 

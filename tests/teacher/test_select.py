@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from megadistill.errors import TeacherError
-from megadistill.targets import concatenate
+from megadistill.targets import METHODS, concatenate
 from megadistill.teacher.distributions import VocabularySlice
 from megadistill.teacher.select import select_targets
-from megadistill.teacher.starts import SELECT, below, uniform
+from megadistill.teacher.starts import SELECT, below, uniform, uniforms
 from tests.ranks import run_ranks
 
 
@@ -117,30 +117,159 @@ def test_a_value_that_is_not_finite_stops_with_the_sequence_named():
         select_targets(log_probs, method="topk", k=4, keys_N=keys(4, sequence=9))
 
 
-def sliced(mesh, method: str, vocab: int):
-    log_probs, labels = peaked(64, vocab), torch.arange(64) % vocab
+NAMES = ("offsets", "ids", "weights", "tail", "entropy", "nll", "heads", "truth_added", "rounding")
+
+
+def ragged_labels(n: int, vocab: int) -> torch.Tensor:
+    labels = torch.arange(n) * 7 % vocab
+    labels[::9] = -100
+    return labels
+
+
+def with_ties(vocab: int) -> torch.Tensor:
+    """Rows whose values repeat, within a block of 64 ids and across them."""
+    rows = peaked(64, vocab)
+    rows[::2] = torch.log_softmax(rows[::2].mul(2).round().div(2), 1)
+    return rows
+
+
+def sliced(mesh, method: str, vocab: int, **more):
     first, last = vocab * mesh.tp_rank // mesh.tp, vocab * (mesh.tp_rank + 1) // mesh.tp
     targets = select_targets(
-        log_probs[:, first:last].contiguous(), method=method, tau=0.03, k=20, keys_N=keys(64),
-        labels_N=labels, vocabulary=VocabularySlice(first, last - first, mesh.tp_group),
+        with_ties(vocab)[:, first:last].contiguous(), method=method, keys_N=keys(64),
+        labels_N=ragged_labels(64, vocab),
+        vocabulary=VocabularySlice(first, last - first, mesh.tp_group), **more,
     )  # fmt: skip
     return targets.numpy()
 
 
-@pytest.mark.parametrize("method", ["varopt", "topk"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_slicing_of_the_vocabulary_gives_the_same_targets(method, ranks):
-    vocab = 1003  # no multiple of ranks
+@pytest.mark.parametrize(
+    ("vocab", "more"),
+    [
+        (1003, {"tau": 0.03, "k": 20, "draws": 30}),  # no multiple of ranks
+        (30_001, {"tau": 0.2, "k": 20, "p": 0.6}),  # slices larger than what is looked at closely
+        (50, {"k": 40, "min_entropy": 1.0}),  # slices with fewer ids than are kept
+    ],
+)
+def test_every_slicing_of_the_vocabulary_gives_the_same_targets(method, ranks, vocab, more):
     whole = select_targets(
-        peaked(64, vocab), method=method, tau=0.03, k=20, keys_N=keys(64),
-        labels_N=torch.arange(64) % vocab,
-    ).numpy()  # fmt: skip
+        with_ties(vocab), method=method, keys_N=keys(64), labels_N=ragged_labels(64, vocab), **more
+    ).numpy()
     for targets in run_ranks(
-        ranks, "tests.teacher.test_select:sliced", tp=ranks, method=method, vocab=vocab
+        ranks, "tests.teacher.test_select:sliced", tp=ranks, method=method, vocab=vocab, **more
     ):
-        for name in ("offsets", "ids", "weights", "tail", "nll"):
+        for name in NAMES:
             np.testing.assert_array_equal(getattr(targets, name), getattr(whole, name), name)
-        np.testing.assert_allclose(targets.entropy, whole.entropy, rtol=1e-5)
+
+
+def naive_list(log_probs: np.ndarray, *, k: int, p: float | None, truth: int) -> list[int]:
+    """The ids of topk or topp, by their definition, the added truth last."""
+    order = sorted(range(len(log_probs)), key=lambda v: (-log_probs[v], v))[:k]
+    probs = np.exp(log_probs.astype(np.float64))
+    if p is not None:
+        mass = np.cumsum(probs[order]) / probs.sum()
+        order = order[: int(np.argmax(mass >= p)) + 1] if (mass >= p).any() else order
+    return order if truth in order else [*order, truth]
+
+
+@pytest.mark.parametrize("vocab", [40, 64, 700, 9000])
+@pytest.mark.parametrize(("method", "p"), [("topk", None), ("topp", 0.9), ("topp", 0.3)])
+def test_lists_are_what_their_definition_says(vocab, method, p):
+    log_probs, labels = with_ties(vocab), torch.arange(64) * 5 % vocab
+    parameters = {} if p is None else {"p": p}
+    targets = select_targets(
+        log_probs, method=method, k=12, keys_N=keys(64), labels_N=labels, **parameters
+    )
+    for n in range(64):
+        row = targets.rows(n, n + 1)
+        expected = naive_list(log_probs[n].numpy(), k=12, p=p, truth=int(labels[n]))
+        assert row.ids.tolist() == expected
+        probs = log_probs[n].exp().double()
+        assert torch.allclose(row.weights.double(), probs[expected], rtol=1e-6)
+        listed = float(probs[expected].sum() / probs.sum())  # float32 log-probs sum to 1 nearly
+        assert float(row.tail) == pytest.approx(1 - listed, abs=1e-6)
+        best = naive_list(log_probs[n].numpy(), k=12, p=p, truth=expected[0])
+        assert bool(row.truth_added) == (expected != best)
+
+
+def test_without_labels_no_truth_is_added_and_there_is_no_nll():
+    targets = select_targets(peaked(5, 90), method="topp", p=0.5, keys_N=keys(5))
+    assert not targets.truth_added.any()
+    assert targets.nll is None
+
+
+def test_multinomial_counts_its_draws_most_drawn_first_then_the_lower_id():
+    targets = select_targets(
+        peaked(300, 1000), method="multinomial", draws=30, keys_N=keys(300), entropy=False
+    )
+    assert targets.entropy is None
+    assert targets.rounding is None
+    assert (targets.tail == 0).all()
+    for n in range(300):
+        row = targets.rows(n, n + 1)
+        counts = (row.weights.double() * 30).round().long().tolist()
+        assert sum(counts) == 30
+        assert torch.equal(row.weights, (torch.tensor(counts).double() / 30).float())
+        pairs = list(zip([-c for c in counts], row.ids.tolist(), strict=True))
+        assert pairs == sorted(set(pairs))
+        assert len(set(row.ids.tolist())) == len(pairs)
+
+
+def test_more_draws_than_ids_and_a_single_draw_are_draws_too():
+    flat = torch.full((20, 6), -np.log(6.0), dtype=torch.float32)
+    many = select_targets(flat, method="multinomial", draws=5000, keys_N=keys(20))
+    assert many.counts.tolist() == [6] * 20
+    assert (many.weights - 1 / 6).abs().max() < 0.04
+    one = select_targets(flat, method="multinomial", draws=1, keys_N=keys(20))
+    assert one.weights.tolist() == [1.0] * 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_below_the_entropy_threshold_get_an_empty_row(method):
+    log_probs = peaked(200, 500)
+    labels = ragged_labels(200, 500)
+    whole = select_targets(log_probs, method=method, keys_N=keys(200), labels_N=labels)
+    threshold = float(whole.entropy.nanmedian())
+    some = select_targets(
+        log_probs, method=method, keys_N=keys(200), labels_N=labels, min_entropy=threshold
+    )
+    kept = whole.entropy >= threshold
+    assert 0 < int(kept.sum()) < int((labels != -100).sum())
+    assert torch.equal(some.counts > 0, kept)
+    assert torch.equal(some.counts[kept], whole.counts[kept])
+    assert torch.equal(some.entropy[kept], whole.entropy[kept])
+    assert some.entropy[~kept].isnan().all()
+    assert some.nll[~kept].isnan().all()
+    for n in kept.nonzero()[:, 0].tolist():
+        assert torch.equal(some.rows(n, n + 1).ids, whole.rows(n, n + 1).ids)
+    none = select_targets(log_probs, method=method, keys_N=keys(200), min_entropy=99.0)
+    assert len(none) == 200
+    assert int(none.offsets[-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"method": "top"}, "method is 'top', expected one of varopt, multinomial, topk, topp"),
+        ({"method": "varopt", "tau": 0.0}, "tau is 0.0, expected more than 0 and at most 1"),
+        ({"method": "varopt", "tau": float("nan")}, "tau is nan"),
+        ({"method": "multinomial", "draws": 0}, "draws is 0, expected more than 0"),
+        ({"method": "topk", "k": -1}, "k is -1, expected more than 0"),
+        ({"method": "topp", "p": 1.5}, "p is 1.5, expected more than 0 and at most 1"),
+    ],
+)
+def test_parameters_that_mean_nothing_are_refused(parameters, said):
+    with pytest.raises(ValueError, match=said):
+        select_targets(peaked(2, 10), keys_N=keys(2), **parameters)
+
+
+def test_starts_are_the_same_in_numpy_and_in_torch_and_differ_by_draw():
+    found = uniforms(keys(50), torch.arange(20), seed=-3, purpose=SELECT)
+    again = uniforms(keys(50).numpy(), np.arange(20), seed=-3, purpose=SELECT)
+    np.testing.assert_array_equal(found.numpy(), again)
+    assert len(np.unique(again)) == 1000
 
 
 def test_varopt_gives_every_position_a_number_of_its_own_to_round_with():

@@ -293,6 +293,27 @@ def test_training_with_a_held_out_cache_that_is_not_there(place):
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cache.dir=[a, b]", "cache.dir: a list of 2 caches is to train from, and generating"),
+        ("cache.dir=s3://bucket/cache", "cache.dir: a URL is to train from, and generating"),
+        ("data.dir=s3://bucket/tokens", "data.dir: a URL cannot be written in place: set it to"),
+    ],
+)
+def test_generating_into_anything_but_a_folder(override, said, place):
+    assert refused(check_generate, override).startswith(said)
+
+
+def test_training_from_a_list_looks_at_each_and_leaves_urls_to_the_start(place):
+    a_cache()
+    check_train(config("cache.dir=[cache, {dir: s3://bucket/cache, weight: 2}]"), world=1)
+    said = refused(check_train, "cache.dir=[cache, s3://bucket/cache, elsewhere]")
+    assert said.startswith("cache.dir: elsewhere does not exist, expected a cache")
+    said = refused(check_train, "train.out_dir=s3://bucket/run")
+    assert said.startswith("train.out_dir: a URL cannot be trained into")
+
+
 def test_training_without_a_student(place):
     assert refused(check_train, "student=null").startswith("student: there is nothing to train")
 

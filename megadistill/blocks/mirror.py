@@ -67,6 +67,8 @@ def open_remote(url: str, *, local: LocalCopies | None = None) -> RemoteStore:
 class RemoteStore(BlockStore):
     """A store at a URL. `path` is its local mirror, `name` the URL without credentials."""
 
+    is_remote = True
+
     def __init__(
         self, url: str, remote: Remote, path: Path, *, kind: str, local: LocalCopies
     ) -> None:

@@ -158,6 +158,8 @@ class BlockStore:
         # To another process goes the folder's name; the files are opened there.
         return BlockStore.open, (self.path,)
 
+    is_remote = False
+
     @property
     def name(self) -> str:
         """The folder or the URL, for messages and reports."""

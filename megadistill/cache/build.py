@@ -21,6 +21,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def _compute(
         on_error=reserve.ask_to_stop,
     ) as writer:
         for block in _claims(mesh, teacher, missing, run, reserve):
-            samples = [] if block is None else tokens.block(block)
+            samples = [] if block is None else mesh.once_a_group(partial(tokens.block, block))
             first = 0 if block is None else block * store.block_size
             targets = score(config, teacher, samples, first=first, block_size=store.block_size)
             if block is not None and mesh.tp_rank == 0:

@@ -156,7 +156,7 @@ def _repair(raw: dict, path: KeyPath, detail: Any) -> None:
             break
         parents.append((at, part))
         at = at[part]
-    if detail["type"] == "missing":
+    if detail["type"] == "missing" and isinstance(at, dict):
         at[path[-1]] = {} if len(path) == 1 else "missing"
     elif isinstance(at, dict) and path[-1] in at:
         del at[path[-1]]

@@ -130,6 +130,8 @@ def _folders(config: Config) -> Iterator[Problem]:
     if config.cache.local_dir is not None:
         written["cache.local_dir"] = config.cache.local_dir
     read = {"teacher.model": config.teacher.model}
+    if not isinstance(config.cache.dir, str):
+        read |= {f"cache.dir.{i}": source.dir for i, source in enumerate(config.cache.dir)}
     if config.student is not None:
         written["train.out_dir"] = config.train.out_dir
         read["student.model"] = config.student.model

@@ -81,6 +81,24 @@ class Mesh:
         dist.broadcast_object_list(box, src=source, group=group, device=self.device)
         return box[0]
 
+    def once_a_group(self, function: Callable[[], Any]) -> Any:
+        """function() on the first rank of each tp group; what it returned, or raised, on all of it.
+
+        Collective over the group, so function() must not take long.
+        """
+        if self.tp == 1:
+            return function()
+        answer: tuple[Any, MegadistillError | None] | None = None
+        if self.tp_rank == 0:
+            try:
+                answer = (function(), None)
+            except MegadistillError as error:
+                answer = (None, error)
+        value, failed = self.broadcast(answer, group=self.tp_group)
+        if failed is not None:
+            raise failed
+        return value
+
     def first(self, function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
         """function() on rank 0 alone; what it returned, or raised, on every rank.
 

@@ -1,16 +1,12 @@
-"""From stores to micro-batches: what a rank reads for each step, ahead of time, in threads.
+"""The stores a student learns from, and micro-batches of their sequences.
 
-A store is a cache, or a token store where there is nothing to distil (loss.kd_weight=0). The order
-says which sequences form global batch g; rank r of R takes the r-th of R equal parts of it.
+A store is a cache, or a token store where there is nothing to distil (loss.kd_weight=0).
 
 Shapes: B sequences of a micro-batch, T positions, N = B*T.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +20,9 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.copies import LocalCopies, default_folder
 from megadistill.cache.reader import Cache
 from megadistill.config import Config
-from megadistill.data.order import Order, rank_rows
 from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
 from megadistill.targets import SparseTargets, concatenate
-
-AHEAD = 2  # steps read in advance: one to hide reading behind, one against its variance
-WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -195,67 +187,3 @@ def micro_batch(
 def _without_notes(targets: SparseTargets) -> SparseTargets:
     # How an entry was chosen is for statistics; the loss needs entries and tail.
     return replace(targets, heads=None, truth_added=None)
-
-
-class Batches:
-    """This rank's micro-batches of each step, from step `first` on. A context manager.
-
-    WORKERS threads read the next AHEAD steps, a micro-batch each at a time. What goes wrong in one
-    is raised by `next`, at its step.
-    """
-
-    def __init__(
-        self,
-        stores: list[Sequences],
-        order: Order,
-        *,
-        rank: int,
-        world: int,
-        micro_batch: int,
-        with_targets: bool,
-        first: int,
-        last: int,
-    ) -> None:
-        self._stores, self._order, self._with_targets = stores, order, with_targets
-        self._rank, self._world, self._micro_batch = rank, world, micro_batch
-        self._to_come = iter(range(first, last))
-        self._steps: deque[list[Future[MicroBatch]]] = deque()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="batches")
-
-    def __enter__(self) -> Batches:
-        for _ in range(AHEAD):
-            self._begin_next()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return self
-
-    def __next__(self) -> list[MicroBatch]:
-        if not self._steps:
-            raise StopIteration
-        step = self._steps.popleft()
-        self._begin_next()
-        return [future.result() for future in step]
-
-    def names(self, step: int) -> list[tuple[int, int]]:
-        """(store, sequence) of this rank's rows of global batch `step`."""
-        return rank_rows(self._order.batch(step), self._rank, self._world)
-
-    def _begin_next(self) -> None:
-        for step in self._to_come:
-            names, size = self.names(step), self._micro_batch
-            self._steps.append(
-                [
-                    self._pool.submit(
-                        micro_batch,
-                        self._stores,
-                        names[i : i + size],
-                        with_targets=self._with_targets,
-                    )
-                    for i in range(0, len(names), size)
-                ]
-            )
-            return

@@ -58,7 +58,10 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
     assert config.student is not None
     train = config.train.model_dump(mode="json", exclude={*_FREE, "steps", "epochs"})
     return {
-        "cache": [{"recipe": s.recipe, "sequences": len(s), "weight": s.weight} for s in stores],
+        "cache": {
+            str(i): {"recipe": s.recipe, "sequences": len(s), "weight": s.weight}
+            for i, s in enumerate(stores)
+        },
         "data": {"pack": config.data.pack},
         "deepspeed": config.deepspeed,
         "format_version": 1,

@@ -24,8 +24,9 @@ from megadistill.config import Config
 from megadistill.errors import TrainError
 from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
+from megadistill.train.batches import Batches
 from megadistill.train.checkpoint import Position
-from megadistill.train.data import Batches, MicroBatch
+from megadistill.train.data import MicroBatch
 from megadistill.train.engine import Trainer
 from megadistill.train.folder import run_identity
 from megadistill.train.metrics import Reporter

@@ -134,6 +134,42 @@ def test_two_tensor_parallel_ranks_write_one_cache(corpus, tmp_path):
     assert open_cache(tmp_path / "cache").complete()
 
 
+def test_the_ranks_of_a_group_read_each_block_of_tokens_once(corpus, tmp_path):
+    config = settings(corpus, tmp_path / "cache", teacher={"tp": 2})
+    blocks = BlockStore.open(corpus / "tokens").num_blocks
+    read = run_ranks(2, "tests.cache.test_build:blocks_read", tp=2, config=config)
+    assert read == [2 * blocks, 0]  # and once to rank the ids
+
+
+def blocks_read(mesh, config: Config) -> int:
+    from unittest import mock
+
+    with mock.patch.object(
+        BlockStore, "block", autospec=True, side_effect=BlockStore.block
+    ) as read:
+        build(mesh, config)
+    return sum(call.args[0].kind == "tokens" for call in read.call_args_list)
+
+
+def test_what_the_first_rank_of_a_group_cannot_read_stops_all_of_the_group():
+    said = run_ranks(2, "tests.cache.test_build:cannot_read", tp=2)
+    assert said == ["a: expected b, found c"] * 2
+
+
+def cannot_read(mesh) -> str:
+    from megadistill.errors import CorruptBlockError
+
+    def read():
+        raise CorruptBlockError("a", "b", "c")
+
+    assert mesh.once_a_group(lambda: mesh.rank) == 0
+    try:
+        mesh.once_a_group(read)
+    except CorruptBlockError as error:
+        return str(error).partition(":")[0] + str(error)[1 : len("a: expected b, found c")]
+    return "no error"
+
+
 @pytest.mark.parametrize("method", ["multinomial", "topk", "topp"])
 def test_every_method_fills_a_cache_with_its_own_parameters_alone_in_the_recipe(
     corpus, tmp_path, method

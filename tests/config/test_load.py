@@ -327,3 +327,29 @@ def test_reading_a_configuration_imports_neither_torch_nor_transformers_nor_deep
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_a_list_of_caches_with_and_without_weights(folder):
+    config = load(GOOD, "cache.dir=[a, {dir: s3://bucket/b, weight: 2}]")
+    assert [(s.dir, s.weight) for s in config.cache.sources] == [("a", 1), ("s3://bucket/b", 2)]
+    Path("again.yaml").write_text(to_yaml(config))
+    assert load_config("again.yaml") == config
+    (single,) = load(GOOD, "cache.dir=d").cache.sources
+    assert (single.dir, single.weight) == ("d", 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("5", "cache.dir: expected text, found the number 5"),
+        ("[]", "cache.dir: expected at least one element"),
+        ("['']", "cache.dir.0.dir: expected text that is not empty"),
+        ("[a, {dir: b, weight: 0}]", "cache.dir.1.weight: expected a number above 0"),
+        ("[a, {path: b}]", "cache.dir.1.dir: missing"),
+        ("{dir: a}", "cache.dir: expected text"),
+        ("[[a]]", "cache.dir.0: expected a section"),
+    ],
+)
+def test_lists_of_caches_that_are_none(value, said, folder):
+    lines = mistakes(GOOD, f"cache.dir={value}")
+    assert any(line.startswith(f"command line: {said}") for line in lines), lines

@@ -46,6 +46,8 @@ def changed(*settings: str) -> dict:
         (["train.out_dir=w/student"], "train.out_dir: w/student holds student.model (w/student)"),
         (["student.model=w/train/model"], "would be written over"),
         (["cache.dir=./w/x/../teacher"], "holds teacher.model (w/teacher)"),
+        (["cache.local_dir=w/tokens"], "cache.local_dir: w/tokens is the same folder as data.dir"),
+        (["cache.dir=[x, w/train/y]"], "train.out_dir: w/train holds cache.dir.1 (w/train/y)"),
         (["teacher.engine=zero3", "teacher.tp=2"], "teacher.tp: 2 with teacher.engine=zero3"),
         (["targets.method=topk", "targets.k=4096"],
          "data.block_size: a block of 256 sequences of 2048 tokens can take 16"),
@@ -93,6 +95,8 @@ def test_what_contradicts_itself_is_refused_with_what_to_do(settings, said):
         ["targets.positions=entropy", "targets.min_entropy=0.5", "targets.entropy=false"],
         ["eval.cache=w/cache"],  # the held-out cache is generated under the training configuration
         ["cache.dir=w/tokens2"],
+        ["cache.dir=s3://w/tokens", "train.out_dir=w/other"],
+        ["cache.dir=[x, sftp://host/y]"],
         ["loss.kd_weight=0", "loss.ce_weight=1"],
     ],
 )

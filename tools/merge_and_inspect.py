@@ -29,6 +29,7 @@ from megadistill.blocks.split import split_store
 from megadistill.cache.inspection import block_check, inspect_store, require_sum
 from megadistill.cache.report import table
 from megadistill.commands import run
+from megadistill.disk import is_url
 
 # None: a bar where standard error is a terminal.
 WATCHED: dict[str, Any] = {"check_of": block_check, "show_progress": None}
@@ -69,6 +70,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--dry_run goes with --repair")
     if (args.repair or args.split is not None) and len(args.caches) != 1:
         parser.error(f"{len(args.caches)} caches are given, expected one to repair or split")
+    written = args.caches[0] if args.repair else args.out
+    if is_url(written):
+        parser.error(f"{written} is a URL, expected a folder: tools/copy_cache.py copies to a URL")
     args.workers = max(1, args.workers)
     return args
 
@@ -88,7 +92,7 @@ def taken(merged: Merged) -> dict[str, int]:
     """Folder -> how many blocks came from it."""
     counts: dict[str, int] = {}
     for store in merged.taken.values():
-        counts[str(store.path)] = counts.get(str(store.path), 0) + 1
+        counts[store.name] = counts.get(store.name, 0) + 1
     return counts
 
 

@@ -17,6 +17,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.recipe import differences
 from megadistill.cache.reader import Cache
 from megadistill.cache.sequence import target_row
+from megadistill.disk import is_url
 from megadistill.errors import StoreError
 
 _DERIVED = ("blocks.bin", "index.json")
@@ -32,6 +33,7 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
     first             {block, sequence, position, left, right}: where contents part; or None
     told              [{field, left, right, blocks}]: other members of markers of equal content
     derived           names of derived files that differ
+    Derived files of a store at a URL are not compared: its local copy holds what is read.
     Raises StoreError for stores of two kinds and what cannot be read, CorruptBlockError.
     """
     left, right = BlockStore.open(left_path), BlockStore.open(right_path)
@@ -52,7 +54,7 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
         "recipe": recipe,
         "plan": None if plans[0] == plans[1] else {"left": plans[0], "right": plans[1]},
         **_blocks(left, right),
-        "derived": [n for n in _DERIVED if _bytes(left.path / n) != _bytes(right.path / n)],
+        "derived": _derived(left, right),
     }
     counted = ("recipe", "plan", "only_left", "only_right", "different_blocks")
     return {"equal": not any(facts[name] for name in counted), **facts}
@@ -118,6 +120,12 @@ def _positions(sample: dict[str, Any]) -> list[Facts]:
         if "targets" in sample:
             fact |= target_row(sample["targets"], position)
     return facts
+
+
+def _derived(left: BlockStore, right: BlockStore) -> list[str]:
+    if is_url(left.name) or is_url(right.name):
+        return []
+    return [n for n in _DERIVED if _bytes(left.path / n) != _bytes(right.path / n)]
 
 
 def _bytes(path: Path) -> bytes | None:

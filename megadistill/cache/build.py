@@ -262,6 +262,7 @@ def _validate(
     On the machine that made the cache the ids are equal; another accelerator or a library's atomics
     may move a probability across a threshold, so a hundredth of the positions may differ.
     """
+    from megadistill.cache.codec import decode_targets, encode_targets
     from megadistill.cache.reader import open_cache
 
     cache = open_cache(config.cache.folder)
@@ -284,7 +285,12 @@ def _validate(
         )
         if mine < len(starts) and mesh.tp_rank == 0:
             found = concatenate([cache[i]["targets"].numpy() for i in range(start, stop)])
-            fresh = concatenate(again)
+            # As they would be read: rounding drops entries, the same ones for the same targets.
+            stored = [encode_targets(t, vocab_size=cache.vocab_size, codec=cache.codec)
+                      for t in again]  # fmt: skip
+            fresh = concatenate(
+                [decode_targets(d, vocab_size=cache.vocab_size, codec=cache.codec) for d in stored]
+            )
             equal += int(_equal_rows(found, fresh))
             total += int((fresh.counts > 0).sum())
     sums = mesh.sum(torch.tensor([equal, total], dtype=torch.float64))

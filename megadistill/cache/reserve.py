@@ -15,12 +15,15 @@ compares its disk with the whole rest, which errs on the side of stopping.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megadistill.blocks import BlockStore
 from megadistill.config import CacheConfig
@@ -73,10 +76,12 @@ class Reserve:
 
     def ask_to_stop(self, error: BaseException) -> None:
         """Tell all ranks to stop before their next block, and why. Safe from any thread."""
+        if isinstance(error, dist.DistError):
+            return  # rank 0 is gone, and with it whom to tell: the watchdog stops us
         if not isinstance(error, MegadistillError):
             error = self._told(error)
         error.common = True
-        with self._asking:
+        with self._asking, contextlib.suppress(dist.DistError):
             if not self.asked_to_stop():
                 self._mesh.store.set(self._error, pickle.dumps(error))  # type: ignore[arg-type]
 

@@ -6,13 +6,16 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from megadistill.blocks import BlockStore
-from megadistill.cache.reserve import block_bytes
-from megadistill.config import Config
-from megadistill.errors import MegadistillError
+from megadistill.cache.reserve import Reserve, block_bytes
+from megadistill.config import CacheConfig, Config
+from megadistill.errors import MegadistillError, StoreError
+from tests.cache.caches import fill_cache
 from tests.cache.test_build import hashes
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
@@ -185,3 +188,17 @@ def cost_of_a_commit(mesh, cache: Path) -> float:
     for _ in range(100):
         reserve.committed(0)
     return (time.perf_counter() - started) / 100
+
+
+def test_a_writer_that_fails_after_rank_zero_has_gone_says_nothing_more(tmp_path, caplog):
+    """The store of the process group went with rank 0: it is the watchdog that stops this rank."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    mesh = SimpleNamespace(store=client)
+    reserve = Reserve(mesh, fill_cache(tmp_path / "cache"), CacheConfig(), run=0, missing=1)
+    del server
+    reserve.ask_to_stop(StoreError("the lock is lost"))
+    with pytest.raises(dist.DistError) as gone:
+        reserve.committed(0)
+    reserve.ask_to_stop(gone.value)
+    assert caplog.records == []

@@ -31,7 +31,7 @@ def masked_cache(path: Path) -> BlockStore:
     store = BlockStore.create(
         path,
         kind="cache",
-        header={"recipe": {"method": "topk", "vocab_size": VOCAB_SIZE}},
+        header={"recipe": {"method": "topk", "temperature": 0.7, "vocab_size": VOCAB_SIZE}},
         columns={**COLUMNS, "loss_mask": f"ndarray:uint8:{SEQ_LEN}", "targets": "bytes"},
         block_size=BLOCK_SIZE,
     )

@@ -40,14 +40,25 @@ def corpus(tmp_path_factory) -> Path:
 class LaunchedChaos(Chaos):
     """The same series, each run started by `deepspeed --num_gpus N`."""
 
-    started: ClassVar[list[psutil.Process]] = []
+    launchers: ClassVar[list[subprocess.Popen]] = []
+    ranks: ClassVar[list[psutil.Process]] = []
+
+    def end(self) -> None:
+        """Leave nobody behind, also after a failure."""
+        for process in [*self.launchers, *self.ranks]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for launcher in self.launchers:
+            launcher.wait()
+        self.launchers.clear()
+        self.ranks.clear()
 
     def attempt(self, folder: Path, layout: str, attempt: int) -> bool:
         world = self.random.choice(LAYOUTS[layout][1])
         how = self.random.choice([ONE, ONE, ALL, RUNNER, LAUNCHERS])
         victim = self.random.randrange(world)
-        # Ranks import for some 10 s before they do anything.
-        delay = self.random.uniform(0, 10 + self.length(layout))
+        at_work = self.random.random() < 0.7  # else while they import, which takes longer
+        delay = self.random.uniform(0, self.length(layout))
         notes = folder / f"run-{attempt}"
         notes.mkdir()
         said = notes / "said.log"
@@ -57,16 +68,19 @@ class LaunchedChaos(Chaos):
                 stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env=environment(),
             )  # fmt: skip
-        self.started.append(psutil.Process(launcher.pid))
+        self.launchers.append(launcher)
         ranks = self.wait_for_ranks(launcher, world, folder)
-        self.started += [*ranks, *psutil.Process(launcher.pid).children()]
+        self.ranks += ranks
+        there = [notes / f"{'joined' if at_work else 'watching'}-{rank}" for rank in range(world)]
+        while launcher.poll() is None and not all(path.exists() for path in there):
+            time.sleep(0.02)
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = launcher.wait(delay)
             assert code == 0, self.failure(folder, said.read_text())
             return True
         joined = len(list(notes.glob("joined-*"))) == world
         began = time.monotonic()
-        node = psutil.Process(launcher.pid).children()
+        node = [p for p in psutil.Process(launcher.pid).children() if p not in ranks]
         for process in {
             ONE: [ranks[victim]], ALL: ranks, RUNNER: [psutil.Process(launcher.pid)],
             LAUNCHERS: [psutil.Process(launcher.pid), *node],
@@ -136,8 +150,6 @@ def test_kills_under_the_real_launcher_leave_the_same_bytes(corpus, tmp_path, ca
     try:
         chaos.run(KILLS)
     finally:
-        for process in chaos.started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        chaos.end()
     with capsys.disabled():
         sys.stdout.write(chaos.summary())

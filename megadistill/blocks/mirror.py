@@ -74,7 +74,6 @@ class RemoteStore(BlockStore):
     ) -> None:
         super().__init__(path, kind=kind, files=_ReadOnly(remote.name))
         self._url, self._remote, self._local = url, remote, local
-        self._sound: set[int] = set()  # blocks whose local shard this process has checked
         self._believed: set[int] = set()  # blocks whose local marker it has
         self._sizes: dict[str, int] | None = None
         self._present = self._listed()
@@ -143,7 +142,6 @@ class RemoteStore(BlockStore):
             handle = self._held(block)
             try:
                 shard = super()._open_shard(block)
-                self._check(block, shard)
             except CorruptBlockError:
                 os.close(handle)
                 if last:
@@ -168,16 +166,7 @@ class RemoteStore(BlockStore):
     def _drop(self, block: int) -> None:
         """Forget the local copy; who has it open keeps what it has."""
         self._shards.drop(block)
-        self._sound.discard(block)
         self.layout.shard(block).unlink(missing_ok=True)
-
-    def _check(self, block: int, shard: Shard) -> None:
-        if block in self._sound:
-            return
-        expected = int(self._record(block)["shard_xxh3"])
-        if shard.xxh3() != expected:
-            raise CorruptBlockError(str(shard.path), f"xxh3 {hex64(expected)}", hex64(shard.xxh3()))
-        self._sound.add(block)
 
     def _listed(self) -> list[int]:
         blocks = set(self._records["block"].tolist())
@@ -239,7 +228,6 @@ class RemoteStore(BlockStore):
                     found = self._download(path.name, part, size=size)
                     if found == hex64(expected):
                         os.replace(part, path)
-                        self._sound.add(block)
                         return
                     part.unlink(missing_ok=True)
         raise CorruptBlockError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.copies import LocalCopies
 from megadistill.cache.codec import decode_targets
 from megadistill.cache.content import content_hash
 from megadistill.cache.ranking import ranking_of
@@ -121,6 +122,6 @@ class Cache:
         return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}
 
 
-def open_cache(path: str | Path) -> Cache:
-    """The cache in a folder. StoreError, CorruptBlockError."""
-    return Cache(BlockStore.open(path))
+def open_cache(path: str | Path, *, local: LocalCopies | None = None) -> Cache:
+    """The cache in a folder or at a URL; `local`: see BlockStore.open. StoreError."""
+    return Cache(BlockStore.open(path, local=local))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,44 @@ def test_no_more_shards_are_kept_than_the_limit_allows(url, source, tmp_path):
     copy_store(source.path, "memory://other")
     require_same(BlockStore.open("memory://other", local=local))
     assert len(shards(local)) <= 2
+
+
+def read_all(url, folder, limit, started, rank):
+    """A rank of a host: reads the whole store, each from another place on."""
+    store = BlockStore.open(url, local=LocalCopies(folder, limit=limit))
+    started.wait()
+    order = [(i + 7 * rank) % len(SAMPLES) for i in range(len(SAMPLES))]
+    if not all(same_sample(store[i], SAMPLES[i]) for i in order):
+        os._exit(1)
+
+
+@pytest.mark.parametrize("room", [2, 100])
+def test_processes_share_the_local_copies_and_one_that_is_killed_harms_nobody(
+    room, source, tmp_path
+):
+    copy_store(source.path, f"file://{tmp_path}/far")
+    size = max(p.stat().st_size for p in source.path.glob("shard.*"))
+    spawn = multiprocessing.get_context("spawn")
+    started = spawn.Barrier(4)
+    ranks = [
+        spawn.Process(
+            target=read_all,
+            args=(f"file://{tmp_path}/far", tmp_path / "local", room * size, started, rank),
+        )
+        for rank in range(4)
+    ]
+    for rank in ranks:
+        rank.start()
+    while ranks[0].is_alive() and not list((tmp_path / "local").glob("*/shard.*")):
+        pass
+    ranks[0].kill()
+    for rank in ranks[1:]:
+        rank.join()
+    assert [rank.exitcode for rank in ranks[1:]] == [0, 0, 0]
+    local = LocalCopies(tmp_path / "local", limit=room * size)
+    require_same(BlockStore.open(f"file://{tmp_path}/far", local=local))
+    assert len(shards(local)) <= min(room, 10)
+    assert not list(local.path.glob("*.run/*.part"))
 
 
 def test_a_shard_in_use_is_not_removed_and_those_used_last_stay(url, source, tmp_path):

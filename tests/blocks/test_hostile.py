@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
+import megadistill
 from megadistill.blocks import BlockStore
 from megadistill.blocks.records import decode_json
 from megadistill.errors import CorruptBlockError, StoreError
-from tests.blocks.stores import fill, forge, is_noticed, make_samples, read_all
+from tests.blocks.stores import fill, forge, make_samples, read_all
 
 SAMPLES = make_samples(10)
 
@@ -53,7 +54,9 @@ class Opened:
     def __call__(self, event: str, args: tuple) -> None:
         watched = self.paths is not None and event in ("open", "os.listdir", "os.scandir")
         if watched and not isinstance(args[0], int):  # a file that is open already
-            self.paths.append(os.fsdecode(args[0]))
+            path = os.fsdecode(args[0])
+            stays = event == "open" and args[2] & os.O_NOFOLLOW
+            self.paths.append(path if stays else os.path.realpath(path))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +90,9 @@ def refuse(store: BlockStore, opened: Opened, match: str) -> None:
         assert len(str(caught.value)) < 2500
     finally:
         paths, opened.paths = opened.paths, None
-    inside = (str(store.path), f"{store.path}.run", sys.prefix, sys.base_prefix)
-    assert paths
-    assert [p for p in paths if not p.startswith(inside) or ".." in p] == []
+    code = (str(Path(megadistill.__file__).parent), sys.prefix, sys.base_prefix)
+    inside = (str(store.path), f"{store.path}.run", *code)
+    assert [p for p in paths or [] if not p.startswith(inside) or ".." in p] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,15 +201,25 @@ def test_a_marker_with_absurd_values_is_refused(store: BlockStore, change: dict)
         BlockStore.open(store.path)[0]
 
 
-def test_links_pipes_and_folders_are_not_read(store: BlockStore) -> None:
-    for file in (store.layout.shard(0), store.layout.marker(0), store.layout.blocks_bin):
-        elsewhere = store.path.parent / "elsewhere"
-        shutil.move(file, elsewhere)
-        for make in (partial(file.symlink_to, elsewhere), partial(os.mkfifo, file), file.mkdir):
-            make()
-            assert is_noticed(store.path, SAMPLES), file
-            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
-        shutil.move(elsewhere, file)
+@pytest.mark.parametrize("name", ["shard.000000.mds", "tokens.json", "plan.json", "blocks.bin",
+    "index.json", "ids.bin", "blocks/000000.json"])  # fmt: skip
+def test_links_pipes_and_folders_are_not_read(store: BlockStore, opened: Opened, name: str) -> None:
+    file, elsewhere = store.path / name, store.path.parent / "elsewhere"
+    if file.parent == store.layout.blocks:
+        store.layout.blocks_bin.unlink()  # else the marker need not be read
+    shutil.move(file, elsewhere)
+    makes = (partial(file.symlink_to, elsewhere), partial(os.mkfifo, file), file.mkdir)
+    for make, kind in zip(makes, ("a link", "another kind", "another kind"), strict=True):
+        make()
+        read = name in ("shard.000000.mds", "tokens.json", "plan.json", "blocks/000000.json")
+        expected = rf"{file.name}: expected a regular file, found {kind}" if read else file.name
+        if kind != "a link" and name == "tokens.json":
+            expected = "holds no tokens.json"
+        refuse(store, opened, expected)
+        file.rmdir() if kind != "a link" and file.is_dir() else file.unlink()
+
+
+def test_a_folder_of_markers_that_is_a_link_is_refused(store: BlockStore) -> None:
     moved = store.path.parent / "moved"
     shutil.move(store.layout.blocks, moved)
     store.layout.blocks.symlink_to(moved)

@@ -14,7 +14,9 @@ Imports no torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -68,6 +70,21 @@ def parse(
             "overrides", nargs="*", metavar="a.b=value", help="keys to set, such as train.lr=1e-4"
         )
     return parser.parse_intermixed_args(list(argv))
+
+
+def count(text: str) -> int:
+    """A number of things, for `type=` of an argument."""
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 1")
+
+
+def amount(text: str) -> float:
+    """How much of something, 0 or more, for `type=` of an argument."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number, 0 or more")
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -2,9 +2,11 @@
 
     python tools/bench.py storage [--vocab_size V ...] [--teacher DIR] [--json]
     python tools/bench.py codec   [--vocab_size V] [--json]
+    python tools/bench.py writer  [--teacher DIR] [--tokens DIR] [--pairs 15] [--blocks 4] [--json]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
 codec    positions a second and core for encoding and decoding, per method
+writer   seconds of generating with the writer on over those with it off, in pairs
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
 measured, and that is said.
@@ -21,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import run
+from megadistill.commands import amount, count, run
 
 VOCABULARIES = [128_256, 151_936, 262_144]
 
@@ -31,8 +33,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1 if args.what == "codec" else os.cpu_count() or 1)
-    rows = storage(args) if args.what == "storage" else codec(args)
-    for row in rows:
+    for row in MEASURES[args.what](args):
         print(json.dumps(row, sort_keys=True) if args.json else line(row))
     return 0
 
@@ -41,13 +42,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["storage", "codec"])
-    parser.add_argument("--vocab_size", type=int, nargs="*", default=VOCABULARIES)
-    parser.add_argument("--positions", type=int, default=4096)
-    parser.add_argument("--seq_len", type=int, default=2048, help="positions of a sequence")
+    parser.add_argument("what", choices=list(MEASURES))
+    parser.add_argument("--vocab_size", type=count, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--positions", type=count, default=4096)
+    parser.add_argument("--seq_len", type=count, default=2048, help="positions of a sequence")
     parser.add_argument("--teacher", default="runs/demo/teacher", help="a model's folder")
     parser.add_argument("--tokens", default="runs/demo/tokens", help="its token store")
-    parser.add_argument("--entropy", type=float, default=1.9, help="nats to sharpen it to")
+    parser.add_argument("--entropy", type=amount, default=1.9, help="nats to sharpen it to")
+    parser.add_argument("--pairs", type=count, default=15, help="runs with the writer on, and off")
+    parser.add_argument("--blocks", type=count, default=4, help="blocks of a run")
+    parser.add_argument("--seconds", type=amount, default=2.0, help="for each figure of codec")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     return parser.parse_args(arguments)
 
@@ -71,7 +75,25 @@ def codec(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megadistill.bench.distributions import Synthetic
     from megadistill.bench.speed import speed
 
-    return speed(Synthetic(args.vocab_size[0], args.seq_len))
+    return speed(Synthetic(args.vocab_size[0], args.seq_len), seconds=args.seconds)
+
+
+def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from megadistill import parallel
+    from megadistill.bench.writer import writer_cost
+    from megadistill.blocks import BlockStore
+    from megadistill.config import Config
+
+    tokens = BlockStore.open(args.tokens)
+    config = Config.model_validate({
+        "data": {"dir": args.tokens, "seq_len": tokens.recipe["seq_len"]},
+        "teacher": {"model": args.teacher},
+    })  # fmt: skip
+    with parallel.joined(tp=1) as mesh:
+        return [writer_cost(config, mesh, pairs=args.pairs, blocks=args.blocks)]
+
+
+MEASURES = {"storage": storage, "codec": codec, "writer": writer}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.blocks.copy import copy_store
 from megadistill.blocks.remote import shown
-from megadistill.commands import run
+from megadistill.commands import count, run
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     # None: no bar where standard error is not a terminal.
     with tqdm(desc="copying", unit=" blocks", disable=None) as bar:
         copied = copy_store(
-            args.source, args.dest, verify=args.verify, workers=max(1, args.workers),
+            args.source, args.dest, verify=args.verify, workers=args.workers,
             progress=lambda _: bar.update(),
         )  # fmt: skip
     print(f"{shown(args.dest)}: {copied.sent} blocks sent, {copied.there} were there")
@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="a folder or a URL")
     parser.add_argument("dest", metavar="DEST", help="a folder or a URL")
     parser.add_argument("--verify", action="store_true", help="read back every shard at DEST")
-    parser.add_argument("--workers", type=int, default=4, help="shards sent at a time")
+    parser.add_argument("--workers", type=count, default=4, help="shards sent at a time")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 

@@ -25,7 +25,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.progress import BlockProgress
 from megadistill.cache.inspection import inspect_store
 from megadistill.cache.report import difference_table, table
-from megadistill.commands import run
+from megadistill.commands import count, run
 from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change the configuration")
     parser.add_argument("--config", help="whose cache.dir to inspect; default zero3.yaml")
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
+    parser.add_argument("--workers", type=count, default=min(16, os.cpu_count() or 1),
                         help="processes that verify; default %(default)s")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="DIR", help="write pictures over the blocks there")
@@ -100,7 +100,7 @@ def configured(args: argparse.Namespace) -> Config:
 def inspect(path: str, args: argparse.Namespace) -> int:
     if args.verify:
         with BlockProgress("verifying", total=len(BlockStore.open(path).present())) as bar:
-            facts = inspect_store(path, verify=True, workers=max(1, args.workers), progress=bar.add)
+            facts = inspect_store(path, verify=True, workers=args.workers, progress=bar.add)
     else:
         facts = inspect_store(path)
     answer(args, facts, lambda: table(facts))

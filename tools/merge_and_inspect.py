@@ -28,7 +28,7 @@ from megadistill.blocks.repair import Repaired, repair_store
 from megadistill.blocks.split import split_store
 from megadistill.cache.inspection import block_check, inspect_store, require_sum
 from megadistill.cache.report import table
-from megadistill.commands import run
+from megadistill.commands import count, run
 from megadistill.disk import is_url
 
 # None: a bar where standard error is a terminal.
@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry_run", "--dry-run", action="store_true",
                         help="with --repair: say what it would drop, and drop nothing")  # fmt: skip
     parser.add_argument("--split", metavar="N", type=int, help="into N parts: block b to b mod N")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
+    parser.add_argument("--workers", type=count, default=min(16, os.cpu_count() or 1),
                         help="processes that verify; default %(default)s")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -73,7 +73,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     written = args.caches[0] if args.repair else args.out
     if is_url(written):
         parser.error(f"{written} is a URL, expected a folder: tools/copy_cache.py copies to a URL")
-    args.workers = max(1, args.workers)
     return args
 
 

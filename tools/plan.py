@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import parse, run
+from megadistill.commands import amount, count, parse, run
 from megadistill.config import Config, load_config
 
 if TYPE_CHECKING:
@@ -34,12 +33,12 @@ if TYPE_CHECKING:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks",
-        type=_count,
+        type=count,
         default=2,
         metavar="N",
         help="blocks to score on each copy of the teacher (default: 2)",
     )
-    parser.add_argument("--price", type=_price, metavar="X", help="of a rank, an hour")
+    parser.add_argument("--price", type=amount, metavar="X", help="of a rank, an hour")
     parser.add_argument("--currency", default="USD", help="of the price (default: USD)")
     parser.add_argument(
         "--no_run",
@@ -100,19 +99,6 @@ def _measure(config: Config, *, blocks: int, ranks: int) -> Measured:
         check_generate(config, world=ranks, writing=False)
         with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:
             return measure(config, mesh, blocks=blocks)
-
-
-def _count(text: str) -> int:
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 1")
-
-
-def _price(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a price, 0 or more")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ about keys that are already reported as wrong.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,7 +42,7 @@ def worst_bytes_per_position(config: Config) -> float:
     """The most bytes that a position's targets can take in a cache, in any of its encodings."""
     targets = config.targets
     entries = {
-        "varopt": 1 / targets.tau + 1,
+        "varopt": math.ceil(1 / targets.tau) + 1,
         "multinomial": targets.draws,
         "topk": targets.k + 1,
         "topp": targets.k + 1,

@@ -150,7 +150,7 @@ class TargetsConfig(Section):
     tau: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.06,
         description="`varopt`: ids of at least this probability are kept, the rest is sampled in "
-        "steps of it; at most 1/tau + 1 entries a position",
+        "steps of it; at most ceil(1/tau) + 1 entries a position",
     )
     draws: Annotated[int, Field(gt=0, le=65_535), _Number] = Field(
         default=50, description="`multinomial`: draws with replacement at a position"

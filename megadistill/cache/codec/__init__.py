@@ -8,8 +8,11 @@
 The streams, in order: the method's own; then for the positions that have targets, where flagged,
 entropy and nll in a byte each (levels.py). Positions without targets cost some 2 bits.
 
-Ids and counts come back exactly. Weights are rounded: sampled ones at random and without bias,
-listed ones to the nearest of levels 1/16 of an octave apart, which costs 5e-5 nats of KL.
+topk, topp  ids come back exactly; weights as the nearest of levels 1/16 of an octave apart, which
+            costs 5e-5 nats of KL
+multinomial ids and weights come back exactly
+varopt      weights are rounded to multiples of 1/128 at random and without bias; an entry that is
+            rounded to 0 is not kept
 
 Bytes a position at 2,048 positions a sequence, without entropy and nll (tools/bench.py storage):
 varopt at the variance of 50 multinomial draws 9.4 (a teacher of 1.9 nats, 4,096 ids) to 10.9

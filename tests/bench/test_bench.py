@@ -1,0 +1,175 @@
+"""The benchmarks: figures that are what their names say, on small sizes, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadistill.bench.distributions import Synthetic, trained
+from megadistill.bench.storage import storage
+from megadistill.bench.variance import Variances
+from megadistill.blocks import BlockStore
+from megadistill.config import Config
+from megadistill.data.tokens import build_tokens
+from megadistill.errors import StoreError
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.ranks import run_ranks
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/bench.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A teacher in `teacher`, and the token store of a text in `tokens`."""
+    folder = tmp_path_factory.mktemp("bench")
+    tiny_llama(folder / "teacher")
+    tiny_tokenizer(folder / "teacher")
+    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
+    (folder / "text.jsonl").write_text("".join(line % i for i in range(300)))
+    build_tokens(config(folder), progress=False)
+    return folder
+
+
+def config(folder: Path) -> Config:
+    return Config.model_validate({
+        "data": {"files": [str(folder / "text.jsonl")], "dir": str(folder / "tokens"),
+                 "seq_len": 32, "block_size": 8},
+        "teacher": {"model": str(folder / "teacher")},
+        "cache": {"dir": str(folder / "cache"), "min_free": 0},
+        "targets": {"tau": 0.1},
+    })  # fmt: skip
+
+
+def test_a_synthetic_distribution_is_the_same_each_time_and_sums_to_one():
+    distribution = Synthetic(500, 200, seed=3)
+    first, second = torch.cat(list(distribution)), torch.cat(list(distribution))
+    assert torch.equal(first, second)
+    assert first.shape == (200, 500)
+    torch.testing.assert_close(first.exp().sum(1), torch.ones(200))
+    share = first.exp().sum(0)
+    assert share[:20].sum() > 2 * share[100:120].sum()
+
+
+def test_a_trained_teacher_is_sharpened_to_the_entropy_that_was_asked_for(corpus):
+    distribution = trained(
+        str(corpus / "teacher"), str(corpus / "tokens"), positions=256, entropy=1.9
+    )
+    log_probs = torch.cat(list(distribution))
+    assert len(log_probs) == distribution.positions == 256
+    assert -(log_probs.exp() * log_probs).sum(1).mean() == pytest.approx(1.9, abs=1e-3)
+
+
+def test_more_positions_than_the_token_store_has_are_refused(corpus):
+    with pytest.raises(StoreError, match=r"tokens: holds \d+ positions, expected at least 1000000"):
+        trained(str(corpus / "teacher"), str(corpus / "tokens"), positions=10**6, entropy=1.9)
+
+
+def test_storage_weighs_every_format_on_the_same_distribution():
+    distribution = Synthetic(1000, 512)
+    varopt, listed = storage(distribution, seq_len=256)
+    assert varopt["variance"] == pytest.approx(varopt["variance_of_draws"], rel=1e-2)
+    assert varopt["variance"] == pytest.approx(Variances(distribution).varopt(varopt["tau"]))
+    for row in (varopt, listed):
+        assert 0.98 * row["entropy_of_streams"] < row["bytes"] < 1.15 * row["entropy_of_streams"]
+    assert varopt["ratio"] == varopt["bytes"] / varopt["random_sampling"]
+    # 50 draws from such distributions hit 3 to 25 different ids.
+    assert 9 < varopt["random_sampling"] < 75
+    assert listed["packed"] == 64 * (math.ceil(math.log2(1000)) + 16) / 8
+    assert 0 < listed["kl"] < 1e-4
+    assert 0 < listed["log_prob_error"] < math.log(2) / 16
+
+
+def test_writer_times_runs_that_really_write_and_leaves_nothing(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    row, committed = run_ranks(1, "tests.bench.test_bench:timed", config=config(corpus))[0]
+    assert row["pairs"] == 2
+    assert row["positions"] == 2 * 8 * 32
+    assert row["least"] <= row["ratio"] <= row["most"]
+    assert committed == [2, 2, 0, 0, 2]  # to warm up, then on, off, off, on
+    assert not (corpus / "cache").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def timed(mesh, config: Config):
+    """The row, and how many blocks each run had committed."""
+    import shutil
+
+    from megadistill.bench import writer
+
+    committed: list[int] = []
+
+    class Shutil:
+        @staticmethod
+        def rmtree(path, ignore_errors=False):
+            if (Path(path) / "cache.json").exists():
+                committed.append(len(BlockStore.open(path).committed()))
+            shutil.rmtree(path, ignore_errors=ignore_errors)
+
+    writer.shutil, before = Shutil, writer.shutil
+    try:
+        return writer.writer_cost(config, mesh, pairs=2, blocks=2), committed
+    finally:
+        writer.shutil = before
+
+
+def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, TOOL, *arguments], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_the_tool_measures_a_teacher_and_synthetic_distributions(corpus):
+    run = bench(
+        corpus, "storage", "--teacher", "teacher", "--tokens", "tokens", "--vocab_size", "500",
+        "--positions", "256", "--seq_len", "128", "--json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [(row["data"], row["method"]) for row in rows] == [
+        (name, method)
+        for name in ("teacher at 1.9 nats", "synthetic, 500 ids")
+        for method in ("varopt", "topk")
+    ]
+
+
+def test_the_tool_says_what_it_leaves_out_and_reads_well(tmp_path):
+    run = bench(tmp_path, "storage", "--vocab_size", "300", "--positions", "128")
+    assert run.returncode == 0, run.stderr
+    assert "runs/demo/teacher: not there, left out: `make demo` makes it" in run.stderr
+    assert run.stdout.startswith("synthetic, 300 ids, varopt:\n")
+
+
+def test_the_codec_is_timed_for_every_method(tmp_path):
+    run = bench(
+        tmp_path, "codec", "--vocab_size", "300", "--seq_len", "64", "--seconds", "0.05", "--json"
+    )
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [row["method"] for row in rows] == ["varopt", "multinomial", "topk", "topp"]
+    for row in rows:
+        assert row["h200s_fed"] == row["decoded_a_second"] / 65_000
+        assert row["encoded_a_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["storage", "--vocab_size", "0"], "0: expected a number of at least 1"),
+        (["storage", "--positions", "-3"], "-3: expected a number of at least 1"),
+        (["storage", "--entropy", "no"], "no: expected a number, 0 or more"),
+        (["writer"], "runs/demo/tokens"),
+        (["compression"], "invalid choice: 'compression'"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_line(tmp_path, arguments, said):
+    run = bench(tmp_path, *arguments)
+    assert run.returncode == 2
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr

@@ -24,6 +24,7 @@ REQUIRES = [
     "tqdm",
     "transformers>=4.57,<5",
     "xxhash>=3.4,<4",
+    "zstd>=1.5",  # what tools/bench.py compares with; mosaicml-streaming brings it, too
 ]
 DEVELOP = [
     "hypothesis",

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
     torch.set_num_threads(1 if args.what == "codec" else os.cpu_count() or 1)
     for row in MEASURES[args.what](args):
-        print(json.dumps(row, sort_keys=True) if args.json else line(row))
+        print(json.dumps(row, sort_keys=True) if args.json else line(row), flush=True)
     return 0
 
 
@@ -56,19 +57,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def storage(args: argparse.Namespace) -> list[dict[str, Any]]:
+def storage(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from megadistill.bench.distributions import Synthetic, trained
     from megadistill.bench.storage import storage as measure
 
-    rows: list[dict[str, Any]] = []
     if Path(args.teacher).is_dir():
         teacher = trained(args.teacher, args.tokens, positions=args.positions, entropy=args.entropy)
-        rows += measure(teacher, seq_len=args.seq_len)
+        yield from measure(teacher, seq_len=args.seq_len)
     else:
         print(f"{args.teacher}: not there, left out: `make demo` makes it", file=sys.stderr)
     for vocab_size in args.vocab_size:
-        rows += measure(Synthetic(vocab_size, args.positions), seq_len=args.seq_len)
-    return rows
+        yield from measure(Synthetic(vocab_size, args.positions), seq_len=args.seq_len)
 
 
 def codec(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -93,7 +92,11 @@ def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [writer_cost(config, mesh, pairs=args.pairs, blocks=args.blocks)]
 
 
-MEASURES = {"storage": storage, "codec": codec, "writer": writer}
+MEASURES: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = {
+    "storage": storage,
+    "codec": codec,
+    "writer": writer,
+}
 
 
 def line(row: dict[str, Any]) -> str:

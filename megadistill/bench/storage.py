@@ -53,7 +53,8 @@ def storage(distribution: Any, *, seq_len: int) -> tuple[Row, Row]:
         "random_sampling": rival, "ratio": size / rival,
         "variance": variances.varopt(tau), "variance_of_draws": variances.multinomial(DRAWS),
         "rounding_share": variances.varopt(tau) / variances.varopt(tau, rounded=False) - 1,
-        "variance_ratio_at_equal_entries": _at_equal_entries(variances, drawn, distribution),
+        "variance_ratio_at_equal_entries": variances.multinomial(DRAWS)
+        / variances.varopt(variances.tau_of_entries(len(drawn.ids) / done)),
     }  # fmt: skip
     size = _coded(listed, seq_len, vocab_size, codec)
     zstd_3, packed = _megatron(listed, seq_len), K * (math.ceil(math.log2(vocab_size)) + 16) / 8
@@ -101,24 +102,6 @@ def _entropy(t: SparseTargets, seq_len: int, codec: Any) -> float:
         share = counts[counts > 0] / counts.sum()
         bits -= int(counts.sum()) * float((share * np.log2(share)).sum())
     return bits / 8 / len(t)
-
-
-def _at_equal_entries(variances: Variances, drawn: SparseTargets, distribution: Any) -> float:
-    """Variance of 50 draws over varopt's where varopt has as many entries."""
-    wanted = len(drawn.ids) / len(drawn)
-    low, high = 1.0 / 128, 0.5
-    for _ in range(7):
-        tau = (low + high) / 2
-        entries = done = 0
-        for log_probs_CV in distribution:
-            rows = torch.arange(done, done + len(log_probs_CV))
-            keys_N2 = torch.stack([rows, rows], 1)
-            targets = select_targets(log_probs_CV, method="varopt", keys_N=keys_N2, tau=tau)
-            entries, done = entries + len(targets.ids), done + len(rows)
-            if done >= 1024:
-                break
-        low, high = (tau, high) if entries / done > wanted else (low, tau)
-    return variances.multinomial(DRAWS) / variances.varopt(high)
 
 
 def _megatron(t: SparseTargets, seq_len: int) -> float:

@@ -23,10 +23,11 @@ class Cache:
     tokens     uint32 [T]
     documents  uint32 [D], where documents start
     loss_mask  uint8 [T], where the data has one
-    targets    SparseTargets of T positions, as numpy arrays
+    targets    SparseTargets of T positions, as numpy arrays; as torch tensors where a device was
+               given: the packed bytes travel to it, and are taken apart there
     """
 
-    def __init__(self, store: BlockStore) -> None:
+    def __init__(self, store: BlockStore, *, device: Any = None) -> None:
         if store.kind != "cache":
             raise StoreError(
                 f"{store.path}: is a store of kind {store.kind}, expected a cache: generate one "
@@ -37,7 +38,7 @@ class Cache:
             raise CorruptBlockError(
                 str(store.layout.header("cache")), "recipe.vocab_size from 1 to 2^32", vocab_size
             )
-        self.store, self.vocab_size = store, vocab_size
+        self.store, self.vocab_size, self.device = store, vocab_size, device
         self.codec = ranking_of(store, vocab_size=vocab_size)
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class Cache:
         """What is wrong with a block's targets or statistics, a line each."""
         block = marker["block"]
         first = block * self.store.block_size
-        decoded = [self._decoded(s, first + i)["targets"] for i, s in enumerate(samples)]
+        decoded = [self._decoded(s, first + i)["targets"].numpy() for i, s in enumerate(samples)]
         found = block_statistics(decoded, [len(s["targets"]) for s in samples])
         file, claimed = self.store.layout.marker(block), marker["statistics"]
         content, named = content_hash(samples), marker["content_hash"]
@@ -111,8 +112,9 @@ class Cache:
     def _decoded(self, sample: Sample, index: int) -> Sample:
         file = f"{self.store.layout.shard(index // self.store.block_size)}, sequence {index}"
         targets = decode_targets(
-            sample["targets"], vocab_size=self.vocab_size, codec=self.codec, file=file
-        )
+            sample["targets"], vocab_size=self.vocab_size, codec=self.codec, file=file,
+            device=self.device,
+        )  # fmt: skip
         if len(targets) != len(sample["tokens"]):
             raise CorruptBlockError(file, f"{len(sample['tokens'])} positions", len(targets))
         for name in ("method", "temperature"):
@@ -122,6 +124,10 @@ class Cache:
         return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}
 
 
-def open_cache(path: str | Path, *, local: LocalCopies | None = None) -> Cache:
-    """The cache in a folder or at a URL; `local`: see BlockStore.open. StoreError."""
-    return Cache(BlockStore.open(path, local=local))
+def open_cache(path: str | Path, *, device: Any = None, local: LocalCopies | None = None) -> Cache:
+    """The cache in a folder or at a URL. StoreError, CorruptBlockError.
+
+    device  torch's: where the targets are wanted; None: numpy arrays
+    local   where shards of a remote store are kept, see BlockStore.open
+    """
+    return Cache(BlockStore.open(path, local=local), device=device)

@@ -21,6 +21,7 @@ from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
+from tests.teacher.test_variance import multinomial_variance, varopt_variance
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench.py"
 
@@ -69,6 +70,20 @@ def test_a_trained_teacher_is_sharpened_to_the_entropy_that_was_asked_for(corpus
 def test_more_positions_than_the_token_store_has_are_refused(corpus):
     with pytest.raises(StoreError, match=r"tokens: holds \d+ positions, expected at least 1000000"):
         trained(str(corpus / "teacher"), str(corpus / "tokens"), positions=10**6, entropy=1.9)
+
+
+def test_variances_and_entries_are_those_worked_out_position_by_position():
+    distribution = Synthetic(300, 40)
+    p_NV = torch.cat(list(distribution)).double().exp().numpy()
+    variances = Variances(distribution)
+    for tau in (0.03, 0.06, 0.2):
+        variance, entries = varopt_variance(p_NV, tau)
+        assert variances.varopt(tau, rounded=False) == pytest.approx(variance.mean(), rel=1e-6)
+        assert variances.varopt(tau) > variances.varopt(tau, rounded=False)
+        assert variances.entries(tau) == pytest.approx(entries.mean())
+    assert variances.multinomial(50) == pytest.approx(multinomial_variance(p_NV, 50)[0].mean())
+    tau = variances.tau_of_entries(5.0)
+    assert variances.entries(tau * 1.01) <= 5 <= variances.entries(tau * 0.99)
 
 
 def test_storage_weighs_every_format_on_the_same_distribution():

@@ -148,3 +148,14 @@ def test_targets_that_are_not_what_the_recipe_says_are_refused(tmp_path: Path, r
     ((name, value),) = recipe.items()
     with pytest.raises(CorruptBlockError, match=f"sequence 3: expected {name} {value}, found"):
         open_cache(store.path)[3]
+
+
+def test_a_cache_opened_for_a_device_gives_tensors_there(tmp_path: Path) -> None:
+    import torch
+
+    path = fill_cache(tmp_path / "cache").path
+    there = open_cache(path, device="cpu")
+    for sample, expected in zip(there, open_cache(path), strict=True):
+        assert isinstance(sample["targets"].ids, torch.Tensor)
+        assert_equal_targets(sample["targets"].numpy(), expected["targets"])
+    assert there.verify() == []

@@ -2,6 +2,9 @@
 
 import os
 
+# First: it hides a torchvision that transformers would die of.
+import megadistill  # noqa: F401 isort: skip
+
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 

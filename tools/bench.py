@@ -2,7 +2,7 @@
 
     python tools/bench.py storage [--vocab_size V ...] [--teacher DIR] [--json]
     python tools/bench.py codec   [--vocab_size V] [--json]
-    python tools/bench.py writer  [--teacher DIR] [--tokens DIR] [--pairs 15] [--blocks 4] [--json]
+    python tools/bench.py writer  [--teacher DIR] [--tokens DIR] [--pairs 15] [--blocks 2] [--json]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
 codec    positions a second and core for encoding and decoding, per method
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", default="runs/demo/tokens", help="its token store")
     parser.add_argument("--entropy", type=amount, default=1.9, help="nats to sharpen it to")
     parser.add_argument("--pairs", type=count, default=15, help="runs with the writer on, and off")
-    parser.add_argument("--blocks", type=count, default=4, help="blocks of a run")
+    parser.add_argument("--blocks", type=count, default=2, help="blocks of a run")
     parser.add_argument("--seconds", type=amount, default=2.0, help="for each figure of codec")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     return parser.parse_args(arguments)
@@ -81,13 +81,13 @@ def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megadistill import parallel
     from megadistill.bench.writer import writer_cost
     from megadistill.blocks import BlockStore
-    from megadistill.config import Config
+    from megadistill.config import load_config
 
     tokens = BlockStore.open(args.tokens)
-    config = Config.model_validate({
-        "data": {"dir": args.tokens, "seq_len": tokens.recipe["seq_len"]},
-        "teacher": {"model": args.teacher},
-    })  # fmt: skip
+    config = load_config("demo.yaml", [
+        f"teacher.model={args.teacher}", f"data.dir={args.tokens}",
+        f"data.seq_len={tokens.recipe['seq_len']}",
+    ])  # fmt: skip
     with parallel.joined(tp=1) as mesh:
         return [writer_cost(config, mesh, pairs=args.pairs, blocks=args.blocks)]
 

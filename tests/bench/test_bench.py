@@ -173,6 +173,23 @@ def test_the_codec_is_timed_for_every_method(tmp_path):
         assert row["encoded_a_second"] > 0
 
 
+def test_the_writer_is_timed_in_pairs(corpus):
+    run = bench(
+        corpus, "writer", "--teacher", "teacher", "--tokens", "tokens", "--pairs", "1",
+        "--blocks", "2", "--json",
+    )  # fmt: skip
+    (row,) = map(json.loads, run.stdout.splitlines())
+    assert row["ratio"] == row["seconds_on"] / row["seconds_off"]
+
+
+def test_more_blocks_than_the_token_store_has_are_refused(corpus):
+    run = bench(
+        corpus, "writer", "--teacher", "teacher", "--tokens", "tokens", "--blocks", "5000"
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "expected at least 5000: set --blocks lower" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -16,6 +16,7 @@ import pytest
 
 from tests.chaos.harness import (
     LAYOUTS,
+    RUN_S,
     STOP_S,
     Chaos,
     Kill,
@@ -59,6 +60,8 @@ class LaunchedChaos(Chaos):
         victim = self.random.randrange(world)
         at_work = self.random.random() < 0.7  # else while they import, which takes longer
         delay = self.random.uniform(0, self.length(layout))
+        if len(markers(folder / "cache")) == self.blocks(layout):
+            delay = RUN_S  # nothing is left to disturb: a start costs too much to be wasted on it
         notes = folder / f"run-{attempt}"
         notes.mkdir()
         said = notes / "said.log"

@@ -161,7 +161,7 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys) -> None:
     nowhere, out = tmp_path / "nowhere", tmp_path / "out"
     for arguments, said in (
         (("--repair", nowhere), "no such folder"),
-        (("--repair", tmp_path), "not a block store"),
+        (("--repair", tmp_path), "not a cache or a token store"),
         (("--repair", broken), "cannot be repaired, cache.json is damaged"),
         (("--split", 2, "--out", out, nowhere), "no such folder"),
         (("--split", 0, "--out", out, cache), "cannot be split in 0: choose from 2 to 3 parts"),

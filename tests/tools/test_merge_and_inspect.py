@@ -64,7 +64,7 @@ def test_merging_says_where_blocks_came_from_and_that_the_statistics_are_right(
     assert "another made_with: block 2: the first is taken" in error
     assert f"2 block(s) from {a}" in out
     assert f"1 block(s) from {b}" in out
-    assert "every statistic recomputed; the whole's are their sum" in out
+    assert "Every statistic was recomputed; the whole's are their sum" in out
 
 
 def test_wrong_statistics_are_not_merged(tmp_path: Path, capsys) -> None:

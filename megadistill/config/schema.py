@@ -157,7 +157,9 @@ class TargetsConfig(Section):
         default=50, description="`multinomial`: draws with replacement at a position"
     )
     k: PositiveInt = Field(
-        default=64, description="`topk`: entries of a position; `topp`: the most entries"
+        default=64,
+        description="`topk`: entries of a position; `topp`: the most entries; the true token is "
+        "added where it is not among them",
     )
     p: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.95, description="`topp`: the mass to keep"

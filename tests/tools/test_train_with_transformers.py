@@ -46,4 +46,4 @@ def test_what_cannot_be_trained_is_refused_in_a_line(tmp_path):
         assert said in run.stderr
         assert "Traceback" not in run.stderr
     run = train("--cache", tmp_path / "none", "--student", tmp_path / "small")
-    assert "none: no such folder, expected a block store" in run.stderr
+    assert "none: no such folder, expected a cache or a token store" in run.stderr

@@ -213,10 +213,12 @@ def _targets(config: Config) -> Iterator[Problem]:
             loss.divergence,
             kd_temperature=loss.temperature,
             made_at=targets.temperature,
+            ground_truth_residual=loss.ground_truth_residual,
         )
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
-        yield Problem((key, "targets.method", "targets.temperature"), message)
+        keys = (key, "loss.divergence", "targets.method", "targets.temperature")
+        yield Problem(tuple(dict.fromkeys(keys)), message)
     if loss.kd_weight == 0 and loss.ce_weight == 0:
         yield Problem(
             ("loss", "loss.kd_weight", "loss.ce_weight"),

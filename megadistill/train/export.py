@@ -18,6 +18,7 @@ from megadistill.config import Config
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
+from megadistill.targets import divergence_name
 
 log = logging.getLogger(__name__)
 
@@ -106,13 +107,14 @@ def _tokenizer(name: str, revision: str | None) -> Any:
 
 
 def model_card(
-    config: Config, *, learned: str, steps: int, figures: dict[str, float] | None
+    config: Config, *, learned: str, made_at: float, steps: int, figures: dict[str, float] | None
 ) -> str:
-    """README.md of the exported model."""
+    """README.md of the exported model. made_at: the targets' temperature."""
     from megadistill import __version__
 
     assert config.student is not None
     loss = config.loss
+    divergence = divergence_name(loss.divergence, kd_temperature=loss.temperature, made_at=made_at)
     shown = "" if figures is None else "- held out: " + ", ".join(
         f"{name} {value:.4g}" for name, value in figures.items()
     ) + "\n"  # fmt: skip
@@ -122,7 +124,7 @@ def model_card(
         student=config.student.model,
         init=f"{config.student.init} weights",
         learned=learned,
-        loss=f"{loss.kd_weight:g} x {loss.divergence} + {loss.ce_weight:g} x cross-entropy",
+        loss=f"{loss.kd_weight:g} x {divergence} + {loss.ce_weight:g} x cross-entropy",
         steps=steps,
         batch=config.train.global_batch,
         seq_len=config.data.seq_len,

@@ -324,6 +324,11 @@ class LossConfig(Section):
         description="softmax temperature of the distillation loss; the targets' own, or for `topk` "
         "and `topp` another: a coarse divergence over the listed ids and the tail, softened",
     )
+    memory_budget: WeightFloat | None = Field(
+        default=None,
+        description="GiB that the head's gradients may take from the forward to the backward pass; "
+        "above it they are recomputed, at a fourth matrix product; default: they are kept",
+    )
 
 
 class OrderConfig(Section):

@@ -65,12 +65,12 @@ def default_chunk(positions: int, vocab: int, buffer_elements: int = BUFFER_ELEM
 
 
 def choose_mode(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, budget: float | None) -> str:
-    """The mode in which what is kept from the forward to the backward pass fits a budget in bytes.
+    """The mode in which what is kept from the forward to the backward pass fits a budget in GiB.
 
     None: gradients in the forward.
     """
     kept = hidden_NH.nbytes + 4 * weight_VH.numel()
-    return "forward" if budget is None or kept <= budget else "recompute"
+    return "forward" if budget is None or kept <= budget * 2**30 else "recompute"
 
 
 class FusedDistillation(torch.autograd.Function):

@@ -99,7 +99,7 @@ def distillation_terms(
     vocab_size: rows of the weight that take part; those above are padding, with probability 0 and
     no gradient. By default all.
     mode: "forward" or "recompute", of `fused.py`; by default the first unless what it keeps until
-    the backward pass exceeds memory_budget, in bytes.
+    the backward pass, [N, H] and float32 [V, H], exceeds memory_budget, in GiB.
     agreement: count the positions where student and targets agree on the most probable id.
 
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError

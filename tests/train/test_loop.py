@@ -77,7 +77,7 @@ def plain_steps(config):
         targets = concatenate([s["targets"] for s in samples]).torch()
         loss, _kd_sum, _ce_sum = dense_terms(
             hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
-            **config.loss.model_dump(),
+            **config.loss.model_dump(exclude={"memory_budget"}),
         )  # fmt: skip
         optimizer.zero_grad()
         loss.backward()
@@ -100,7 +100,7 @@ def test_a_coarse_divergence_with_every_other_term_is_what_a_plain_torch_loop_do
     make_store(tmp_path / "cache", seed=1, method="topk")
     loss = {
         "divergence": "jsd", "beta": 0.3, "temperature": 2.0, "z_loss": 0.01, "ce_weight": 0.5,
-        "label_smoothing": 0.1,
+        "label_smoothing": 0.1, "memory_budget": 0,
     }  # fmt: skip
     config = make_config(tmp_path, loss=loss, targets={"method": "topk"}, train={"steps": 3})
     assert run_ranks(2, RUN, config=config) == [3, 3]

@@ -3,9 +3,10 @@
 plain  F.cross_entropy(hidden @ weight.T, labels), then backward
 fused  distillation from K entries a position and cross-entropy in one call, then backward
 
-Both give the gradients of the hidden states and of the weight, float32. Seconds are taken in
-interleaved pairs, first one side and then the other leading; ratios are fused over plain, the
-median with the least and the most. Memory is the process's own peak (VmHWM) in a fresh process
+Both give the gradients of the hidden states and of the weight, float32. Each round takes
+every side once, beginning with another; ratios are fused over plain of the same round, the median
+with the least and the most: of seconds on the clock, and of the seconds of all threads (cpu), which
+say more where others use the machine. Memory is the process's own peak (VmHWM) in a fresh process
 each, less what was there before and the gradients.
 
 What decides the time: three matrix products each, 1.65 TFLOP at N = 2048, H = 1024, V = 131,072.
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,9 @@ class Problem:
         logits_NV = self.hidden_NH @ self.weight_VH.T
         torch.nn.functional.cross_entropy(logits_NV, self.labels_N).backward()
 
-    def fused(self) -> None:
+    def fused(self, targets: SparseTargets | None = None) -> None:
         fused_linear_distillation(
-            self.hidden_NH, self.weight_VH, self.targets, self.labels_N, ce_weight=1.0
+            self.hidden_NH, self.weight_VH, targets or self.targets, self.labels_N, ce_weight=1.0
         ).backward()
 
     def forget(self) -> None:
@@ -82,42 +84,51 @@ def random_targets(sizes: Sizes, entries: int, generator: torch.Generator) -> Sp
     )  # fmt: skip
 
 
-def head_cost(sizes: Sizes, entries: list[int], *, pairs: int) -> Iterator[dict[str, Any]]:
+def head_cost(sizes: Sizes, entries: list[int], *, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each number of entries: what fused costs over plain."""
     plain_bytes = peak_bytes("plain", sizes, entries[0])
-    for count in entries:
-        fused_bytes = peak_bytes("fused", sizes, count)
-        problem = Problem(sizes, count)
-        seconds = interleaved(problem, pairs)
-        ratios = [fused / plain for plain, fused in seconds]
+    fused_bytes = [peak_bytes("fused", sizes, count) for count in entries]
+    plain, *fused = interleaved(sizes, entries, rounds)
+    for count, size, taken in zip(entries, fused_bytes, fused, strict=True):
+        wall, cpu = ([a / b for a, b in zip(*sides, strict=True)]
+                     for sides in ((taken.wall, plain.wall), (taken.cpu, plain.cpu)))  # fmt: skip
         yield {
             "data": f"N {sizes.positions}, H {sizes.hidden}, V {sizes.vocab:,}, K {count}",
-            "entries": count, "pairs": pairs,
-            "plain_s": statistics.median(plain for plain, _ in seconds),
-            "fused_s": statistics.median(fused for _, fused in seconds),
-            "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
-            "plain_mib": plain_bytes / 2**20, "fused_mib": fused_bytes / 2**20,
-            "memory_ratio": fused_bytes / plain_bytes,
+            "entries": count, "rounds": rounds,
+            "plain_s": statistics.median(plain.wall), "fused_s": statistics.median(taken.wall),
+            "ratio": statistics.median(wall), "least": min(wall), "most": max(wall),
+            "cpu_ratio": statistics.median(cpu), "cpu_least": min(cpu), "cpu_most": max(cpu),
+            "plain_mib": plain_bytes / 2**20, "fused_mib": size / 2**20,
+            "memory_ratio": size / plain_bytes,
         }  # fmt: skip
 
 
-def interleaved(problem: Problem, pairs: int) -> list[tuple[float, float]]:
-    """(plain, fused) seconds of each pair, after one of each to warm up."""
-    found = []
-    for pair in range(-1, pairs):
-        sides = [problem.plain, problem.fused]
-        order = sides if pair % 2 else sides[::-1]
-        taken = {side.__name__: _seconds(side, problem.forget) for side in order}
-        if pair >= 0:
-            found.append((taken["plain"], taken["fused"]))
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of one side in each round: on the clock, and of all the process's threads."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def interleaved(sizes: Sizes, entries: list[int], rounds: int) -> list[Taken]:
+    """Of plain, then of fused with each number of entries; each round begins with another."""
+    problem = Problem(sizes, entries[0])
+    rows = [random_targets(sizes, count, torch.Generator().manual_seed(1)) for count in entries]
+    sides: list[Callable[[], None]] = [problem.plain, *(partial(problem.fused, r) for r in rows)]
+    small = Problem(Sizes(64, 64, 256), 4)
+    small.plain()
+    small.fused()
+    found = [Taken([], []) for _ in sides]
+    for number in range(rounds):
+        for place in range(len(sides)):
+            at = (number + place) % len(sides)
+            problem.forget()
+            wall, cpu = time.perf_counter(), time.process_time()
+            sides[at]()
+            found[at].wall.append(time.perf_counter() - wall)
+            found[at].cpu.append(time.process_time() - cpu)
     return found
-
-
-def _seconds(side: Callable[[], None], forget: Callable[[], None]) -> float:
-    forget()
-    start = time.perf_counter()
-    side()
-    return time.perf_counter() - start
 
 
 def peak_bytes(side: str, sizes: Sizes, entries: int) -> int:

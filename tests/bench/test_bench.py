@@ -144,10 +144,10 @@ def test_the_heads_memory_is_what_the_logits_take_and_its_ratios_are_those_of_it
         assert (row["entries"], row["rounds"]) == (entries, 3)
         assert row["least"] <= row["ratio"] <= row["most"]
         assert row["cpu_least"] <= row["cpu_ratio"] <= row["cpu_most"]
-        # Plain holds [N, V] at least twice at once; fused holds an eighth of it.
+        # Plain holds [N, V] at least twice at once; fused holds a quarter of it.
         logits_mib = 4 * 512 * 30_000 / 2**20
         assert row["plain_mib"] > 1.9 * logits_mib
-        assert logits_mib / 8 < 1.1 * row["fused_mib"] < logits_mib
+        assert logits_mib / 4 < 1.1 * row["fused_mib"] < logits_mib
         assert row["memory_ratio"] == pytest.approx(row["fused_mib"] / row["plain_mib"])
 
 

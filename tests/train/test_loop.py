@@ -192,7 +192,9 @@ def test_no_tensor_of_positions_by_vocabulary_exists_in_a_training_step(tmp_path
     small = {"zero_optimization": {"reduce_bucket_size": 20_000}}
     config = make_config(tmp_path, train={"global_batch": 64, "micro_batch": 32}, deepspeed=small)
     for largest, operation in run_ranks(2, "tests.train.runs:largest_allocation", config=config):
-        assert largest == 64 * 997, operation  # a chunk: an eighth of the 512 positions
+        assert largest == 112 * 997, (
+            operation
+        )  # a chunk: a quarter of the 448 positions with labels
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -19,7 +19,9 @@ from megadistill.errors import ConfigError
 METHODS = ("varopt", "multinomial", "topk", "topp")
 SAMPLED = ("varopt", "multinomial")
 PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k")}
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd", "adaptive_kl")
+DIVERGENCES = (
+    "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl",
+)  # fmt: skip
 PER_POSITION = ("tail", "entropy", "nll", "heads", "truth_added", "rounding")  # fields of [N]
 
 Array = Any  # np.ndarray or torch.Tensor; one SparseTargets holds one kind
@@ -160,12 +162,18 @@ def concatenate(parts: list[SparseTargets]) -> SparseTargets:
 
 
 def check_divergence(
-    method: str, divergence: str, *, kd_temperature: float, made_at: float
+    method: str,
+    divergence: str,
+    *,
+    kd_temperature: float,
+    made_at: float,
+    ground_truth_residual: bool = False,
 ) -> None:
     """Refuse a divergence that targets of `method` cannot serve (ConfigError).
 
     Sampled targets are estimates of single probabilities: only what is linear in the teacher's
-    distribution, forward KL, stays unbiased, and only at the temperature they were drawn at.
+    distribution, forward KL, stays unbiased, and only at the temperature they were drawn at. They
+    leave out no mass that could be put on the true token.
     """
     if divergence not in DIVERGENCES:
         raise ConfigError(
@@ -178,9 +186,31 @@ def check_divergence(
             "unbiased for forward_kl only: set loss.divergence=forward_kl, or generate with "
             "targets.method=topk"
         )
-    if kd_temperature != made_at:
+    if ground_truth_residual and divergence != "forward_kl":
+        raise ConfigError(
+            f"loss.ground_truth_residual: true with loss.divergence={divergence}, expected "
+            "forward_kl, which alone weighs the true token by the mass it is given: set "
+            "loss.divergence=forward_kl, or loss.ground_truth_residual=false"
+        )
+    if ground_truth_residual and method in SAMPLED:
+        raise ConfigError(
+            f"loss.ground_truth_residual: true with {method} targets, whose weights sum to 1 and "
+            "leave nothing for the true token: set loss.ground_truth_residual=false, or generate "
+            "with targets.method=topk"
+        )
+    if method in SAMPLED and kd_temperature != made_at:
         raise ConfigError(
             f"loss.temperature: {kd_temperature} differs from the targets' temperature "
-            f"{made_at}: set loss.temperature={made_at}, or generate with "
-            f"targets.temperature={kd_temperature}"
+            f"{made_at}, the only one {method} targets can serve: set loss.temperature={made_at}, "
+            f"or generate with targets.temperature={kd_temperature}"
         )
+
+
+def divergence_name(divergence: str, *, kd_temperature: float, made_at: float) -> str:
+    """What to call it: at another temperature than the targets' it is a coarse one."""
+    if kd_temperature == made_at:
+        return divergence if made_at == 1 else f"{divergence} at temperature {made_at:g}"
+    return (
+        f"coarse {divergence} at temperature {kd_temperature:g} (over listed ids and tail, put "
+        f"into buckets at {made_at:g})"
+    )

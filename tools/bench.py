@@ -3,10 +3,14 @@
     python tools/bench.py storage [--vocab_size V ...] [--teacher DIR] [--json]
     python tools/bench.py codec   [--vocab_size V] [--json]
     python tools/bench.py writer  [--teacher DIR] [--tokens DIR] [--pairs 15] [--blocks 2] [--json]
+    python tools/bench.py head    [--positions N] [--hidden H] [--vocab_size V] [--entries K ...]
+    python tools/bench.py angle   [--teacher DIR] [--tokens DIR] [--student DIR] [--bytes 13]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
 codec    positions a second and core for encoding and decoding, per method
 writer   seconds of generating with the writer on over those with it off, in pairs
+head     seconds and memory of fused distillation and cross-entropy over plain cross-entropy
+angle    degrees between the gradients of sparse and full distillation, while a student learns
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
 measured, and that is said.
@@ -44,17 +48,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=list(MEASURES))
-    parser.add_argument("--vocab_size", type=count, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--positions", type=count, default=4096)
+    parser.add_argument("--vocab_size", type=count, nargs="+")
+    parser.add_argument("--positions", type=count, help="default: 4096; head: 2048")
+    parser.add_argument("--hidden", type=count, default=1024, help="the head's hidden size")
+    parser.add_argument("--entries", type=count, nargs="+", default=[8, 64], help="of a position")
     parser.add_argument("--seq_len", type=count, default=2048, help="positions of a sequence")
     parser.add_argument("--teacher", default="runs/demo/teacher", help="a model's folder")
     parser.add_argument("--tokens", default="runs/demo/tokens", help="its token store")
-    parser.add_argument("--entropy", type=amount, default=1.9, help="nats to sharpen it to")
-    parser.add_argument("--pairs", type=count, default=15, help="runs with the writer on, and off")
+    parser.add_argument(
+        "--entropy", type=amount, default=1.9, help="nats to sharpen it to; 0: leave it"
+    )
+    parser.add_argument("--pairs", type=count, default=15, help="runs of each of two sides")
     parser.add_argument("--blocks", type=count, default=2, help="blocks of a run")
+    parser.add_argument("--student", default="runs/demo/student_init", help="its config.json")
+    parser.add_argument("--bytes", type=amount, default=13.0, help="of a position of varopt")
+    parser.add_argument("--batches", type=count, default=20, help="of 16 sequences, to measure on")
+    parser.add_argument("--steps", type=count, default=200, help="that the student is trained")
     parser.add_argument("--seconds", type=amount, default=2.0, help="for each figure of codec")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    head = args.what == "head"
+    args.vocab_size = args.vocab_size or ([131_072] if head else VOCABULARIES)
+    args.positions = args.positions or (2048 if head else 4096)
+    return args
 
 
 def storage(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -92,10 +108,29 @@ def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [writer_cost(config, mesh, pairs=args.pairs, blocks=args.blocks)]
 
 
+def head(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megadistill.bench.head import Sizes, head_cost
+
+    sizes = Sizes(args.positions, args.hidden, args.vocab_size[0])
+    return head_cost(sizes, args.entries, rounds=args.pairs)
+
+
+def angle(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megadistill.bench.angle import Plan, Pupil, Teacher, angles
+
+    plan = Plan(
+        batches=args.batches, steps=args.steps, target_bytes=args.bytes,
+        entropy=args.entropy or None,
+    )  # fmt: skip
+    return angles(Teacher(args.teacher, args.tokens, plan), Pupil(args.student))
+
+
 MEASURES: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = {
     "storage": storage,
     "codec": codec,
     "writer": writer,
+    "head": head,
+    "angle": angle,
 }
 
 

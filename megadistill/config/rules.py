@@ -215,10 +215,12 @@ def _targets(config: Config) -> Iterator[Problem]:
                 loss.divergence,
                 kd_temperature=temperature,
                 made_at=targets.temperature,
+                ground_truth_residual=loss.ground_truth_residual,
             )
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
-        yield Problem((key, "targets.method", "targets.temperature"), message)
+        keys = (key, "loss.divergence", "targets.method", "targets.temperature")
+        yield Problem(tuple(dict.fromkeys(keys)), message)
     yield from _loss(loss)
 
 

@@ -46,6 +46,7 @@ PositiveFloat = Annotated[float, Field(gt=0), _Number]
 WeightFloat = Annotated[float, Field(ge=0), _Number]
 Share = Annotated[float, Field(ge=0, le=1), _Number]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
+InnerShare = Annotated[float, Field(gt=0, lt=1), _Number]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
 
@@ -291,8 +292,25 @@ class LossConfig(Section):
     the run, straight lines between them, two points at one fraction for a jump.
     """
 
-    divergence: Literal["forward_kl"] = Field(
-        default="forward_kl", description="between the teacher's targets and the student"
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl"
+    ] = Field(
+        default="forward_kl",
+        description="between the teacher's targets and the student; `topk` and `topp` serve all of "
+        "them, the tail as one bucket, `varopt` and `multinomial` only `forward_kl`",
+    )
+    beta: InnerShare = Field(
+        default=0.5,
+        description="`jsd`: share of the teacher in the mixture that both are compared with",
+    )
+    alpha: InnerShare = Field(
+        default=0.1,
+        description="`skewed_kl`: KL(teacher, alpha teacher + (1 - alpha) student); "
+        "`skewed_reverse_kl`: KL(student, alpha student + (1 - alpha) teacher)",
+    )
+    head_mass: InnerShare = Field(
+        default=0.5,
+        description="`adaptive_kl`: the teacher's mass whose gap weighs forward against reverse KL",
     )
     kd_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
         default=1.0, description="weight of the distillation loss"
@@ -304,9 +322,25 @@ class LossConfig(Section):
         default=0.0,
         description="share of the cross-entropy's label that is spread over the vocabulary",
     )
+    z_loss: WeightFloat = Field(
+        default=0.0,
+        description="weight of the squared log-sum-exp of the logits, which keeps them from "
+        "drifting; 1e-4 is usual",
+    )
+    ground_truth_residual: bool = Field(
+        default=False,
+        description="put the mass that `topk` and `topp` leave out on the true token; "
+        "`forward_kl` only",
+    )
     temperature: curve_of(PositiveFloat) = Field(  # type: ignore[valid-type]
         default=1.0,
-        description="softmax temperature of the distillation loss; equal to the targets'",
+        description="softmax temperature of the distillation loss; the targets' own, or for `topk` "
+        "and `topp` another: a coarse divergence over the listed ids and the tail, softened",
+    )
+    memory_budget: WeightFloat | None = Field(
+        default=None,
+        description="GiB that the head's gradients may take from the forward to the backward pass; "
+        "above it they are recomputed, at a fourth matrix product; default: they are kept",
     )
     curriculum: Literal["three_phase"] | None = Field(
         default=None,

@@ -1,182 +1,164 @@
-"""From a chunk of logits and its sparse targets to losses and the logits' gradient, in place.
+"""Divergences between two distributions over a few buckets, and their slopes.
 
-One pass serves both terms: the divergence from the teacher's targets and the cross-entropy of the
-true tokens. Sampled targets (varopt, multinomial) are estimates of single probabilities, so their
-forward KL is trained as the cross-entropy sum(w * -log q), unbiased. topk and topp are compared as
-distributions over k + 1 symbols, the listed ids and the tail as one bucket.
+A position's buckets are the listed ids and the tail as one more. p is the teacher, q the student.
 
-Two things keep peaked rows right. The tail's log-mass is a log-sum-exp over the unlisted ids of its
-own, never log(1 - listed), which is the log of zero or less in 16 to 52 % of peaked float32 rows.
-And a divergence is summed by bucket as p * (exp(d) - 1 - d), d = log q - log p, which is KL for
-distributions and not negative term by term; nothing is clamped.
+forward_kl         KL(p || q)
+reverse_kl         KL(q || p)
+jsd                beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1
+                   (generalised Jensen-Shannon, arXiv 2306.13649)
+skewed_kl          KL(p || alpha p + (1 - alpha) q), 0 < alpha < 1 (DistiLLM, arXiv 2402.03898)
+skewed_reverse_kl  KL(q || alpha q + (1 - alpha) p)
+tvd                sum |p - q| / 2
+adaptive_kl        g / (g + h) KL(p || q) + h / (g + h) KL(q || p), where g sums |p - q| over the
+                   head and h over the rest; the head is the fewest most probable buckets of the
+                   teacher with mass >= head_mass, never the tail. The weights are constants to the
+                   gradient (AKL, arXiv 2404.02657)
 
-The gradient of a tail bucket: for an unlisted id v, P * q_v - p_tail * u_v, with q the softmax, u
-the softmax over unlisted ids and P the sum of the p. Both are multiples of u_v, which is computed
-against the unlisted maximum, so neither overflows however small the student's tail is.
+Every KL(a || b) is summed by bucket as a (expm1(d) - d), d = log b - log a. That adds sum(b) -
+sum(a), which is 0, and makes every term non-negative, so that rounding cannot make a divergence
+negative and nothing is clamped. The logarithm of a mixture is taken relative to one of its two
+parts, exact where they nearly agree and where they are far apart.
 
-Shapes: C positions of a chunk, V vocabulary, E entries of the chunk, K entries of its longest row.
+A teacher's probability of 0 is one that float32 could not hold. Where q is divided by it, it counts
+as the least normal float32, e^-87.3: reverse_kl and adaptive_kl stay finite.
+
+Shapes: C positions, B buckets. Where p and q are both 0 (what fills up short rows) value and slope
+are 0.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from megadistill.targets import SAMPLED, SparseTargets
+TINY = torch.finfo(torch.float32).tiny
+LOG_TINY = math.log(TINY)
+
+Terms = tuple[torch.Tensor, torch.Tensor]  # [C, B] each: the value by bucket, its slope
+
+
+class Divergence(NamedTuple):
+    """Which one, and its parameters; each is read by those that name it above."""
+
+    name: str = "forward_kl"
+    beta: float = 0.5
+    alpha: float = 0.1
+    head_mass: float = 0.5
 
 
 @dataclass(frozen=True)
-class Entries:
-    """The listed (id, weight) pairs of a chunk's rows, and where they lie."""
+class Buckets:
+    """Two distributions [C, B] over the same buckets, the tail in the last column."""
 
-    row_E: torch.Tensor  # int64
-    id_E: torch.Tensor  # int64
-    slot_E: torch.Tensor  # int64; the entry's place in its own row
-    weight_E: torch.Tensor  # the logits' dtype
-    tail_C: torch.Tensor  # the logits' dtype
-    listed_C: torch.Tensor  # int64; entries of each row
-    width: int  # K
-    sampled: bool
+    p: torch.Tensor
+    q: torch.Tensor
+    log_p: torch.Tensor
+    log_q: torch.Tensor
 
     @classmethod
-    def of(cls, targets: SparseTargets, dtype: torch.dtype) -> Entries:
-        counts = targets.counts
-        rows = torch.arange(len(counts), device=counts.device)
-        row_E = torch.repeat_interleave(rows, counts, output_size=len(targets.ids))
-        slot_E = torch.arange(len(targets.ids), device=counts.device) - targets.offsets[row_E]
-        return cls(
-            row_E, targets.ids, slot_E, targets.weights.to(dtype), targets.tail.to(dtype), counts,
-            int(counts.max()) if len(counts) else 0, targets.method in SAMPLED,
-        )  # fmt: skip
+    def of(cls, p_CB: torch.Tensor, log_q_CB: torch.Tensor) -> Buckets:
+        return cls(p_CB, log_q_CB.exp(), p_CB.log(), log_q_CB)
 
-    def table(self, value_E: torch.Tensor, fill: float) -> torch.Tensor:
-        """[C, K]: a row's values side by side. Sums over it do not depend on scheduling."""
-        table_CK = value_E.new_full((len(self.listed_C), self.width), fill)
-        table_CK[self.row_E, self.slot_E] = value_E
-        return table_CK
+    def softened(self, power: float) -> Buckets:
+        """Both raised to a power and normalised anew: 1 / T of a temperature."""
+        log_p, log_q = (torch.log_softmax(power * log, 1) for log in (self.log_p, self.log_q))
+        return Buckets(log_p.exp(), log_q.exp(), log_p, log_q)
 
-    def top_id(self) -> torch.Tensor:
-        """int64 [C]: each row's id of the largest weight; -1 for an empty row."""
-        if not self.width:
-            return torch.full_like(self.listed_C, -1)
-        slot_C = self.table(self.weight_E, -1.0).argmax(1)
-        return self.table(self.id_E, -1).gather(1, slot_C[:, None])[:, 0]
+    def floored(self) -> Buckets:
+        """With the least normal float32 as p where p is less and q is not 0."""
+        held = (self.log_p >= LOG_TINY) | (self.q == 0)
+        p, log_p = torch.where(held, self.p, TINY), torch.where(held, self.log_p, LOG_TINY)
+        return Buckets(p, self.q, log_p, self.log_q)
 
-    def sum(self, value_E: torch.Tensor) -> torch.Tensor:
-        return self.table(value_E, 0.0).sum(1)
-
-    def logsumexp(self, value_E: torch.Tensor) -> torch.Tensor:
-        if not self.width:
-            return value_E.new_full((len(self.listed_C),), -torch.inf)
-        return self.table(value_E, -torch.inf).logsumexp(1)
+    @property
+    def gap(self) -> torch.Tensor:
+        """log q - log p; nan where both are 0."""
+        return self.log_q - self.log_p
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What turns a row's gradient into the loss's: weights over normalizers.
+def divergence_terms(kind: Divergence, buckets: Buckets) -> Terms:
+    """The value of each bucket, to be summed over a row, and its slope q * d(value) / dq.
 
-    kd already holds temperature squared.
+    The slope is the derivative by log q with the other buckets held, so the gradient by the logit
+    behind a bucket is slope - q * sum(slope).
     """
+    if kind.name not in ("forward_kl", "adaptive_kl", "tvd"):
+        buckets = buckets.floored()
+    p, q = buckets.p, buckets.q
+    match kind.name:
+        case "forward_kl":
+            value, slope = _forward(buckets)
+        case "reverse_kl":
+            value, slope = _reverse(buckets)
+        case "jsd":
+            beta, d = kind.beta, buckets.gap
+            m, log_m_p = beta * p + (1 - beta) * q, mixture(d, beta)
+            log_m_q = mixture(-d, 1 - beta)
+            value = beta * excess(p, m, log_m_p) + (1 - beta) * excess(q, m, log_m_q)
+            slope = (beta - 1) * _times(q, log_m_q)
+        case "skewed_kl":
+            log_m_p = mixture(buckets.gap, kind.alpha)
+            value = excess(p, kind.alpha * p + (1 - kind.alpha) * q, log_m_p)
+            slope = (kind.alpha - 1) * _times(q, torch.expm1(-log_m_p))
+        case "skewed_reverse_kl":
+            log_m_q = mixture(-buckets.gap, kind.alpha)
+            value = excess(q, kind.alpha * q + (1 - kind.alpha) * p, log_m_q)
+            slope = -_times(q, log_m_q + kind.alpha * torch.expm1(-log_m_q))
+        case "tvd":
+            value, slope = (q - p).abs() / 2, q * (q - p).sign() / 2
+        case "adaptive_kl":
+            head_C1 = head_weight(buckets, kind.head_mass)
+            ahead, ahead_slope = _forward(buckets)
+            back, back_slope = _reverse(buckets.floored())
+            value = head_C1 * ahead + (1 - head_C1) * back
+            slope = head_C1 * ahead_slope + (1 - head_C1) * back_slope
+        case _:
+            raise ValueError(f"divergence is {kind.name!r}, which is not known")
+    return value, slope
 
-    kd: float
-    ce: float
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
+
+def head_weight(buckets: Buckets, head_mass: float) -> torch.Tensor:
+    """[C, 1] in 0 to 1: the share of adaptive KL's forward part; 1/2 where p equals q."""
+    error = (buckets.p - buckets.q).abs()
+    listed = buckets.p[:, :-1].sort(dim=1, descending=True, stable=True)
+    before = listed.values.cumsum(1) - listed.values
+    is_head = (before < head_mass) & (listed.values > 0)
+    gap_C1 = (error[:, :-1].gather(1, listed.indices) * is_head).sum(1, keepdim=True)
+    total_C1 = error.sum(1, keepdim=True)
+    return torch.where(total_C1 > 0, gap_C1 / total_C1, 0.5).clamp_max(1.0)
 
 
-def distill_rows(
-    z_CV: torch.Tensor,
-    entries: Entries | None,
-    labels_C: torch.Tensor,
-    scales: Scales,
-    *,
-    scratch_CV: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(kd_C, ce_C), each row's divergence and cross-entropy, neither scaled nor weighted.
+def mixture(d: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share + (1 - share) e^d), exact near d = 0 and at any size of d."""
+    above = d + torch.log1p(share * torch.expm1(-d))
+    return torch.where(d > 0, above, torch.log1p((1 - share) * torch.expm1(d)))
 
-    z_CV: logits, float32 or float64, overwritten with the gradient of
-    scales.kd * kd.sum() + scales.ce * ce.sum(). scratch_CV: the same shape, needed where the
-    temperature is not 1, since the two terms then need a softmax each.
+
+def excess(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """a * (exp(d) - 1 - d) with d = log b - log a: never negative; b where a is 0.
+
+    Summed over the buckets of two distributions it is KL(a || b).
     """
-    smoothing, vocab = scales.label_smoothing, z_CV.shape[1]
-    truth_C = z_CV.gather(1, labels_C[:, None])[:, 0]
-    smoothed_C = (1 - smoothing) * truth_C
-    if smoothing:
-        smoothed_C += smoothing * z_CV.mean(1)
-
-    if entries is None:
-        logsumexp_C, total_C = _exponentials(z_CV)
-        kd_C = torch.zeros_like(truth_C)
-        z_CV.mul_((scales.ce / total_C)[:, None])
-    elif scales.temperature == 1:
-        kd_C, logsumexp_C = _divergence(z_CV, entries, scales.kd, scales.ce)
-    else:
-        assert scratch_CV is not None
-        logsumexp_C, total_C = _exponentials(scratch_CV.copy_(z_CV))
-        z_CV.div_(scales.temperature)
-        kd_C, _ = _divergence(z_CV, entries, scales.kd / scales.temperature, 0.0)
-        z_CV.addcmul_(scratch_CV, (scales.ce / total_C)[:, None])
-
-    if scales.ce:
-        if smoothing:
-            z_CV.sub_(scales.ce * smoothing / vocab)
-        correction_C1 = torch.full_like(truth_C, -scales.ce * (1 - smoothing))[:, None]
-        z_CV.scatter_add_(1, labels_C[:, None], correction_C1)
-    return kd_C, logsumexp_C - smoothed_C
-
-
-def _exponentials(z_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """z becomes exp(z - max); returns (log-sum-exp, sum of the exponentials) by row."""
-    top_C = z_CV.amax(1)
-    # A row of nothing but -inf (every id is listed) has no maximum to subtract.
-    top_C = torch.where(top_C == -torch.inf, 0.0, top_C)
-    total_C = z_CV.sub_(top_C[:, None]).exp_().sum(1)
-    return top_C + total_C.log(), total_C
-
-
-def _divergence(
-    z_CV: torch.Tensor, entries: Entries, kd: float, ce: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(forward KL or cross-entropy, log-sum-exp) by row; z becomes kd * d(kd_C) + ce * softmax."""
-    cells, weight_E = (entries.row_E, entries.id_E), entries.weight_E
-    z_E = z_CV[cells]
-    listed_C = entries.sum(weight_E)
-    if entries.sampled:
-        logsumexp_C, total_C = _exponentials(z_CV)
-        log_q_E = z_E - logsumexp_C[entries.row_E]
-        kd_C = -entries.sum(torch.where(weight_E > 0, weight_E * log_q_E, 0.0))
-        z_CV.mul_(((kd * listed_C + ce) / total_C)[:, None])
-        z_CV[cells] = z_CV[cells] - kd * weight_E
-        return kd_C, logsumexp_C
-
-    # Without unlisted ids there is no tail, and what rounding left in it has nowhere to go.
-    tailless_C = (entries.listed_C == 0) | (entries.listed_C == z_CV.shape[1])
-    tail_C = torch.where(tailless_C, 0.0, entries.tail_C)
-    mass_C = listed_C + tail_C
-    z_CV[cells] = -torch.inf
-    unlisted_C, total_C = _exponentials(z_CV)
-    logsumexp_C = torch.logaddexp(unlisted_C, entries.logsumexp(z_E))
-    log_q_E, log_q_tail_C = z_E - logsumexp_C[entries.row_E], unlisted_C - logsumexp_C
-    q_E, q_tail_C = log_q_E.exp(), log_q_tail_C.exp()
-    kd_C = entries.sum(bucket_kl(weight_E, log_q_E)) + bucket_kl(tail_C, log_q_tail_C)
-    kd_C = torch.where(entries.listed_C > 0, kd_C, 0.0)
-
-    unlisted_scale_C = kd * (mass_C * q_tail_C - tail_C) + ce * q_tail_C
-    z_CV.mul_(torch.where(total_C > 0, unlisted_scale_C / total_C, 0.0)[:, None])
-    z_CV[cells] = kd * (mass_C[entries.row_E] * q_E - weight_E) + ce * q_E
-    return kd_C, logsumexp_C
-
-
-def bucket_kl(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """p * (exp(d) - 1 - d) with d = log q - log p: never negative; q where p is 0.
-
-    Summed over the buckets of two distributions it is KL(p || q).
-    """
-    d = log_q - p.log()
     series = d * d * (1 / 2 + d / 6 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7)))))
-    # Far above, p may be subnormal and exp(d) infinite, while q itself is harmless.
-    above = log_q.exp() - p - p * d
-    terms = torch.where(d.abs() < 0.25, p * series, p * (torch.expm1(d) - d))
-    terms = torch.where(d > 1, above, terms)
-    return torch.where(p > 0, terms, log_q.exp())
+    # Far above, a may be subnormal and exp(d) infinite, while b itself is harmless.
+    terms = torch.where(d.abs() < 0.25, a * series, a * (torch.expm1(d) - d))
+    terms = torch.where(d > 1, b - a - a * d, terms)
+    return torch.where(a > 0, terms, b)
+
+
+def _forward(buckets: Buckets) -> Terms:
+    p, q = buckets.p, buckets.q
+    return excess(p, q, buckets.gap), q - p
+
+
+def _reverse(buckets: Buckets) -> Terms:
+    d = buckets.gap
+    return excess(buckets.q, buckets.p, -d), _times(buckets.q, d)
+
+
+def _times(q: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """q * factor; 0 where q is 0, whose logarithm is not finite."""
+    return torch.where(q > 0, q * factor, 0.0)

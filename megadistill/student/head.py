@@ -1,33 +1,33 @@
 """The student's head: from hidden states to the distillation loss without the logits of a batch.
 
-`lm_head` is replaced by `DistillationHead`, which owns the same parameter. Positions go through it
-in chunks: logits [C, V] in one buffer, turned in place into their gradient, and from there into the
-gradients of the hidden states and of the weight. So [N, V] never exists, and the backward pass only
-scales what the forward pass has made: three matrix products in all, as ordinary training has.
-Positions whose label is -100 are dropped before any arithmetic.
+`lm_head` is replaced by `DistillationHead`, which owns the same parameter. Positions whose label is
+-100 are dropped before any arithmetic; the others go through the head in chunks (fused.py), each
+row of a chunk through one pass that serves every term of the loss (rows.py, divergences.py).
 
-The weight's gradient is summed over chunks in float32 (float64 for float64 weights), also where the
-weight is bfloat16: [V, H] in float32, the price of not rounding once a chunk.
-
-Shapes: N positions, H hidden size, V vocabulary, C positions of a chunk.
+Shapes: N positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from megadistill.student.divergences import Entries, Scales, distill_rows
+from megadistill.student.divergences import Divergence
+from megadistill.student.fused import (
+    MODES,
+    Chunks,
+    FusedDistillation,
+    Sums,
+    choose_mode,
+    default_chunk,
+)
+from megadistill.student.ragged import tail_on_truth, take_rows
+from megadistill.student.rows import Terms
 from megadistill.targets import SparseTargets, check_divergence
 
 IGNORED = -100
-# 128 MiB of float32 logits: on two cores, chunks of 256 rows at V = 131,072 cost 2 % more time than
-# chunks of 1024.
-BUFFER_ELEMENTS = 2**25
 
 
 class LossTerms(NamedTuple):
@@ -39,6 +39,7 @@ class LossTerms(NamedTuple):
     kd_count: int  # positions with a label and a target
     ce_count: int  # positions with a label
     agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the targets'
+    z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
 
 
 def fused_linear_distillation(
@@ -63,193 +64,89 @@ def distillation_terms(
     labels_N: torch.Tensor,
     *,
     divergence: str = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    head_mass: float = 0.5,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ground_truth_residual: bool = False,
     normalizer: float | tuple[float, float] | None = None,
     bias_V: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    vocab_size: int | None = None,
+    mode: str | None = None,
+    memory_budget: float | None = None,
     chunk_size: int | None = None,
     agreement: bool = False,
 ) -> LossTerms:
-    """kd_weight * T^2 * kd_sum / kd_normalizer + ce_weight * ce_sum / ce_normalizer.
+    """kd_weight * T^2 * kd_sum / kd_n + (ce_weight * ce_sum + z_loss * z_sum) / ce_n.
 
     hidden_NH, weight_VH, bias_V: one floating dtype. Logits are
     softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), without the tanh by default.
     targets: torch tensors on the same device, N rows, or None for hard labels alone; an empty row
     adds to the cross-entropy only. labels_N: int64, the true next tokens; -100 drops a position
-    from both terms. The weight may have more rows than the teacher's vocabulary.
-    normalizer: of both terms or of (kd, ce); by default the number of positions in each.
+    from both terms.
+    divergence: of `divergences.py`, where beta (jsd), alpha (skewed) and head_mass (adaptive) are
+    explained. topk and topp serve all of them, the tail as one bucket; varopt and multinomial
+    forward_kl. temperature: T. Another than the targets' own, for topk and topp only, is the coarse
+    divergence: both sides are put into buckets at the targets' temperature, then softened.
+    ground_truth_residual: the mass that topk and topp leave out belongs to the true token.
+    normalizer: of both terms or of (kd, ce), kd_n and ce_n; by default the number of positions.
+    vocab_size: rows of the weight that take part; those above are padding, with probability 0 and
+    no gradient. By default all.
+    mode: "forward" or "recompute", of `fused.py`; by default the first unless what it keeps until
+    the backward pass, [N, H] and float32 [V, H], exceeds memory_budget, in GiB.
     agreement: count the positions where student and targets agree on the most probable id.
-    Only forward_kl is served now, at the targets' own temperature.
 
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError
     for shapes that do not fit and for ids outside the vocabulary.
     """
-    if divergence != "forward_kl":
-        raise ValueError(f"divergence is {divergence!r}, expected 'forward_kl'")
     if targets is not None:
         check_divergence(
-            targets.method, divergence, kd_temperature=temperature, made_at=targets.temperature
-        )
-    _check_shapes(hidden_NH, weight_VH, targets, labels_N)
+            targets.method, divergence, kd_temperature=temperature, made_at=targets.temperature,
+            ground_truth_residual=ground_truth_residual,
+        )  # fmt: skip
+    vocab = weight_VH.shape[0] if vocab_size is None else vocab_size
+    _check_shapes(hidden_NH, weight_VH, targets, labels_N, vocab)
     kept = (labels_N != IGNORED).nonzero()[:, 0]
     if len(kept) < len(labels_N):
         hidden_NH, labels_N = hidden_NH[kept], labels_N[kept]
         targets = None if targets is None else take_rows(targets, kept)
-    _check_ids(targets, labels_N, weight_VH.shape[0])
-
+    _check_ids(targets, labels_N, vocab)
     kd_count = 0 if targets is None else int((targets.counts > 0).sum())
     ce_count = len(labels_N)
+    if targets is not None and ground_truth_residual:
+        targets = tail_on_truth(targets, labels_N)
+
     if normalizer is None:
         normalizer = (kd_count, ce_count)
     elif not isinstance(normalizer, tuple):
         normalizer = (normalizer, normalizer)
     # Without positions the sums are 0, and so shall be the loss.
     kd_normalizer, ce_normalizer = (float(n) or 1.0 for n in normalizer)
-    scales = Scales(
-        kd_weight * temperature**2 / kd_normalizer, ce_weight / ce_normalizer, temperature,
-        label_smoothing,
+    terms = Terms(
+        kd=kd_weight * temperature**2 / kd_normalizer,
+        ce=ce_weight / ce_normalizer,
+        z=z_loss / ce_normalizer,
+        temperature=temperature,
+        made_at=temperature if targets is None else targets.temperature,
+        label_smoothing=label_smoothing,
+        divergence=Divergence(divergence, beta, alpha, head_mass),
+    )
+    chunks = Chunks(
+        targets, labels_N, terms, vocab, chunk_size or default_chunk(ce_count, len(weight_VH)),
+        logit_scale, softcap, agreement,
     )  # fmt: skip
-    chunk = chunk_size or default_chunk(len(labels_N), weight_VH.shape[0])
-    loss, kd_sum, ce_sum, agreed = _FusedDistillation.apply(
-        hidden_NH, weight_VH, bias_V, targets, labels_N, scales, logit_scale, softcap, chunk,
-        agreement,
-    )  # fmt: skip
-    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count, agreed)
-
-
-class _FusedDistillation(torch.autograd.Function):
-    """(loss, kd_sum, ce_sum, agreed); gradients of the loss are formed in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        targets: SparseTargets | None,
-        labels_N: torch.Tensor,
-        scales: Scales,
-        logit_scale: float,
-        softcap: float | None,
-        chunk: int,
-        agreement: bool,
-    ) -> tuple[torch.Tensor, ...]:
-        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-        (count, _), vocab = hidden_NH.shape, weight_VH.shape[0]
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden_NH = torch.empty_like(hidden_NH) if want_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if want_weight else None
-        grad_bias_V = None
-        if bias_V is not None and want_bias:
-            grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
-
-        def buffer() -> torch.Tensor:
-            return hidden_NH.new_empty(min(chunk, count), vocab, dtype=wide)
-
-        z_buffer = buffer()
-        scratch = None if scales.temperature == 1 or targets is None else buffer()
-        slope = None if softcap is None else buffer()
-        # float16 ends at 6e-8, where a gradient divided by the batch lies: divide on the way back,
-        # where the loss scaler has its say.
-        half = hidden_NH.dtype == torch.float16
-        ctx.later = (max(scales.kd, scales.ce) or 1.0) if half else 1.0
-        # d loss / d (hidden @ weight.T + bias) carries the logit scale once.
-        factor = logit_scale / ctx.later
-        scaled = dataclasses.replace(scales, kd=scales.kd * factor, ce=scales.ce * factor)
-        kd_sum = hidden_NH.new_zeros((), dtype=torch.float64)
-        ce_sum = torch.zeros_like(kd_sum)
-        agreed = torch.zeros_like(kd_sum, dtype=torch.int64)
-        for start in range(0, count, chunk):
-            stop = min(start + chunk, count)
-            hidden_CH, z_CV = hidden_NH[start:stop], z_buffer[: stop - start]
-            _logits(hidden_CH, weight_VH, bias_V, logit_scale, z_CV)
-            if softcap is not None and slope is not None:
-                z_CV.div_(softcap).tanh_()
-                torch.square(z_CV, out=slope[: stop - start]).neg_().add_(1)
-                z_CV.mul_(softcap)
-            entries = None
-            if targets is not None:
-                entries = Entries.of(targets.rows(start, stop), wide)
-                if agreement:
-                    agreed += entries.top_id().eq(z_CV.argmax(1)).sum()
-            kd_C, ce_C = distill_rows(
-                z_CV, entries, labels_N[start:stop], scaled,
-                scratch_CV=None if scratch is None else scratch[: stop - start],
-            )  # fmt: skip
-            kd_sum += kd_C.double().sum()
-            ce_sum += ce_C.double().sum()
-            if slope is not None:
-                z_CV.mul_(slope[: stop - start])
-            if grad_hidden_NH is not None:
-                torch.mm(z_CV.to(weight_VH.dtype), weight_VH, out=grad_hidden_NH[start:stop])
-            if grad_weight_VH is not None:
-                _accumulate(grad_weight_VH, z_CV, hidden_CH)
-            if grad_bias_V is not None:
-                grad_bias_V += z_CV.sum(0)
-        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
-        ctx.mark_non_differentiable(kd_sum, ce_sum, agreed)
-        loss = (scales.kd * kd_sum + scales.ce * ce_sum).to(wide)
-        return loss, kd_sum, ce_sum, agreed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        grads = ctx.saved_tensors
-        grad_loss = grad_loss * ctx.later
-        if grad_loss != 1:
-            for grad in grads:
-                if grad is not None:
-                    # In place: at V = 128k a second [V, H] costs 2 GB.
-                    grad.mul_(grad_loss)
-        return *grads, *[None] * 7
-
-
-def _logits(
-    hidden_CH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    scale: float,
-    out_CV: torch.Tensor,
-) -> None:
-    if out_CV.dtype == hidden_CH.dtype:
-        torch.mm(hidden_CH, weight_VH.T, out=out_CV)
-    else:
-        out_CV.copy_(hidden_CH @ weight_VH.T)
-    if bias_V is not None:
-        out_CV.add_(bias_V)
-    if scale != 1:
-        out_CV.mul_(scale)
-
-
-def _accumulate(sum_VH: torch.Tensor, z_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-    """sum += z.T @ hidden, the sum in float32 whatever the factors are."""
-    if hidden_CH.dtype != sum_VH.dtype and hidden_CH.is_cuda:
-        # Tensor cores multiply in the factors' dtype and add up in float32.
-        product_VH = torch.mm(z_CV.to(hidden_CH.dtype).T, hidden_CH, out_dtype=sum_VH.dtype)
-        sum_VH.add_(product_VH)
-    else:
-        sum_VH.addmm_(z_CV.T, hidden_CH.to(sum_VH.dtype))
-
-
-def default_chunk(positions: int, vocab: int) -> int:
-    """Positions of a chunk: what the buffer holds, and an eighth of the batch at most."""
-    return max(1, min(BUFFER_ELEMENTS // vocab, max(64, -(-positions // 8))))
-
-
-def take_rows(targets: SparseTargets, rows: torch.Tensor) -> SparseTargets:
-    """The targets of the given positions only (ids, weights and tail; nothing else is needed)."""
-    counts = targets.counts[rows]
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    entries = torch.arange(int(offsets[-1]), device=counts.device)
-    entries += torch.repeat_interleave(targets.offsets[:-1][rows] - offsets[:-1], counts)
-    return SparseTargets(
-        offsets, targets.ids[entries], targets.weights[entries], targets.tail[rows],
-        targets.method, targets.temperature,
-    )  # fmt: skip
+    mode = mode or choose_mode(hidden_NH, weight_VH, memory_budget)
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+    loss, *sums = FusedDistillation.apply(hidden_NH, weight_VH, bias_V, chunks, mode)
+    kd_sum, ce_sum, z_sum, agreed = Sums(*sums)
+    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count, agreed, z_sum)
 
 
 def _check_shapes(
@@ -257,10 +154,13 @@ def _check_shapes(
     weight_VH: torch.Tensor,
     targets: SparseTargets | None,
     labels_N: torch.Tensor,
+    vocab: int,
 ) -> None:
     count, width = hidden_NH.shape
     if weight_VH.shape[1] != width:
         raise ValueError(f"hidden is {width} wide, the weight {weight_VH.shape[1]}")
+    if not 0 < vocab <= weight_VH.shape[0]:
+        raise ValueError(f"vocab_size is {vocab}, expected 1 to the weight's {len(weight_VH)} rows")
     if len(labels_N) != count:
         raise ValueError(f"{count} hidden states and {len(labels_N)} labels, expected equal")
     if targets is not None and len(targets) != count:

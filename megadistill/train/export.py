@@ -15,10 +15,11 @@ import torch
 
 from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
-from megadistill.config.curves import told
+from megadistill.config.curves import told, values
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
+from megadistill.targets import divergence_name
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +108,15 @@ def _tokenizer(name: str, revision: str | None) -> Any:
 
 
 def model_card(
-    config: Config, *, learned: str, steps: int, figures: dict[str, float] | None
+    config: Config, *, learned: str, made_at: float, steps: int, figures: dict[str, float] | None
 ) -> str:
-    """README.md of the exported model."""
+    """README.md of the exported model. made_at: the targets' temperature."""
     from megadistill import __version__
 
     assert config.student is not None
     loss = config.loss
+    other = next((t for t in values(loss.temperature) if t != made_at), made_at)
+    divergence = divergence_name(loss.divergence, kd_temperature=other, made_at=made_at)
     shown = "" if figures is None else "- held out: " + ", ".join(
         f"{name} {value:.4g}" for name, value in figures.items()
     ) + "\n"  # fmt: skip
@@ -123,7 +126,7 @@ def model_card(
         student=config.student.model,
         init=f"{config.student.init} weights",
         learned=learned,
-        loss=f"{told(loss.kd_weight)} x {loss.divergence} + {told(loss.ce_weight)} x cross-entropy"
+        loss=f"{told(loss.kd_weight)} x {divergence} + {told(loss.ce_weight)} x cross-entropy"
         + (f", curriculum {loss.curriculum}" if loss.curriculum else ""),
         steps=steps,
         batch=config.train.global_batch,

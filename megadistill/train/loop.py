@@ -108,8 +108,8 @@ def run_steps(
                 _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
                 for batch in share
             ]
-            kd_sum, ce_sum = mesh.sum(torch.stack(sums).sum(0)).tolist()
-            if not math.isfinite(kd_sum + ce_sum):
+            kd_sum, ce_sum, z_sum = mesh.sum(torch.stack(sums).sum(0)).tolist()
+            if not math.isfinite(kd_sum + ce_sum + z_sum):
                 _refuse_non_finite(run, mesh, step, [b for b, s in zip(share, sums, strict=True)
                                                      if not s.isfinite().all()])  # fmt: skip
             grad_norm = trainer.step(lr)
@@ -123,7 +123,7 @@ def run_steps(
                 seconds = time.monotonic() - started
                 reporter.step({
                     "step": position.step,
-                    **_losses(run, loss, kd_sum, kd_count, ce_sum, ce_count),
+                    **_losses(run, loss, kd_sum, kd_count, ce_sum, ce_count, z_sum),
                     **{name: getattr(loss, name) for name in run.config.loss.changes},
                     "lr": lr, "grad_norm": grad_norm,
                     "sequences": position.sequences, "tokens": position.tokens,
@@ -171,20 +171,26 @@ def _sums(
     *,
     last: bool,
 ) -> torch.Tensor:
-    """float64 [2]: this micro-batch's sums of kd and ce, its gradients added to the step's."""
+    """float64 [3]: this micro-batch's sums of kd, ce and z, its gradients added to the step's."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
     terms = trainer.backward(moved, loss, normalizer, last=last)
-    return torch.stack([terms.kd_sum, terms.ce_sum]).cpu()
+    return torch.stack([terms.kd_sum, terms.ce_sum, terms.z_sum]).cpu()
 
 
 def _losses(
-    run: Run, loss: LossConfig, kd_sum: float, kd_count: float, ce_sum: float, ce_count: float
+    run: Run,
+    loss: LossConfig,
+    kd_sum: float,
+    kd_count: float,
+    ce_sum: float,
+    ce_count: float,
+    z_sum: float,
 ) -> dict[str, float | None]:
     """loss, kd_loss, ce_loss of a step; kd_loss holds temperature squared, None without targets."""
     kd = loss.temperature**2 * kd_sum / max(kd_count, 1)
     ce = ce_sum / max(ce_count, 1)
     return {
-        "loss": loss.kd_weight * kd + loss.ce_weight * ce,
+        "loss": loss.kd_weight * kd + loss.ce_weight * ce + loss.z_loss * z_sum / max(ce_count, 1),
         "kd_loss": kd if run.stores[0].has_targets else None,
         "ce_loss": ce,
     }

@@ -58,6 +58,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             check_divergence(
                 store.recipe["method"], config.loss.divergence,
                 kd_temperature=temperature, made_at=store.recipe["temperature"],
+                ground_truth_residual=config.loss.ground_truth_residual,
             )  # fmt: skip
     if config.loss.curriculum and mesh.rank == 0:
         log.info(
@@ -115,6 +116,7 @@ def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | N
         tokenizer=student_tokenizer(config) if mesh.rank == 0 else None,
         card=lambda: model_card(
             config, learned=learned, steps=run.steps,
+            made_at=run.stores[0].recipe.get("temperature", config.loss.temperature),
             figures=figures or _last_evaluation(run.folder.path / "eval.jsonl"),
         ),
     )  # fmt: skip

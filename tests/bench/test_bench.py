@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from megadistill.bench.angle import Plan, Pupil, Teacher, angle, angles, renormalised
 from megadistill.bench.distributions import Synthetic, trained
+from megadistill.bench.head import Sizes, head_cost
 from megadistill.bench.storage import storage
 from megadistill.bench.variance import Variances
 from megadistill.blocks import BlockStore
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
+from megadistill.teacher.select import select_targets
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.teacher.test_variance import multinomial_variance, varopt_variance
@@ -132,6 +135,59 @@ def timed(mesh, config: Config):
         return writer.writer_cost(config, mesh, pairs=2, blocks=2), committed
     finally:
         writer.shutil = before
+
+
+def test_the_heads_memory_is_what_the_logits_take_and_its_ratios_are_those_of_its_rounds():
+    sizes = Sizes(positions=512, hidden=16, vocab=30_000)
+    few, many = head_cost(sizes, [2, 30], rounds=3)
+    for row, entries in ((few, 2), (many, 30)):
+        assert (row["entries"], row["rounds"]) == (entries, 3)
+        assert row["least"] <= row["ratio"] <= row["most"]
+        assert row["cpu_least"] <= row["cpu_ratio"] <= row["cpu_most"]
+        # Plain holds [N, V] at least twice at once; fused holds a quarter of it.
+        logits_mib = 4 * 512 * 30_000 / 2**20
+        assert row["plain_mib"] > 1.9 * logits_mib
+        assert logits_mib / 4 < 1.1 * row["fused_mib"] < logits_mib
+        assert row["memory_ratio"] == pytest.approx(row["fused_mib"] / row["plain_mib"])
+
+
+def test_angles_are_those_of_targets_that_went_through_the_codec(corpus):
+    plan = Plan(batches=3, batch=4, steps=2, target_bytes=9.0, draws=20, entropy=1.5)
+    teacher = Teacher(str(corpus / "teacher"), str(corpus / "tokens"), plan)
+    rows = list(angles(teacher, Pupil(str(corpus / "teacher"))))
+    assert [row["data"] for row in rows[::6]] == ["start", "middle", "end"]
+    first = {row["method"]: row for row in rows[:6]}
+    assert list(first) == [
+        "varopt", "20 draws", "top-12", "top-12 with tail", "top-50", "top-50 with tail",
+    ]  # fmt: skip
+    assert first["varopt"]["entropy"] == pytest.approx(1.5, abs=1e-3)
+    assert first["varopt"]["bytes"] == pytest.approx(9.0, rel=0.05)
+    assert first["top-50"]["entries"] == 50
+    for row in rows:
+        assert 0 < row["least"] <= row["degrees"] <= row["most"] < 90
+    # The longer list and the tail bring the gradient nearer; what training does is learning.
+    assert first["top-50"]["degrees"] < first["top-12"]["degrees"]
+    assert first["top-12 with tail"]["degrees"] < first["top-12"]["degrees"]
+    assert rows[-1]["kl"] < rows[0]["kl"]
+
+
+def test_a_student_equals_full_distillation_where_the_list_is_the_vocabulary(corpus):
+    plan = Plan(batches=1, batch=2, entropy=None)
+    teacher = Teacher(str(corpus / "teacher"), str(corpus / "tokens"), plan)
+    assert teacher.temperature == 1
+    pupil, ids = Pupil(str(corpus / "teacher"), seed=3), teacher.measured(0)
+    log_probs, hidden = teacher.log_probs(ids), pupil.hidden(ids)
+    whole = pupil.gradient(pupil.full(hidden, log_probs))
+    keys = torch.stack([torch.zeros(len(hidden), dtype=torch.long), torch.arange(len(hidden))], 1)
+    listed = select_targets(log_probs, method="topk", k=teacher.vocab_size, keys_N=keys)
+    for targets in (listed, renormalised(listed)):
+        assert angle(whole, pupil.gradient(pupil.sparse(hidden, targets))) < 0.05
+
+
+def test_a_token_store_too_short_for_the_angle_is_refused(corpus):
+    run = bench(corpus, "angle", "--teacher", "teacher", "--tokens", "tokens", "--batches", "500")
+    assert run.returncode == 2
+    assert "expected at least 8016: set --batches lower" in run.stderr
 
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

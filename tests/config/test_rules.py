@@ -62,6 +62,15 @@ def changed(*settings: str) -> dict:
          "and positions is loss_mask"),
         (["targets.method=multinomial", "targets.temperature=2"], "set loss.temperature=2.0"),
         (["targets.temperature=2"], "loss.temperature: 1.0 differs from the targets' temperature"),
+        (["loss.divergence=jsd"],
+         "loss.divergence: jsd cannot be computed from varopt targets, which are unbiased for "
+         "forward_kl only: set loss.divergence=forward_kl, or generate with targets.method=topk"),
+        (["loss.divergence=tvd", "targets.method=multinomial"], "tvd cannot be computed from mult"),
+        (["loss.ground_truth_residual=true"],
+         "loss.ground_truth_residual: true with varopt targets, whose weights sum to 1"),
+        (["loss.ground_truth_residual=true", "targets.method=topk", "loss.divergence=reverse_kl"],
+         "loss.ground_truth_residual: true with loss.divergence=reverse_kl, expected forward_kl"),
+        (["loss.temperature=2"], "the only one varopt targets can serve: set loss.temperature=1.0"),
         (["loss.kd_weight=0"], "loss: kd_weight and ce_weight are both 0"),
         (["train.micro_batch=6"], "set train.micro_batch to a divisor of 64, for example 4"),
         (["order.groups=5"], "order.groups: 5 does not divide train.global_batch (64)"),
@@ -98,6 +107,9 @@ def test_what_contradicts_itself_is_refused_with_what_to_do(settings, said):
         ["cache.dir=s3://w/tokens", "train.out_dir=w/other"],
         ["cache.dir=[x, sftp://host/y]"],
         ["loss.kd_weight=0", "loss.ce_weight=1"],
+        ["targets.method=topk", "loss.divergence=jsd", "loss.beta=0.1"],
+        ["targets.method=topp", "loss.temperature=2", "loss.divergence=skewed_reverse_kl"],
+        ["targets.method=topk", "loss.ground_truth_residual=true"],
     ],
 )
 def test_what_is_sound_is_not_refused(settings):

@@ -5,21 +5,22 @@ import torch
 
 from megadistill.targets import SAMPLED, SparseTargets
 
+STEPS = 2**20  # weights are multiples of 1 / STEPS, so that float32 rows sum to exactly 1
+
 
 def random_targets(counts, vocab, *, method="varopt", seed=0, temperature=1.0):
-    """Targets with rows of the given lengths; a row of 0 is an empty one."""
+    """Targets with rows of the given lengths; a row of 0 is an empty one. No weight is 0."""
     rng = np.random.default_rng(seed)
     ids, weights, tails = [], [], []
     for count in counts:
         ids.append(rng.choice(vocab, count, replace=False))
-        share = rng.dirichlet(np.ones(count + 1))
-        if method in SAMPLED or count == vocab:
-            share = share[:count] / share[:count].sum() if count else share[:0]
-            tails.append(0.0)
-        else:
-            tails.append(share[count] if count else 0.0)
-            share = share[:count]
-        weights.append(share)
+        has_tail = method not in SAMPLED and 0 < count < vocab
+        share = rng.dirichlet(np.ones(count + has_tail)) if count else np.zeros(0)
+        steps = np.floor(share * (STEPS - len(share))) + 1
+        if count:
+            steps[0] += STEPS - steps.sum()
+        weights.append(steps[:count] / STEPS)
+        tails.append(steps[count] / STEPS if has_tail else 0.0)
     return SparseTargets(
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         ids=np.concatenate(ids).astype(np.int64),
@@ -31,8 +32,10 @@ def random_targets(counts, vocab, *, method="varopt", seed=0, temperature=1.0):
 
 
 def dense_terms(
-    hidden_NH, weight_VH, targets, labels_N, *, temperature=1.0, kd_weight=1.0, ce_weight=0.0,
-    label_smoothing=0.0, normalizer=None, bias_V=None, logit_scale=1.0, softcap=None,
+    hidden_NH, weight_VH, targets, labels_N, *, divergence="forward_kl", beta=0.5, alpha=0.1,
+    head_mass=0.5, temperature=1.0, kd_weight=1.0, ce_weight=0.0, label_smoothing=0.0, z_loss=0.0,
+    ground_truth_residual=False, normalizer=None, bias_V=None, logit_scale=1.0, softcap=None,
+    vocab_size=None,
 ):  # fmt: skip
     """(loss, kd_sum, ce_sum) in float64, differentiable by autograd."""
     logits = hidden_NH.double() @ weight_VH.double().T
@@ -41,7 +44,8 @@ def dense_terms(
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    kd_sum = ce_sum = logits.new_zeros(())
+    logits = logits[:, :vocab_size]
+    kd_sum = ce_sum = z_sum = logits.new_zeros(())
     kd_count = ce_count = 0
     for n, label in enumerate(labels_N.tolist()):
         if label == -100:
@@ -49,25 +53,76 @@ def dense_terms(
         log_q = logits[n].log_softmax(0)
         smooth = torch.full_like(log_q, label_smoothing / len(log_q))
         smooth[label] += 1 - label_smoothing
-        ce_sum, ce_count = ce_sum - (smooth * log_q).sum(), ce_count + 1
-        first, last = targets.offsets[n].item(), targets.offsets[n + 1].item()
-        if first == last:
+        ce_sum, ce_count = ce_sum - (smooth[smooth > 0] * log_q[smooth > 0]).sum(), ce_count + 1
+        z_sum = z_sum + logits[n].logsumexp(0) ** 2
+        if targets.offsets[n] == targets.offsets[n + 1]:
             continue
         kd_count += 1
-        ids, p = targets.ids[first:last], targets.weights[first:last].double()
-        log_q = (logits[n] / temperature).log_softmax(0)
-        kd_sum = kd_sum - (p * log_q[ids]).sum()
-        if targets.method not in SAMPLED:
-            kd_sum = kd_sum + torch.xlogy(p, p).sum()
-            unlisted = torch.ones_like(log_q, dtype=torch.bool)
-            unlisted[ids] = False
-            tail = targets.tail[n].double()
-            if not unlisted.any():
-                tail = tail * 0
-            # Weights rounded to float32 do not quite sum to 1; this is what bucket_kl adds.
-            kd_sum = kd_sum + 1 - p.sum() - tail
-            if tail > 0:
-                kd_sum = kd_sum + tail * (tail.log() - log_q[unlisted].logsumexp(0))
+        p, q = buckets(targets, n, logits[n], label, ground_truth_residual)
+        if targets.method in SAMPLED:
+            kd_sum = kd_sum - (p * q.log()).sum()
+            continue
+        power = targets.temperature / temperature
+        p, q = (r**power / (r**power).sum() for r in (p, q))
+        kd_sum = kd_sum + naive_divergence(
+            divergence, p, q, beta=beta, alpha=alpha, head_mass=head_mass
+        )
     kd_normalizer, ce_normalizer = normalizer or (max(kd_count, 1), max(ce_count, 1))
-    loss = kd_weight * temperature**2 * kd_sum / kd_normalizer + ce_weight * ce_sum / ce_normalizer
+    loss = kd_weight * temperature**2 * kd_sum / kd_normalizer
+    loss = loss + (ce_weight * ce_sum + z_loss * z_sum) / ce_normalizer
     return loss, kd_sum, ce_sum
+
+
+def buckets(targets, n, logits_V, label, ground_truth_residual=False):
+    """(p, q) of position n at the targets' temperature: listed ids, and the tail where there is."""
+    first, last = targets.offsets[n].item(), targets.offsets[n + 1].item()
+    ids, p = targets.ids[first:last], targets.weights[first:last].double()
+    q = (logits_V / targets.temperature).softmax(0)
+    if targets.method in SAMPLED:
+        return p, q[ids]
+    tail = targets.tail[n].double()
+    if ground_truth_residual:
+        if label not in ids:
+            ids, p = torch.cat([ids, torch.tensor([label])]), torch.cat([p, tail.new_zeros(1)])
+        p, tail = p + tail * (ids == label), tail * 0
+    unlisted = torch.ones_like(q, dtype=torch.bool)
+    unlisted[ids] = False
+    if not unlisted.any():
+        return p, q[ids]
+    return torch.cat([p, tail[None]]), torch.cat([q[ids], q[unlisted].sum()[None]])
+
+
+def naive_divergence(name, p, q, *, beta=0.5, alpha=0.1, head_mass=0.5):
+    """Of two distributions that each sum to 1; the last bucket is the tail."""
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "jsd":
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if name == "skewed_kl":
+        return kl(p, alpha * p + (1 - alpha) * q)
+    if name == "skewed_reverse_kl":
+        return kl(q, alpha * q + (1 - alpha) * p)
+    if name == "tvd":
+        return (p - q).abs().sum() / 2
+    assert name == "adaptive_kl"
+    share = naive_head_share(p, q, head_mass)
+    return share * kl(p, q) + (1 - share) * kl(q, p)
+
+
+def naive_head_share(p, q, head_mass):
+    head, mass = set(), 0.0
+    for i in sorted(range(len(p) - 1), key=lambda i: -p[i].item()):
+        if mass >= head_mass:
+            break
+        head.add(i)
+        mass += p[i].item()
+    gaps = [abs(a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
+    return sum(gap for i, gap in enumerate(gaps) if i in head) / sum(gaps) if sum(gaps) else 0.5
+
+
+def kl(a, b):
+    there = a > 0
+    return (a[there] * (a[there] / b[there]).log()).sum()

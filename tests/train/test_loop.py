@@ -77,7 +77,7 @@ def plain_steps(config):
         targets = concatenate([s["targets"] for s in samples]).torch()
         loss, _kd_sum, _ce_sum = dense_terms(
             hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
-            kd_weight=config.loss.kd_weight, ce_weight=config.loss.ce_weight,
+            **config.loss.model_dump(exclude={"memory_budget"}),
         )  # fmt: skip
         optimizer.zero_grad()
         loss.backward()
@@ -94,6 +94,20 @@ def test_two_ranks_do_what_a_plain_torch_loop_does(undisturbed):
     np.testing.assert_allclose(series(undisturbed, "loss", "grad_norm"), expected, rtol=1e-5)
     for name, value in weights(undisturbed).items():
         torch.testing.assert_close(value, parameters[name].detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_a_coarse_divergence_with_every_other_term_is_what_a_plain_torch_loop_does(tmp_path):
+    make_store(tmp_path / "cache", seed=1, method="topk")
+    loss = {
+        "divergence": "jsd", "beta": 0.3, "temperature": 2.0, "z_loss": 0.01, "ce_weight": 0.5,
+        "label_smoothing": 0.1, "memory_budget": 0,
+    }  # fmt: skip
+    config = make_config(tmp_path, loss=loss, targets={"method": "topk"}, train={"steps": 3})
+    assert run_ranks(2, RUN, config=config) == [3, 3]
+    expected, _ = plain_steps(config)
+    np.testing.assert_allclose(series(config, "loss", "grad_norm"), expected, rtol=1e-5)
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "loss: 1 x coarse jsd at temperature 2 (over listed ids and tail, put into" in card
 
 
 def test_one_rank_does_what_two_ranks_do(undisturbed):
@@ -178,7 +192,9 @@ def test_no_tensor_of_positions_by_vocabulary_exists_in_a_training_step(tmp_path
     small = {"zero_optimization": {"reduce_bucket_size": 20_000}}
     config = make_config(tmp_path, train={"global_batch": 64, "micro_batch": 32}, deepspeed=small)
     for largest, operation in run_ranks(2, "tests.train.runs:largest_allocation", config=config):
-        assert largest == 64 * 997, operation  # a chunk: an eighth of the 512 positions
+        assert largest == 112 * 997, (
+            operation
+        )  # a chunk: a quarter of the 448 positions with labels
 
 
 @pytest.mark.parametrize("tied", [False, True])

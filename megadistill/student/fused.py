@@ -1,0 +1,227 @@
+"""Chunks of positions through the head's weight: losses, and gradients by all that went in.
+
+A chunk's logits [C, V] live in one buffer, are turned in place into their gradient, and from there
+into the gradients of the hidden states and of the weight. So [N, V] never exists.
+
+The gradients are formed in the forward pass (mode "forward": three matrix products in all, as
+ordinary training has; the backward pass only scales them), or the chunks are gone through again in
+the backward pass (mode "recompute": four products). Recomputing keeps nothing between the two
+passes: hidden states [N, H] and float32 [V, H] are held back until they are asked for, which pays
+where something else is alive meanwhile, and where many losses come before one backward pass.
+
+The weight's gradient is summed over chunks in float32 (float64 for float64 weights), also where the
+weight is bfloat16: [V, H] in float32, the price of not rounding once a chunk.
+
+Shapes: N positions, H hidden size, V the weight's rows, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megadistill.student.rows import Entries, Terms, distill_rows
+from megadistill.targets import SparseTargets
+
+MODES = ("forward", "recompute")
+# 256 MiB of float32 logits. At H = 1024, V = 32,768 on one core, N = 2048 positions took in their
+# three products 4.90 s in chunks of 256 rows, 4.70 s of 512, 4.67 s of 1024, and 5.00 s at once.
+BUFFER_ELEMENTS = 2**26
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden_NH, weight_VH, bias_V
+Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """What is done with every chunk. All positions have a label."""
+
+    targets: SparseTargets | None
+    labels_N: torch.Tensor
+    terms: Terms
+    vocab_size: int  # rows of the weight that take part; the others are padding
+    chunk: int
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    agreement: bool = False
+
+
+class Sums(NamedTuple):
+    """Scalars over all positions, float64; neither weighted nor multiplied by T squared."""
+
+    kd: torch.Tensor
+    ce: torch.Tensor
+    z: torch.Tensor
+    agreed: torch.Tensor  # int64
+
+
+def default_chunk(positions: int, vocab: int, buffer_elements: int = BUFFER_ELEMENTS) -> int:
+    """Positions of a chunk: what the buffer holds, and a quarter of the batch at most.
+
+    Plain cross-entropy holds 3.5 times the logits of the batch at its peak.
+    """
+    return max(1, min(buffer_elements // vocab, max(64, -(-positions // 4))))
+
+
+def choose_mode(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, budget: float | None) -> str:
+    """The mode in which what is kept from the forward to the backward pass fits a budget in GiB.
+
+    None: gradients in the forward.
+    """
+    kept = hidden_NH.nbytes + 4 * weight_VH.numel()
+    return "forward" if budget is None or kept <= budget * 2**30 else "recompute"
+
+
+class FusedDistillation(torch.autograd.Function):
+    """(loss, kd, ce, z, agreed) of `Sums`, given hidden_NH, weight_VH, bias_V, chunks, mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        chunks: Chunks,
+        mode: str,
+    ) -> tuple[torch.Tensor, ...]:
+        terms, tensors = chunks.terms, (hidden_NH, weight_VH, bias_V)
+        ctx.mode = mode
+        if mode == "recompute":
+            sums, _ = run_chunks(tensors, chunks)
+            ctx.save_for_backward(*tensors)
+            ctx.chunks = chunks
+        else:
+            # float16 ends at 6e-8, where a gradient divided by the batch lies: divide on the way
+            # back, where the loss scaler has its say.
+            half = hidden_NH.dtype == torch.float16
+            ctx.later = (max(terms.kd, terms.ce, terms.z) or 1.0) if half else 1.0
+            sums, grads = run_chunks(
+                tensors, chunks, wanted=ctx.needs_input_grad[:3], factor=1 / ctx.later
+            )
+            ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*sums)
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        loss = terms.kd * sums.kd + terms.ce * sums.ce + terms.z * sums.z
+        return loss.to(wide), *sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.mode == "recompute":
+            wanted = ctx.needs_input_grad[:3]
+            _, grads = run_chunks(
+                ctx.saved_tensors, ctx.chunks, wanted=wanted, factor=float(grad_loss)
+            )
+            return *grads, None, None
+        grads = ctx.saved_tensors
+        grad_loss = grad_loss * ctx.later
+        if grad_loss != 1:
+            for grad in grads:
+                if grad is not None:
+                    # In place: at V = 128k a second [V, H] costs 2 GB.
+                    grad.mul_(grad_loss)
+        return *grads, None, None
+
+
+def run_chunks(
+    tensors: Tensors,
+    chunks: Chunks,
+    *,
+    wanted: tuple[bool, ...] = (False, False, False),
+    factor: float = 1.0,
+) -> tuple[Sums, Grads]:
+    """The sums, and `factor` times the wanted gradients of the loss."""
+    hidden_NH, weight_VH, bias_V = tensors
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    count, vocab = len(hidden_NH), chunks.vocab_size
+    grad_hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
+    # The first chunk writes it. Without positions there is none.
+    make = torch.empty_like if count else torch.zeros_like
+    grad_weight_VH = make(weight_VH, dtype=wide) if wanted[1] else None
+    grad_bias_V = None
+    if bias_V is not None and wanted[2]:
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
+
+    def buffer() -> torch.Tensor:
+        return hidden_NH.new_empty(min(chunks.chunk, count), len(weight_VH), dtype=wide)
+
+    terms, softcap, targets = chunks.terms, chunks.softcap, chunks.targets
+    logits, slopes = buffer(), None if softcap is None else buffer()
+    scratch = buffer() if targets is not None and terms.needs_scratch else None
+    # d loss / d (hidden @ weight.T + bias) carries the logit scale once.
+    factor *= chunks.logit_scale
+    scaled = dataclasses.replace(
+        terms, kd=terms.kd * factor, ce=terms.ce * factor, z=terms.z * factor
+    )
+    kd, ce, z = hidden_NH.new_zeros(3, dtype=torch.float64)
+    agreed = torch.zeros_like(kd, dtype=torch.int64)
+    for start in range(0, count, chunks.chunk):
+        rows = slice(start, min(start + chunks.chunk, count))
+        size = rows.stop - start
+        hidden_CH, all_CV = hidden_NH[rows], logits[:size]
+        _logits(hidden_CH, weight_VH, bias_V, chunks.logit_scale, all_CV)
+        z_CV = all_CV[:, :vocab]
+        slope_CV = None if slopes is None else slopes[:size, :vocab]
+        if softcap is not None and slope_CV is not None:
+            z_CV.div_(softcap).tanh_()
+            torch.square(z_CV, out=slope_CV).neg_().add_(1)
+            z_CV.mul_(softcap)
+        entries = None
+        if targets is not None:
+            entries = Entries.of(targets.rows(start, rows.stop), wide)
+            if chunks.agreement:
+                agreed += entries.top_id().eq(z_CV.argmax(1)).sum()
+        losses = distill_rows(
+            z_CV, entries, chunks.labels_N[rows], scaled,
+            scratch_CV=None if scratch is None else scratch[:size, :vocab],
+        )  # fmt: skip
+        kd += losses.kd.double().sum()
+        ce += losses.ce.double().sum()
+        z += losses.z.double().sum()
+        if slope_CV is not None:
+            z_CV.mul_(slope_CV)
+        all_CV[:, vocab:].zero_()
+        if grad_hidden_NH is not None:
+            torch.mm(all_CV.to(weight_VH.dtype), weight_VH, out=grad_hidden_NH[rows])
+        if grad_weight_VH is not None:
+            _accumulate(grad_weight_VH, all_CV, hidden_CH, first=start == 0)
+        if grad_bias_V is not None:
+            grad_bias_V += all_CV.sum(0)
+    return Sums(kd, ce, z, agreed), (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+
+
+def _logits(
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    scale: float,
+    out_CV: torch.Tensor,
+) -> None:
+    if out_CV.dtype == hidden_CH.dtype:
+        torch.mm(hidden_CH, weight_VH.T, out=out_CV)
+    else:
+        out_CV.copy_(hidden_CH @ weight_VH.T)
+    if bias_V is not None:
+        out_CV.add_(bias_V)
+    if scale != 1:
+        out_CV.mul_(scale)
+
+
+def _accumulate(
+    sum_VH: torch.Tensor, z_CV: torch.Tensor, hidden_CH: torch.Tensor, *, first: bool
+) -> None:
+    """sum += z.T @ hidden, or = the first time; in float32 whatever the factors are."""
+    if hidden_CH.dtype != sum_VH.dtype and hidden_CH.is_cuda:
+        # Tensor cores multiply in the factors' dtype and add up in float32.
+        factor_VC = z_CV.to(hidden_CH.dtype).T
+        if first:
+            torch.mm(factor_VC, hidden_CH, out_dtype=sum_VH.dtype, out=sum_VH)
+        else:
+            sum_VH.add_(torch.mm(factor_VC, hidden_CH, out_dtype=sum_VH.dtype))
+    else:
+        # beta = 0 does not read what is there.
+        sum_VH.addmm_(z_CV.T, hidden_CH.to(sum_VH.dtype), beta=0 if first else 1)

@@ -77,7 +77,7 @@ def plain_steps(config):
         targets = concatenate([s["targets"] for s in samples]).torch()
         loss, _kd_sum, _ce_sum = dense_terms(
             hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
-            **config.loss.model_dump(exclude={"memory_budget"}),
+            **config.loss.model_dump(exclude={"memory_budget", "curriculum"}),
         )  # fmt: skip
         optimizer.zero_grad()
         loss.backward()

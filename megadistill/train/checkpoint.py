@@ -8,7 +8,7 @@
 DeepSpeed writes in place, without checks, and loads with pickle. So everything is brought to disk
 before the manifest is, and nothing is loaded that the manifest does not confirm: a checkpoint
 without one, or with a file that differs, is passed over, loudly, for the one before. Rank 0 looks
-and decides for all.
+and decides for all. Another number of ranks loads it through universal.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megadistill.blocks.files import LOCAL
 from megadistill.blocks.records import encode_json, hex64, put_file, read_json
 from megadistill.errors import CorruptBlockError, StoreError, TrainError
 from megadistill.parallel import Mesh
+from megadistill.train.universal import FOLDER, load_universal
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,15 @@ class Position:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was verified."""
+
+    path: Path
+    position: Position
+    world: int  # ranks that wrote it
+
+
 def save(engine: Any, mesh: Mesh, folder: Path, position: Position, *, keep: int) -> Path:
     """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective."""
     path = folder / f"step-{position.step:06d}"
@@ -56,11 +66,12 @@ def save(engine: Any, mesh: Mesh, folder: Path, position: Position, *, keep: int
     return path
 
 
-def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
+def latest(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint, every byte of it read. For rank 0.
 
-    TrainError where there are checkpoints and none is sound, or it is of another number of ranks.
+    TrainError where there are checkpoints and none is sound.
     """
+    LOCAL.remove_tree(folder / FOLDER)  # of a run that died when converting
     found = sorted(checkpoints(folder), reverse=True)
     for step, path in found:
         try:
@@ -68,12 +79,7 @@ def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
         except (CorruptBlockError, StoreError, TrainError) as error:
             log.warning("checkpoint of step %d is passed over: %s", step, error)
             continue
-        if manifest["world"] != world:
-            raise TrainError(
-                f"{path}: was written by {manifest['world']} rank(s), this run has {world}: start "
-                f"{manifest['world']}, or choose another train.out_dir"
-            )
-        return path, Position(**manifest["position"])
+        return Checkpoint(path, Position(**manifest["position"]), manifest["world"])
     if found:
         raise TrainError(
             f"{folder}: none of its {len(found)} checkpoint(s) is sound: restore one from a "
@@ -82,12 +88,18 @@ def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
     return None
 
 
-def load(engine: Any, mesh: Mesh, path: Path) -> None:
-    """Weights, moments, counters and random states from a checkpoint that was verified."""
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+def load(engine: Any, mesh: Mesh, found: Checkpoint) -> None:
+    """Weights, moments, counters and, at the same number of ranks, random states. Collective."""
+    if found.world != mesh.world:
+        # Nothing but dropout draws from the states, and it promises nothing here.
+        load_universal(engine, mesh, found.path, written_by=found.world)
+        return
+    loaded, _ = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
     if loaded is None:
-        raise TrainError(f"{path}: DeepSpeed cannot load it, although every file is as written")
-    states = torch.load(path / f"random-{mesh.rank:05d}.pt", weights_only=True)
+        raise TrainError(
+            f"{found.path}: DeepSpeed cannot load it, although every file is as written"
+        )
+    states = torch.load(found.path / f"random-{mesh.rank:05d}.pt", weights_only=True)
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     if "cuda" in states and torch.cuda.is_available():

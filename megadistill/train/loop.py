@@ -58,14 +58,14 @@ def train(config: Config, mesh: Mesh) -> Trained:
         if mesh.rank == 0:
             log.info("%s: finished already, %d steps", run.folder.path, run.steps)
         return Trained(run.steps, run.steps, 0, config.train.out_dir)
-    found = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints, world=mesh.world))
+    found = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints))
     trainer = build(run, mesh)
     start = Position(0, 0, 0)
     if found is not None:
-        checkpoint.load(trainer.engine, mesh, found[0])
-        start = found[1]
+        checkpoint.load(trainer.engine, mesh, found)
+        start = found.position
         if mesh.rank == 0:
-            log.info("resumed at step %d of %d from %s", start.step, run.steps, found[0])
+            log.info("resumed at step %d of %d from %s", start.step, run.steps, found.path)
     reporter = None
     if mesh.rank == 0:
         reporter = Reporter(run.folder.path, done=start.step, steps=run.steps)

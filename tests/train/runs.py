@@ -11,6 +11,8 @@ import torch
 
 from megadistill import parallel  # noqa: F401 - before deepspeed
 from megadistill.errors import MegadistillError
+from megadistill.train import checkpoint
+from megadistill.train.checkpoint import latest
 from megadistill.train.data import micro_batch
 from megadistill.train.evaluate import open_evaluation
 from megadistill.train.export import gathered
@@ -99,3 +101,14 @@ def same_random_states(mesh, seed):
 
 def make_wide_model(path):
     return tiny_llama(path, vocab_size=997, hidden_size=16, intermediate_size=16)
+
+
+def optimizer_loaded(mesh, config):
+    """After resuming: weight decay of each group; step, and where it lies, of each sub-group."""
+    run = prepare(config, mesh)
+    trainer = build(run, mesh)
+    checkpoint.load(trainer.engine, mesh, mesh.first(lambda: latest(run.folder.checkpoints)))
+    optimizer = trainer.engine.optimizer.optimizer
+    steps = [state["step"] for state in optimizer.state.values()]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    return decays, [step.item() for step in steps], [step.data_ptr() for step in steps]

@@ -11,7 +11,9 @@ host; torch's fused kernel is there on CPU and GPU alike, and updates the same f
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
 from megadistill.student.model import Student
+from megadistill.train.ema import Ema
 
 if TYPE_CHECKING:
     from megadistill.train.data import MicroBatch
@@ -89,14 +92,23 @@ class Trainer:
             model=student, optimizer=optimizer, config=settings
         )
         self.student, self.mesh, self.loss = student, mesh, config.loss
+        train = config.train
+        self.ema = Ema(self.engine, decay=train.ema_decay) if train.ema else None
+        self._use_ema = train.use_ema
 
     def backward(
         self, batch: MicroBatch, normalizer: tuple[float, float], *, last: bool
     ) -> LossTerms:
-        """The gradients of one micro-batch, added to those of the step. Collective."""
+        """The gradients of one micro-batch, added to those of the step. Collective.
+
+        Where its loss is not finite its gradients are not either, so that `step` updates nothing.
+        """
         options = self.loss.model_dump() | {"normalizer": normalizer}
         terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
-        self.engine.backward(terms.loss * self.mesh.world, scale_wrt_gas=False)
+        # Infinity minus something may well have a finite gradient. Chosen without a look at the
+        # value, for which an accelerator would have to be waited.
+        undone = torch.where(terms.loss.detach().isfinite(), float(self.mesh.world), torch.nan)
+        self.engine.backward(terms.loss * undone, scale_wrt_gas=False)
         if not last:
             # DeepSpeed counts micro-batches here; it updates at the last one only.
             self.engine.step()
@@ -105,9 +117,26 @@ class Trainer:
     def step(self, lr: float) -> float:
         """Clip and update; the norm of the gradient before clipping. Collective.
 
-        A gradient that is not finite gives infinity, and updates nothing.
+        A gradient that is not finite on any rank gives infinity on all, and updates nothing.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        if self.ema is not None and math.isfinite(norm):
+            self.ema.update()
+        return norm
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether a loss scaler (float16) tries out which gradients overflow."""
+        return bool(self.engine.fp16_enabled() and self.engine.optimizer.dynamic_loss_scale)
+
+    def judged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the engine has the weights to evaluate and export: the average where asked for.
+
+        Collective.
+        """
+        if self.ema is None or not self._use_ema:
+            return contextlib.nullcontext()
+        return self.ema.in_place()

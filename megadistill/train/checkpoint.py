@@ -6,10 +6,12 @@
       ema-00000.pt                 each rank's part of the moving average, with train.ema
       manifest.json                written last: size and xxh3 of every file, where the run stood
 
-DeepSpeed writes in place, without checks, and loads with pickle. So everything is brought to disk
-before the manifest is, and nothing is loaded that the manifest does not confirm: a checkpoint
-without one, or with a file that differs, is passed over, loudly, for the one before. Rank 0 looks
-and decides for all. Another number of ranks loads it through universal.py.
+DeepSpeed writes in place, without checks, and loads with pickle. So it writes into a folder of
+another name, everything is brought to disk, then the manifest, and the folder gets its name; it
+loses it before it is removed. What has the name was whole once, and nothing is loaded that the
+manifest does not confirm: a checkpoint without one, or with a file that differs, is passed over,
+loudly, for the one before. Of a run that died in its first save nothing has a name, so that it
+starts again. Rank 0 looks and decides for all. Another number of ranks loads through universal.py.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_SAVING, _REMOVING = ".saving", ".removing"
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def save(
     the lowest loss stays as well.
     """
     mesh = trainer.mesh
-    path = folder / f"step-{position.step:06d}"
+    path, target = folder / _SAVING, folder / f"step-{position.step:06d}"
     # What a killed save left there would otherwise be listed as part of this one.
-    mesh.first(lambda: _remove(path))
+    mesh.first(lambda: LOCAL.remove_tree(path))
     trainer.engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
     torch.save(_random_states(), path / f"random-{mesh.rank:05d}.pt")
     if trainer.ema is not None:
@@ -86,10 +89,13 @@ def save(
 
     def seal() -> None:
         _seal(path, position, mesh.world, figures)
+        _remove(target)  # a damaged one, that was passed over
+        LOCAL.replace(path, target)
+        LOCAL.fsync_dir(folder)
         _remove_all_but(folder, keep=keep, keep_best=keep_best)
 
     mesh.first(seal)
-    return path
+    return target
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -97,7 +103,8 @@ def latest(folder: Path) -> Checkpoint | None:
 
     TrainError where there are checkpoints and none is sound.
     """
-    LOCAL.remove_tree(folder / FOLDER)  # of a run that died when converting
+    for name in (_SAVING, _REMOVING, FOLDER):  # of a run that died meanwhile
+        LOCAL.remove_tree(folder / name)
     found = sorted(checkpoints(folder), reverse=True)
     for step, path in found:
         try:
@@ -174,7 +181,7 @@ def verified(path: Path) -> Checkpoint:
     try:
         manifest = read_json(path / MANIFEST)
     except FileNotFoundError:
-        raise TrainError(f"{path}: has no {MANIFEST}: the save was cut short") from None
+        raise TrainError(f"{path}: has no {MANIFEST}: it was removed") from None
     for name, expected in manifest["files"].items():
         file = path / name
         found = _entry(file) if file.is_file() else "no such file"
@@ -224,10 +231,10 @@ def _losses(folder: Path) -> dict[Path, float]:
 
 
 def _remove(path: Path) -> None:
-    # Without its manifest a folder is no checkpoint, however far its removal comes.
     if path.is_dir():
-        LOCAL.unlink(path / MANIFEST)
-        LOCAL.remove_tree(path)
+        LOCAL.remove_tree(path.parent / _REMOVING)
+        LOCAL.replace(path, path.parent / _REMOVING)
+        LOCAL.remove_tree(path.parent / _REMOVING)
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_a_flipped_bit_in_any_file_makes_the_checkpoint_before_it_the_newest(cop
     assert latest(copied).position.step == 5
 
 
-def test_a_save_that_was_cut_short_is_passed_over(copied):
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(copied):
     (copied / "step-000005" / "manifest.json").unlink()
     (copied / "step-000004" / "random-00001.pt").unlink()
     assert latest(copied).position.step == 3
@@ -115,3 +115,20 @@ def test_another_configuration_in_the_same_folder_is_refused_by_name(
     assert kind == "RecipeError"
     assert re.search(shown, text)
     assert "restore the setting to go on, or choose another train.out_dir" in text
+
+
+def test_a_run_that_died_in_its_first_save_starts_again(finished, tmp_path):
+    """Nothing of it has a checkpoint's name; what it left is removed, not loaded."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished.train.out_dir, folder)
+    shutil.rmtree(folder / "model")
+    (folder / "checkpoints/step-000005").rename(folder / "checkpoints/.saving")
+    for step in (3, 4):
+        shutil.rmtree(folder / f"checkpoints/step-{step:06d}")
+    train = finished.train.model_copy(update={"out_dir": str(folder)})
+    assert run_ranks(2, RUN, config=finished.model_copy(update={"train": train})) == [5, 5]
+    assert {p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()} == {
+        f"step-{step:06d}" for step in (3, 4, 5)
+    }
+    for name in ("model/model.safetensors", "model/config.json"):
+        assert (folder / name).read_bytes() == Path(finished.train.out_dir, name).read_bytes()

@@ -93,7 +93,7 @@ def test_another_stage_of_zero_is_refused(tmp_path):
 
 def test_a_run_that_died_before_its_first_step_goes_on(tmp_path):
     """All it left is what it claims the folder with; the check before a run looks at it, too."""
-    config = make_config(tmp_path, train={"steps": 1})
+    config = make_config(tmp_path, train={"steps": 1, "warmup_steps": 0})
     for name in (".run.json", "run.json"):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (tmp_path / "out").mkdir()

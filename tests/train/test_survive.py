@@ -1,0 +1,116 @@
+"""Survives: a rank killed at any point of a step or a save, SIGTERM at any time, a restart a step.
+
+What is long runs in parts: `make test-long AREA=train`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megadistill.train import checkpoint
+from tests.train.survive import POINTS, STOP_S, Death, die, finish, make_run, newest_step, start
+from tests.train.survive import result as result_of
+
+SEEDS, TERMS, TERM_PARTS = 3, 20, 4
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("survive"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(file):
+    out = file.parent / "undisturbed"
+    finish(file, out, file.parent / "notes")
+    return result_of(out)
+
+
+def death_of(point: str, seed: int) -> Death:
+    """Which rank dies and when: decided by the seed, at a time that every run comes to."""
+    rng = random.Random(f"{point} {seed}")
+    rank = 0 if "rank 0" in POINTS[point] else rng.randrange(2)
+    inside_a_save = list(POINTS).index(point) >= 5
+    return Death(point, rank, rng.randint(1, 4 if inside_a_save else 8))
+
+
+def survive(file, undisturbed, folder: Path, death: Death) -> str:
+    """A death, a rerun, and what came of it, in a line."""
+    out = folder / "out"
+    left_s = die(file, out, folder / "dying", death)
+    step = newest_step(out) if out.exists() else 0
+    said = finish(file, out, folder / "again")
+    resumed = [int(found) for found in re.findall(r"resumed at step (\d+) of", said)]
+    assert resumed == ([step] if step else []), said  # rank 0 says it, for all
+    assert result_of(out) == undisturbed, death
+    kept = [number for number, _ in checkpoint.checkpoints(out / "checkpoints")]
+    assert sorted(kept) == [6, 8], death
+    return f"{death}: left in {left_s:.1f} s, went on from step {step}"
+
+
+@pytest.mark.parametrize("point", ["after the backward", "while DeepSpeed writes"])
+def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(
+    file, undisturbed, tmp_path, point
+):
+    survive(file, undisturbed, tmp_path, death_of(point, 0))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("part", range(2))
+def test_a_rank_killed_at_any_point_of_a_step_or_a_save(
+    file, undisturbed, tmp_path, capsys, seed, part
+):
+    for number, point in enumerate(list(POINTS)[part::2]):
+        line = survive(file, undisturbed, tmp_path / str(number), death_of(point, seed))
+        with capsys.disabled():
+            sys.stdout.write(f"\nseed {seed}: {line}")
+
+
+def told(file, undisturbed, folder: Path, delay: float) -> str:
+    """A run told to stop after so many seconds: saved, gone in time, and gone on with."""
+    out = folder / "out"
+    with start(file, out, folder / "told") as ranks:
+        ranks.wait(delay)
+        began = time.monotonic()
+        for process in ranks.processes:
+            process.terminate()
+        codes = ranks.wait(STOP_S)
+        left_s = time.monotonic() - began
+        assert None not in codes, f"after {delay:.2f} s\n{ranks.said()}"
+        said = ranks.said()
+    assert "Traceback" not in said, said
+    saved = re.findall(r"told to stop: saved at step (\d+) of", said)
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().count("\n") if metrics.exists() else 0
+    if saved:
+        assert newest_step(out) == int(saved[0]) == lines, said
+    elif (out / "model").exists():
+        assert lines == 8
+    else:
+        assert newest_step(out) in (0, 8), said  # not yet training, or already exporting
+    finish(file, out, folder / "again")
+    assert result_of(out) == undisturbed
+    return f"SIGTERM after {delay:.2f} s: left in {left_s:.1f} s, {saved or ['no']} saved"
+
+
+def test_told_to_stop_a_run_saves_and_leaves(file, undisturbed, tmp_path):
+    told(file, undisturbed, tmp_path, 4.0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(TERM_PARTS))
+def test_told_to_stop_at_random_times(file, undisturbed, tmp_path, capsys, part):
+    began = time.monotonic()
+    finish(file, tmp_path / "whole", tmp_path / "notes")
+    length, rng = time.monotonic() - began, random.Random(part)
+    for number in range(TERMS // TERM_PARTS):
+        line = told(file, undisturbed, tmp_path / str(number), rng.uniform(0, length))
+        with capsys.disabled():
+            sys.stdout.write(f"\nof {length:.1f} s, {line}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -114,3 +115,38 @@ def test_told_to_stop_at_random_times(file, undisturbed, tmp_path, capsys, part)
         line = told(file, undisturbed, tmp_path / str(number), rng.uniform(0, length))
         with capsys.disabled():
             sys.stdout.write(f"\nof {length:.1f} s, {line}")
+
+
+@pytest.fixture(scope="module")
+def stepwise(tmp_path_factory):
+    """A run of twenty steps with a checkpoint of each, and what came of it."""
+    file = make_run(tmp_path_factory.mktemp("stepwise"), steps=20, save_every=1, keep=20)
+    out = file.parent / "undisturbed"
+    finish(file, out, file.parent / "notes")
+    return file, result_of(out)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(4))
+def test_stopped_after_any_of_twenty_steps_it_ends_the_same_to_the_bit(stepwise, tmp_path, part):
+    file, expected = stepwise
+    for step in range(1 + part, 21, 4):
+        out = tmp_path / f"out-{step}"
+        shutil.copytree(file.parent / "undisturbed", out)
+        shutil.rmtree(out / "model")
+        for later, path in checkpoint.checkpoints(out / "checkpoints"):
+            if later > step:
+                shutil.rmtree(path)
+        finish(file, out, tmp_path / f"notes-{step}")
+        assert result_of(out) == expected, step
+
+
+@pytest.mark.long
+def test_one_run_killed_after_each_of_twenty_steps_ends_the_same_to_the_bit(stepwise, tmp_path):
+    file, expected = stepwise
+    out = tmp_path / "out"
+    for step in range(1, 20):
+        die(file, out, tmp_path / f"notes-{step}", Death("before the batch", step % 2, 2))
+        assert newest_step(out) == step
+    finish(file, out, tmp_path / "notes")
+    assert result_of(out) == expected

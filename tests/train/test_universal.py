@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,26 @@ def test_another_global_batch_is_refused_at_another_number_of_ranks(one):
     for kind, text in run_ranks(2, MESSAGE, config=config):
         assert kind == "RecipeError"
         assert "train.global_batch is 8, this run's is 16" in text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("before", [1, 2, 4])
+# At a learning rate of 1e-2 what bfloat16 rounds is 1e-2 in the loss after these steps.
+@pytest.mark.parametrize(
+    ("dtype", "lr", "bound"), [("float32", 1e-2, 1e-5), ("bfloat16", 1e-3, 1e-3)]
+)
+def test_the_fifty_steps_after_another_number_of_ranks_agree(
+    tmp_path, capsys, before, dtype, lr, bound
+):
+    config = odd_config(tmp_path, steps=60, save_every=10, lr=lr)
+    if dtype == "bfloat16":
+        config = config.model_copy(update={"deepspeed": SMALL | {"bf16": {"enabled": True}}})
+    run_ranks(before, RUN, config=config)
+    for after in {1, 2, 4} - {before}:
+        resumed = cut(config, 10, f"{after}")
+        run_ranks(after, RUN, config=resumed)
+        losses = [np.array(series(c))[:, 0] for c in (resumed, config)]
+        apart = np.abs(losses[0] - losses[1])
+        with capsys.disabled():
+            sys.stdout.write(f"\n{dtype} {before} -> {after}: losses apart {apart.max():.1e}")
+        assert apart.max() <= bound

@@ -26,7 +26,6 @@ STOP_S = 20  # all ranks leave within so long of one's death
 RUN_S = 200  # a run that takes longer hangs
 
 # Where to die: a function and whether before or after it. `rank 0`: nobody else comes by.
-LOOP, SAVE, ENGINE = "megadistill.train.loop", "megadistill.train.checkpoint", "megadistill.train"
 POINTS = {
     "before the batch": ("megadistill.train.batches:Batches.__next__", "before"),
     "before the forward": ("megadistill.train.engine:Trainer.backward", "before"),
@@ -39,6 +38,9 @@ POINTS = {
     "inside the manifest": ("megadistill.train.checkpoint:_entry", "before", "rank 0"),
     "before the old are removed": (
         "megadistill.train.checkpoint:_remove_all_but", "before", "rank 0",
+    ),
+    "while converting": (
+        "deepspeed.checkpoint.ds_to_universal:merge_zero3_slices", "before", "rank 0",
     ),
 }  # fmt: skip
 

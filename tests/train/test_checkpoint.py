@@ -20,7 +20,7 @@ RUN, MESSAGE = "tests.train.runs:run", "tests.train.runs:message"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     config = make_config(
-        tmp_path_factory.mktemp("run"), train={"save_every": 1, "keep": 3, "steps": 5}
+        tmp_path_factory.mktemp("run"), train={"save_every": 1, "keep": 3, "steps": 5, "ema": True}
     )
     run_ranks(2, RUN, config=config)
     return config
@@ -50,7 +50,7 @@ def flip(file: Path):
 
 def test_a_flipped_bit_in_any_file_makes_the_checkpoint_before_it_the_newest(copied, caplog):
     names = sorted(p.name for p in (copied / "step-000005").iterdir())
-    assert len(names) == 7
+    assert len(names) == 9
     for name in names:
         file = copied / "step-000005" / name
         sound = file.read_bytes()

@@ -85,6 +85,28 @@ def test_by_default_all_ranks_stop_and_name_the_sequences_of_the_micro_batch(ski
     assert "lower train.lr, look at these sequences, or leave such steps out" in text
 
 
+def test_it_is_skipped_with_optimizer_and_weights_on_the_host_and_averaged_and_resumed(
+    skipping, tmp_path
+):
+    """All that ZeRO-3 offloads, at two ranks and then at one: the numbers of the plain loop."""
+    host = {"device": "cpu"}
+    offload = {"zero_optimization": {"offload_optimizer": host, "offload_param": host}}
+    config = settings(skipping, out_dir=str(tmp_path / "out"), ema=True, use_ema=True)
+    config = config.model_copy(update={"deepspeed": offload})
+    run_ranks(2, RUN, config=config)
+    average = load_file(tmp_path / "out/model/model.safetensors")
+    shutil.rmtree(tmp_path / "out/model")
+    for step, path in checkpoints(tmp_path / "out/checkpoints"):
+        if step > 3:
+            shutil.rmtree(path)
+    assert run_ranks(1, RUN, config=config) == [6]
+    numbers = [[[line["loss"] or 0, line["grad_norm"] or 0] for line in lines(c)]
+               for c in (config, skipping)]  # fmt: skip
+    np.testing.assert_allclose(*numbers, rtol=1e-5)
+    for name, value in load_file(tmp_path / "out/model/model.safetensors").items():
+        torch.testing.assert_close(value, average[name], rtol=1e-4, atol=2e-5, equal_nan=True)
+
+
 def test_what_was_skipped_before_a_resume_counts(tmp_path):
     # Twenty-four sequences, six steps of eight: the bad one comes once in each half.
     config = make_broken(tmp_path, sequences=24, non_finite="skip", skip_budget=1)

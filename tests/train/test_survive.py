@@ -19,6 +19,7 @@ from tests.train.survive import POINTS, STOP_S, Death, die, finish, make_run, ne
 from tests.train.survive import result as result_of
 
 SEEDS, TERMS, TERM_PARTS = 3, 20, 4
+ALWAYS = [point for point in POINTS if point != "while converting"]  # ten that every run comes by
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def death_of(point: str, seed: int) -> Death:
     """Which rank dies and when: decided by the seed, at a time that every run comes to."""
     rng = random.Random(f"{point} {seed}")
     rank = 0 if "rank 0" in POINTS[point] else rng.randrange(2)
-    inside_a_save = list(POINTS).index(point) >= 5
+    inside_a_save = ALWAYS.index(point) >= 5
     return Death(point, rank, rng.randint(1, 4 if inside_a_save else 8))
 
 
@@ -68,10 +69,31 @@ def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(
 def test_a_rank_killed_at_any_point_of_a_step_or_a_save(
     file, undisturbed, tmp_path, capsys, seed, part
 ):
-    for number, point in enumerate(list(POINTS)[part::2]):
+    for number, point in enumerate(ALWAYS[part::2]):
         line = survive(file, undisturbed, tmp_path / str(number), death_of(point, seed))
         with capsys.disabled():
             sys.stdout.write(f"\nseed {seed}: {line}")
+
+
+def test_a_kill_while_converting_costs_nothing(file, tmp_path):
+    """One rank's checkpoint, two ranks of which one dies converting it; again; and one rank again.
+
+    The second run ends as a conversion does that nobody disturbed.
+    """
+    whole = tmp_path / "whole"
+    finish(file, whole, tmp_path / "notes", world=1)
+    shutil.rmtree(whole / "model")
+    shutil.rmtree(whole / "checkpoints/step-000008")
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed)
+    finish(file, whole, tmp_path / "undisturbed")
+    die(file, killed, tmp_path / "dying", Death("while converting", 0, 5))
+    assert (killed / "checkpoints/.universal").is_dir()
+    said = finish(file, killed, tmp_path / "again")
+    assert "step-000006: written by 1 rank(s), 2 here: converting" in said
+    assert "resumed at step 6 of 8" in said
+    assert result_of(killed) == result_of(whole)
+    assert not (killed / "checkpoints/.universal").exists()
 
 
 def told(file, undisturbed, folder: Path, delay: float) -> str:

@@ -53,15 +53,17 @@ class Ema:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The engine computes with the average, rounded to its own type, instead of the weights."""
+        """The engine computes with the average, rounded to its own type, instead of the weights.
+
+        After an error inside it is left so, and of no more use.
+        """
         partitions = self._optimizer.fp16_partitioned_groups_flat
         # Not made anew from the fp32 weights: those may be the same memory.
         weights = [flat.detach().clone() for flat in partitions]
         self._put(partitions, self._flat)
-        try:
-            yield
-        finally:
-            self._put(partitions, weights)
+        yield
+        # Not after an error: this is collective, and the others may have left.
+        self._put(partitions, weights)
 
     @torch.no_grad()
     def _put(self, partitions: list[torch.Tensor], values: list[torch.Tensor]) -> None:

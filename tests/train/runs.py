@@ -206,3 +206,17 @@ def claimed(mesh, config):
     """A folder that a run has made its own, and no more."""
     run = prepare(config, mesh)
     return run.folder.claim(run_identity(config, run.stores, run.steps))
+
+
+def error_with_the_average(mesh, config):
+    """How often this rank deals weights anew, which is collective, after an error in `judged`."""
+    trainer = build(prepare(config, mesh), mesh)
+    optimizer, dealt = trainer.engine.optimizer, []
+    deal = optimizer.checkpoint_event_epilogue
+    optimizer.checkpoint_event_epilogue = lambda: (dealt.append(1), deal())
+    try:
+        with trainer.judged():
+            dealt.clear()
+            raise SystemExit(143)
+    except SystemExit:
+        return len(dealt)

@@ -121,6 +121,12 @@ def test_scalars_and_odd_shapes_are_averaged_and_dealt_anew(tmp_path, dtype):
                 np.testing.assert_array_equal(value, saved[name])
 
 
+def test_an_error_with_the_average_in_place_asks_nothing_of_the_other_ranks(tmp_path):
+    """Told to stop while exporting, a rank died of the collective that was to put weights back."""
+    config = make_config(tmp_path, train={"ema": True, "use_ema": True})
+    assert run_ranks(2, "tests.train.runs:error_with_the_average", config=config) == [0, 0]
+
+
 def test_a_checkpoint_without_an_average_does_not_become_one_with(tmp_path):
     config = make_config(tmp_path, train={"save_every": 1})
     run_ranks(2, RUN, config=config)

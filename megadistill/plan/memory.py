@@ -1,8 +1,8 @@
 """Memory of the models a rank, and disk of the training run. Worked out, not measured.
 
-training  16 bytes a parameter for weights, gradients and Adam; activations 34 bytes a token,
-          layer and hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix),
-          twice that in 32
+training  16 bytes a parameter for weights, gradients and Adam, 18 in bfloat16, whose gradients are
+          added in float32, and 4 for a moving average; activations 34 bytes a token, layer and
+          hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix), twice that in 32
 teacher   weights, 16 live values a token and hidden unit, and the chunk of the head
 """
 
@@ -41,7 +41,8 @@ def student_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     stage = int(zero.get("stage", 3))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     weights = parameters * width // (world if stage >= 3 else 1)
-    gradients = parameters * width // (world if stage >= 2 else 1)
+    bfloat16 = (config.deepspeed.get("bf16") or {}).get("enabled")
+    gradients = parameters * (4 if bfloat16 else width) // (world if stage >= 2 else 1)
     states = parameters * (12 if width == 2 else 8) // (world if stage >= 1 else 1)
     gathered = 2 * parameters * width // model.layers if stage >= 3 else 0
     tokens = config.train.micro_batch * config.data.seq_len

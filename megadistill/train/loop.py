@@ -69,18 +69,27 @@ def train(config: Config, mesh: Mesh) -> Trained:
     reporter = None
     if mesh.rank == 0:
         reporter = Reporter(run.folder.path, done=start.step, steps=run.steps)
-    try:
-        end, figures = run_steps(run, trainer, mesh, start, reporter)
-    finally:
-        if reporter is not None:
-            reporter.close()
-    if end.step == run.steps:
-        finish(run, trainer, mesh, figures)
+    # Over the export as well: a rank that had forgotten it was told, when done with the steps, and
+    # one that was told a moment later would part, one exporting with the other gone.
+    with told_to_stop() as told:
+        try:
+            end, figures = run_steps(run, trainer, mesh, start, reporter, told=told)
+        finally:
+            if reporter is not None:
+                reporter.close()
+        if end.step == run.steps:
+            finish(run, trainer, mesh, figures)
     return Trained(run.steps, end.step, end.step - start.step, config.train.out_dir)
 
 
 def run_steps(
-    run: Run, trainer: Trainer, mesh: Mesh, start: Position, reporter: Reporter | None
+    run: Run,
+    trainer: Trainer,
+    mesh: Mesh,
+    start: Position,
+    reporter: Reporter | None,
+    *,
+    told: threading.Event,
 ) -> tuple[Position, dict[str, float] | None]:
     """The steps from `start` on; where they ended, and the last evaluation. Collective."""
     settings, position, saved, figures = run.config.train, start, start.step, None
@@ -91,7 +100,7 @@ def run_steps(
         micro_batch=settings.micro_batch, with_targets=run.stores[0].has_targets,
         first=start.step, last=run.steps,
     )  # fmt: skip
-    with batches, told_to_stop() as told:
+    with batches:
         while position.step < run.steps:
             moved = run_step(run, trainer, batches, policy, position, reporter, told=told)
             if moved is None:

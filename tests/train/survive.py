@@ -39,6 +39,7 @@ POINTS = {
     "before the old are removed": (
         "megadistill.train.checkpoint:_remove_all_but", "before", "rank 0",
     ),
+    "before the export": ("megadistill.train.run:_export", "before"),
     "while converting": (
         "deepspeed.checkpoint.ds_to_universal:merge_zero3_slices", "before", "rank 0",
     ),
@@ -47,11 +48,12 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Death:
-    """Rank `rank` kills itself when it comes by `point` for the n-th time."""
+    """Rank `rank` sends itself the signal `by` when it comes by `point` for the n-th time."""
 
     point: str
     rank: int
     time: int
+    by: int = signal.SIGKILL
 
 
 def make_run(folder: Path, **train: object) -> Path:
@@ -68,17 +70,18 @@ def make_run(folder: Path, **train: object) -> Path:
     return file
 
 
-def start(file: Path, out: Path, notes: Path, death: Death | None = None, world: int = 2) -> Ranks:
+def start(file: Path, out: Path, notes: Path, *deaths: Death, world: int = 2) -> Ranks:
     argv = ["--config", str(file), f"train.out_dir={out}"]
-    return Ranks(world, "tests.train.survive:train", argv, death, folder=notes)
+    return Ranks(world, "tests.train.survive:train", argv, deaths, folder=notes)
 
 
-def train(argv: list[str], death: Death | None) -> int:
+def train(argv: list[str], deaths: tuple[Death, ...]) -> int:
     """What a forked rank runs: launch/train.py, to its end or its death."""
     from megadistill.commands import run
 
-    if death is not None and int(os.environ["RANK"]) == death.rank:
-        arm(death)
+    for death in deaths:
+        if int(os.environ["RANK"]) == death.rank:
+            arm(death)
     spec = importlib.util.spec_from_file_location("train", ROOT / "launch" / "train.py")
     assert spec is not None
     assert spec.loader is not None
@@ -100,10 +103,10 @@ def arm(death: Death) -> None:
     def deadly(*args: object, **kwargs: object) -> object:
         left[0] -= 1
         if left[0] == 0 and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), death.by)
         result = function(*args, **kwargs)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if left[0] == 0 and when == "after":
+            os.kill(os.getpid(), death.by)
         return result
 
     setattr(owner, name, deadly)

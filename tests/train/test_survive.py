@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.train.survive import POINTS, STOP_S, Death, die, finish, make_run, ne
 from tests.train.survive import result as result_of
 
 SEEDS, TERMS, TERM_PARTS = 3, 20, 4
-ALWAYS = [point for point in POINTS if point != "while converting"]  # ten that every run comes by
+ALWAYS = list(POINTS)[:10]  # those inside a step or a save
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,18 @@ def test_a_kill_while_converting_costs_nothing(file, tmp_path):
     assert "resumed at step 6 of 8" in said
     assert result_of(killed) == result_of(whole)
     assert not (killed / "checkpoints/.universal").exists()
+
+
+def test_ranks_told_to_stop_one_in_the_last_save_and_one_at_the_export_part_in_peace(
+    file, undisturbed, tmp_path
+):
+    first = Death("before the manifest", 1, 4, by=SIGTERM)
+    second = Death("before the export", 0, 1, by=SIGTERM)
+    with start(file, tmp_path / "out", tmp_path / "notes", first, second) as ranks:
+        codes = ranks.wait(STOP_S + 60)
+        assert codes == [0, 0], ranks.said()
+        assert "Traceback" not in ranks.said()
+    assert result_of(tmp_path / "out") == undisturbed
 
 
 def told(file, undisturbed, folder: Path, delay: float) -> str:

@@ -124,6 +124,17 @@ def test_a_disk_without_room_to_convert_is_one_line(one, tmp_path, monkeypatch):
         universal._convert(found.path, tmp_path / "room" / "step-000008")
 
 
+def test_in_bfloat16_too_another_number_of_ranks_goes_on_alike(tmp_path):
+    """Gradients added in bfloat16 had made it 1e-2 by then."""
+    config = odd_config(tmp_path, steps=30, save_every=5)
+    config = config.model_copy(update={"deepspeed": SMALL | {"bf16": {"enabled": True}}})
+    run_ranks(1, RUN, config=config)
+    resumed = cut(config, 5, "two")
+    run_ranks(2, RUN, config=resumed)
+    losses = [np.array(series(each))[:, 0] for each in (resumed, config)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-3)
+
+
 def test_another_global_batch_is_refused_at_another_number_of_ranks(one):
     config = cut(one, 3, "batch")
     config = config.model_copy(
@@ -136,14 +147,11 @@ def test_another_global_batch_is_refused_at_another_number_of_ranks(one):
 
 @pytest.mark.long
 @pytest.mark.parametrize("before", [1, 2, 4])
-# At a learning rate of 1e-2 what bfloat16 rounds is 1e-2 in the loss after these steps.
-@pytest.mark.parametrize(
-    ("dtype", "lr", "bound"), [("float32", 1e-2, 1e-5), ("bfloat16", 1e-3, 1e-3)]
-)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
 def test_the_fifty_steps_after_another_number_of_ranks_agree(
-    tmp_path, capsys, before, dtype, lr, bound
+    tmp_path, capsys, before, dtype, bound
 ):
-    config = odd_config(tmp_path, steps=60, save_every=10, lr=lr)
+    config = odd_config(tmp_path, steps=60, save_every=10)
     if dtype == "bfloat16":
         config = config.model_copy(update={"deepspeed": SMALL | {"bf16": {"enabled": True}}})
     run_ranks(before, RUN, config=config)

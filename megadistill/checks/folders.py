@@ -12,7 +12,7 @@ from megadistill.disk import check_disk, device_of, is_url
 from megadistill.errors import ConfigError
 from megadistill.plan import Plan
 
-_RUN_ENTRIES = {"metrics.jsonl", "checkpoints", "model"}
+_RUN_ENTRIES = {"run.json", ".run.json", "metrics.jsonl", "checkpoints", "model"}
 
 
 def check_corpus(config: Config) -> None:

@@ -105,7 +105,6 @@ ALLOWED: dict[str, Any] = {
     "compile": "mapping",
     "csv_monitor": "mapping",
     "data_types": "mapping",
-    "datastates_ckpt": "mapping",
     "disable_allgather": "bool",
     "disable_python_gc": "bool",
     "dump_state": "bool",
@@ -130,11 +129,13 @@ _BATCH = "train.global_batch and train.micro_batch say it, at every number of ra
 _LOSS = "the loss is divided by the global batch's number of valid positions, once and by us"
 _ORDER = "the order of the sequences is the order section's"
 _UNUSED = "nothing here uses it"
+_BACKGROUND = "a checkpoint is sealed when its files are whole, and these go on being written"
 REFUSED: dict[str, str] = {
     "autotuning": _BATCH,
     "bfloat16": "it is DeepSpeed's old name: write bf16",
     "data_efficiency": _ORDER,
     "dataloader_drop_last": _ORDER,
+    "datastates_ckpt": _BACKGROUND,
     "expert_parallel": _UNUSED,
     "gradient_accumulation_steps": _BATCH,
     "gradient_allreduce_op": _LOSS,
@@ -160,6 +161,7 @@ REMOVED = (
 )  # fmt: skip
 _REFUSED_INSIDE: dict[tuple[str, ...], str] = {
     ("checkpoint", "load_universal"): "train.py converts checkpoints by itself",
+    ("checkpoint", "writer"): _BACKGROUND,
     ("zero_optimization", "elastic_checkpoint"): "train.py converts checkpoints by itself",
     ("zero_optimization", "cpu_offload"): "write offload_optimizer: {device: cpu}",
     ("zero_optimization", "cpu_offload_param"): "write offload_param: {device: cpu}",

@@ -62,7 +62,7 @@ def _worst_bytes_a_sequence(config: Config) -> float:
 
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
-    for rule in (_source, _fields, _folders, _teacher, _targets, _batch, _steps):
+    for rule in (_source, _fields, _folders, _teacher, _targets, _batch, _steps, _averages):
         yield from rule(config)
     for path, message in deepspeed_problems(config.deepspeed):
         yield Problem((".".join(("deepspeed", *path)),), message)
@@ -260,6 +260,31 @@ def _batch(config: Config) -> Iterator[Problem]:
             "takes equal shares of every group: leave order.groups out, or set it to "
             f"{default_groups(train.global_batch)}",
         )
+
+
+def _averages(config: Config) -> Iterator[Problem]:
+    if config.student is None:
+        return
+    train = config.train
+    if train.keep_best and config.eval.cache is None:
+        yield Problem(
+            ("train.keep_best", "eval.cache"),
+            "there is no held-out loss to be lowest without eval.cache: set it, or leave "
+            "train.keep_best out",
+        )
+    if train.use_ema and not train.ema:
+        yield Problem(
+            ("train.use_ema", "train.ema"), "there is no average to use: set train.ema=true"
+        )
+    zero = config.deepspeed.get("zero_optimization")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = zero.get(part) if isinstance(zero, dict) else None
+        if train.ema and isinstance(offload, dict) and offload.get("device") == "nvme":
+            yield Problem(
+                ("train.ema", f"deepspeed.zero_optimization.{part}"),
+                f"needs the weights in memory, and {part}.device is nvme: set it to cpu, or leave "
+                "train.ema out",
+            )
 
 
 def _steps(config: Config) -> Iterator[Problem]:

@@ -416,7 +416,29 @@ class TrainConfig(Section):
     eval_every: PositiveInt | None = Field(
         default=None, description="steps between held-out evaluations; default: at the end only"
     )
-    keep: PositiveInt = Field(default=2, description="checkpoints to keep")
+    keep: PositiveInt = Field(default=2, description="checkpoints to keep, the newest")
+    keep_best: bool = Field(
+        default=False,
+        description="keep that of the lowest held-out loss as well, and export it to `model_best/`",
+    )
+    ema: bool = Field(
+        default=False,
+        description="keep a moving average of the weights: 4 bytes a parameter over all ranks",
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1), _Number] = Field(
+        default=0.9999, description="its decay; at first less, (1 + t) / (10 + t) after t steps"
+    )
+    use_ema: bool = Field(
+        default=False, description="evaluate and export the average instead of the weights"
+    )
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="at a loss or gradient that is not finite: stop with an error, or leave the "
+        "step out on all ranks; both name the sequences",
+    )
+    skip_budget: CountInt = Field(
+        default=10, description="`non_finite: skip`: steps to leave out at most in the whole run"
+    )
     seed: Seed = Field(default=0, description="seed of random weights")
     deterministic: bool = Field(
         default=False, description="repeatable to the bit on a GPU too, at some cost in speed"

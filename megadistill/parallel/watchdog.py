@@ -127,15 +127,17 @@ class Watchdog:
     @contextlib.contextmanager
     def told_to_stop(self) -> Iterator[threading.Event]:
         """An event in place of SystemExit: the main thread has SAVING_S to leave by itself."""
-        self._told = threading.Event()
+        self._told, done = threading.Event(), False
         try:
             if self._acted_at:
                 self._told.set()
             yield self._told
+            done = True
         finally:
             with self._lock:
                 told, self._told = self._told.is_set(), None
-                if told and self.cause and self.cause.code != FAILED:
+                # Not after an error, which another rank's leaving for the same cause may be.
+                if done and told and self.cause and self.cause.code != FAILED:
                     self._forget()  # what was asked for is done
 
     def settled(self, wait_s: float) -> Cause | None:

@@ -1,8 +1,8 @@
 """Memory of the models a rank, and disk of the training run. Worked out, not measured.
 
-training  16 bytes a parameter for weights, gradients and Adam; activations 34 bytes a token,
-          layer and hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix),
-          twice that in 32
+training  16 bytes a parameter for weights, gradients and Adam, 18 in bfloat16, whose gradients are
+          added in float32, and 4 for a moving average; activations 34 bytes a token, layer and
+          hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix), twice that in 32
 teacher   weights, 16 live values a token and hidden unit, and the chunk of the head
 """
 
@@ -41,12 +41,14 @@ def student_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     stage = int(zero.get("stage", 3))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     weights = parameters * width // (world if stage >= 3 else 1)
-    gradients = parameters * width // (world if stage >= 2 else 1)
+    bfloat16 = (config.deepspeed.get("bf16") or {}).get("enabled")
+    gradients = parameters * (4 if bfloat16 else width) // (world if stage >= 2 else 1)
     states = parameters * (12 if width == 2 else 8) // (world if stage >= 1 else 1)
     gathered = 2 * parameters * width // model.layers if stage >= 3 else 0
     tokens = config.train.micro_batch * config.data.seq_len
+    average = 4 * parameters // world if config.train.ema else 0
     activations = tokens * model.layers * model.hidden_size * 17 * width
-    return weights + gradients + (0 if offloaded else states) + gathered + activations
+    return weights + gradients + (0 if offloaded else states) + average + gathered + activations
 
 
 def _half_precision(config: Config) -> bool:
@@ -54,9 +56,11 @@ def _half_precision(config: Config) -> bool:
 
 
 def run_bytes(config: Config, model: ModelFiles | None) -> int | None:
-    """Checkpoints (one more than are kept, while it is written) and the exported model."""
+    """Checkpoints (one more than are kept, while it is written) and the exported models."""
     found = None if model is None else model.parameters()
     if found is None:
         return None
-    half = _half_precision(config)
-    return found[0] * ((config.train.keep + 1) * (14 if half else 12) + (2 if half else 4))
+    train, width = config.train, 2 if _half_precision(config) else 4
+    checkpoints, models = train.keep + 1 + train.keep_best, 1 + train.keep_best
+    one = (14 if width == 2 else 12) + (4 if train.ema else 0)
+    return found[0] * (checkpoints * one + models * width)

@@ -3,23 +3,27 @@
     checkpoints/step-000200/
       zero_pp_rank_..., ...        DeepSpeed's: weights, fp32 copies, moments, one file a rank
       random-00000.pt              each rank's random states
+      ema-00000.pt                 each rank's part of the moving average, with train.ema
       manifest.json                written last: size and xxh3 of every file, where the run stood
 
-DeepSpeed writes in place, without checks, and loads with pickle. So everything is brought to disk
-before the manifest is, and nothing is loaded that the manifest does not confirm: a checkpoint
-without one, or with a file that differs, is passed over, loudly, for the one before. Rank 0 looks
-and decides for all.
+DeepSpeed writes in place, without checks, and loads with pickle. So it writes into a folder of
+another name, everything is brought to disk, then the manifest, and the folder gets its name; it
+loses it before it is removed. What has the name was whole once, and nothing is loaded that the
+manifest does not confirm: a checkpoint without one, or with a file that differs, is passed over,
+loudly, for the one before. Of a run that died in its first save nothing has a name, so that it
+starts again. Rank 0 looks and decides for all. Another number of ranks loads through universal.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -27,12 +31,16 @@ import xxhash
 from megadistill.blocks.files import LOCAL
 from megadistill.blocks.records import encode_json, hex64, put_file, read_json
 from megadistill.errors import CorruptBlockError, StoreError, TrainError
-from megadistill.parallel import Mesh
+from megadistill.train.universal import FOLDER, load_universal
+
+if TYPE_CHECKING:
+    from megadistill.train.engine import Trainer
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_SAVING, _REMOVING = ".saving", ".removing"
 
 
 @dataclass(frozen=True)
@@ -42,38 +50,67 @@ class Position:
     step: int
     sequences: int
     tokens: int
+    skipped: int = 0  # steps left out for numbers that are not finite
 
 
-def save(engine: Any, mesh: Mesh, folder: Path, position: Position, *, keep: int) -> Path:
-    """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective."""
-    path = folder / f"step-{position.step:06d}"
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was verified."""
+
+    path: Path
+    position: Position
+    world: int  # ranks that wrote it
+    figures: dict[str, float] | None  # of the held-out evaluation of its step
+
+
+def save(
+    trainer: Trainer,
+    folder: Path,
+    position: Position,
+    *,
+    keep: int,
+    keep_best: bool = False,
+    figures: dict[str, float] | None = None,
+) -> Path:
+    """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective.
+
+    figures: of the held-out evaluation of this step. keep_best: of those that have figures, that of
+    the lowest loss stays as well.
+    """
+    mesh = trainer.mesh
+    path, target = folder / _SAVING, folder / f"step-{position.step:06d}"
     # What a killed save left there would otherwise be listed as part of this one.
-    mesh.first(lambda: _remove(path))
-    engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
+    mesh.first(lambda: LOCAL.remove_tree(path))
+    trainer.engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
     torch.save(_random_states(), path / f"random-{mesh.rank:05d}.pt")
+    if trainer.ema is not None:
+        trainer.ema.save(path, rank=mesh.rank)
     mesh.barrier()
-    mesh.first(lambda: _seal(path, position, mesh.world, keep))
-    return path
+
+    def seal() -> None:
+        _seal(path, position, mesh.world, figures)
+        _remove(target)  # a damaged one, that was passed over
+        LOCAL.replace(path, target)
+        LOCAL.fsync_dir(folder)
+        _remove_all_but(folder, keep=keep, keep_best=keep_best)
+
+    mesh.first(seal)
+    return target
 
 
-def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
+def latest(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint, every byte of it read. For rank 0.
 
-    TrainError where there are checkpoints and none is sound, or it is of another number of ranks.
+    TrainError where there are checkpoints and none is sound.
     """
+    for name in (_SAVING, _REMOVING, FOLDER):  # of a run that died meanwhile
+        LOCAL.remove_tree(folder / name)
     found = sorted(checkpoints(folder), reverse=True)
     for step, path in found:
         try:
-            manifest = verified(path)
+            return verified(path)
         except (CorruptBlockError, StoreError, TrainError) as error:
             log.warning("checkpoint of step %d is passed over: %s", step, error)
-            continue
-        if manifest["world"] != world:
-            raise TrainError(
-                f"{path}: was written by {manifest['world']} rank(s), this run has {world}: start "
-                f"{manifest['world']}, or choose another train.out_dir"
-            )
-        return path, Position(**manifest["position"])
     if found:
         raise TrainError(
             f"{folder}: none of its {len(found)} checkpoint(s) is sound: restore one from a "
@@ -82,12 +119,44 @@ def latest(folder: Path, *, world: int) -> tuple[Path, Position] | None:
     return None
 
 
-def load(engine: Any, mesh: Mesh, path: Path) -> None:
-    """Weights, moments, counters and random states from a checkpoint that was verified."""
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+def best(folder: Path) -> Checkpoint | None:
+    """The checkpoint of the lowest held-out loss, where there is one and it is sound. For rank 0.
+
+    Where it is damaged that is said, and no other takes its place: its loss would be another.
+    """
+    ranked = sorted(_losses(folder).items(), key=lambda item: (item[1], item[0]))
+    if not ranked:
+        return None
+    try:
+        return verified(ranked[0][0])
+    except (CorruptBlockError, StoreError, TrainError) as error:
+        log.warning("the best checkpoint is passed over: %s", error)
+        return None
+
+
+def lowest_loss(folder: Path) -> float:
+    """The lowest held-out loss of the checkpoints there are; infinity without one. For rank 0."""
+    return min(_losses(folder).values(), default=math.inf)
+
+
+def load(trainer: Trainer, found: Checkpoint) -> None:
+    """Weights, moments, averages, counters and, at the same number of ranks, random states.
+
+    Collective.
+    """
+    engine, mesh = trainer.engine, trainer.mesh
+    if trainer.ema is not None:
+        trainer.ema.load(found.path, rank=mesh.rank, written_by=found.world)
+    if found.world != mesh.world:
+        # Nothing but dropout draws from the states, and it promises nothing here.
+        load_universal(engine, mesh, found.path, written_by=found.world)
+        return
+    loaded, _ = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
     if loaded is None:
-        raise TrainError(f"{path}: DeepSpeed cannot load it, although every file is as written")
-    states = torch.load(path / f"random-{mesh.rank:05d}.pt", weights_only=True)
+        raise TrainError(
+            f"{found.path}: DeepSpeed cannot load it, although every file is as written"
+        )
+    states = torch.load(found.path / f"random-{mesh.rank:05d}.pt", weights_only=True)
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     if "cuda" in states and torch.cuda.is_available():
@@ -103,8 +172,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in named if match]
 
 
-def verified(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is as it was written.
+def verified(path: Path) -> Checkpoint:
+    """A checkpoint whose every file is as it was written.
 
     Raises TrainError where there is no manifest or a file differs, CorruptBlockError for a damaged
     manifest.
@@ -112,37 +181,60 @@ def verified(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path / MANIFEST)
     except FileNotFoundError:
-        raise TrainError(f"{path}: has no {MANIFEST}: the save was cut short") from None
+        raise TrainError(f"{path}: has no {MANIFEST}: it was removed") from None
     for name, expected in manifest["files"].items():
         file = path / name
         found = _entry(file) if file.is_file() else "no such file"
         if found != expected:
             raise TrainError(f"{file}: expected {expected}, found {found}: the file is damaged")
-    return manifest
+    return Checkpoint(
+        path, Position(**manifest["position"]), manifest["world"], manifest.get("figures")
+    )
 
 
-def _seal(path: Path, position: Position, world: int, keep: int) -> None:
+def _seal(path: Path, position: Position, world: int, figures: dict[str, float] | None) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         LOCAL.fsync(file)
     for directory in sorted({file.parent for file in files} | {path, path.parent}):
         LOCAL.fsync_dir(directory)
+    finite = {name: value for name, value in (figures or {}).items() if math.isfinite(value)}
     manifest = {
+        "figures": finite or None,
         "files": {file.relative_to(path).as_posix(): _entry(file) for file in files},
         "format_version": 1,
         "position": vars(position),
         "world": world,
     }
     put_file(LOCAL, path / MANIFEST, encode_json(manifest), temporary=path / f".{MANIFEST}")
-    for _, old in sorted(checkpoints(path.parent))[:-keep]:
-        _remove(old)
+
+
+def _remove_all_but(folder: Path, *, keep: int, keep_best: bool) -> None:
+    kept = [path for _, path in sorted(checkpoints(folder))[-keep:]]
+    losses = _losses(folder) if keep_best else {}
+    if losses:
+        kept.append(min(losses, key=lambda path: (losses[path], path)))
+    for _, path in checkpoints(folder):
+        if path not in kept:
+            _remove(path)
+
+
+def _losses(folder: Path) -> dict[Path, float]:
+    """The held-out loss of every checkpoint that has one in a manifest that can be read."""
+    losses = {}
+    for _, path in checkpoints(folder):
+        with contextlib.suppress(FileNotFoundError, CorruptBlockError, StoreError):
+            figures = read_json(path / MANIFEST).get("figures") or {}
+            if "loss" in figures:
+                losses[path] = float(figures["loss"])
+    return losses
 
 
 def _remove(path: Path) -> None:
-    # Without its manifest a folder is no checkpoint, however far its removal comes.
     if path.is_dir():
-        LOCAL.unlink(path / MANIFEST)
-        LOCAL.remove_tree(path)
+        LOCAL.remove_tree(path.parent / _REMOVING)
+        LOCAL.replace(path, path.parent / _REMOVING)
+        LOCAL.remove_tree(path.parent / _REMOVING)
 
 
 def _entry(file: Path) -> dict[str, Any]:

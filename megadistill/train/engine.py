@@ -11,7 +11,9 @@ host; torch's fused kernel is there on CPU and GPU alike, and updates the same f
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
 from megadistill.student.model import Student
+from megadistill.train.ema import Ema
 
 if TYPE_CHECKING:
     from megadistill.train.data import MicroBatch
@@ -56,6 +59,12 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if (settings.get("bf16") or {}).get("enabled"):
+        # Sums of bfloat16 gradients are mostly exact in float32, so in any order, of any number of
+        # ranks and micro-batches: 50 steps at 1 and at 2 ranks gave the same losses to the bit. In
+        # bfloat16, half the bytes, they were 2e-3 apart.
+        settings.setdefault("communication_data_type", "fp32")
+        settings["data_types"] = {"grad_accum_dtype": "fp32"} | (settings.get("data_types") or {})
     return settings
 
 
@@ -89,6 +98,9 @@ class Trainer:
             model=student, optimizer=optimizer, config=settings
         )
         self.student, self.mesh = student, mesh
+        train = config.train
+        self.ema = Ema(self.engine, decay=train.ema_decay) if train.ema else None
+        self._use_ema = train.use_ema
 
     def backward(
         self, batch: MicroBatch, loss: LossConfig, normalizer: tuple[float, float], *, last: bool
@@ -96,10 +108,14 @@ class Trainer:
         """The gradients of one micro-batch, added to those of the step. Collective.
 
         loss: as it is at this step, see `LossConfig.at`.
+        Where its loss is not finite its gradients are not either, so that `step` updates nothing.
         """
         options = loss.model_dump(exclude={"curriculum"}) | {"normalizer": normalizer}
         terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
-        self.engine.backward(terms.loss * self.mesh.world, scale_wrt_gas=False)
+        # Infinity minus something may well have a finite gradient. Chosen without a look at the
+        # value, for which an accelerator would have to be waited.
+        undone = torch.where(terms.loss.detach().isfinite(), float(self.mesh.world), torch.nan)
+        self.engine.backward(terms.loss * undone, scale_wrt_gas=False)
         if not last:
             # DeepSpeed counts micro-batches here; it updates at the last one only.
             self.engine.step()
@@ -108,9 +124,26 @@ class Trainer:
     def step(self, lr: float) -> float:
         """Clip and update; the norm of the gradient before clipping. Collective.
 
-        A gradient that is not finite gives infinity, and updates nothing.
+        A gradient that is not finite on any rank gives infinity on all, and updates nothing.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        if self.ema is not None and math.isfinite(norm):
+            self.ema.update()
+        return norm
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether a loss scaler (float16) tries out which gradients overflow."""
+        return bool(self.engine.fp16_enabled() and self.engine.optimizer.dynamic_loss_scale)
+
+    def judged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the engine has the weights to evaluate and export: the average where asked for.
+
+        Collective.
+        """
+        if self.ema is None or not self._use_ema:
+            return contextlib.nullcontext()
+        return self.ema.in_place()

@@ -79,6 +79,7 @@ def export(
         for file in temporary.iterdir():
             LOCAL.fsync(file)
         LOCAL.fsync_dir(temporary)
+        LOCAL.remove_tree(folder)  # one that a run left that died before its end
         LOCAL.replace(temporary, folder)
         LOCAL.fsync_dir(folder.parent)
 

@@ -4,6 +4,7 @@ run.json        what the run is, written first, never changed
 metrics.jsonl   a line a step
 eval.jsonl      a line an evaluation
 checkpoints/    of which the newest sound one is resumed
+model_best/     with train.keep_best, the model of the lowest held-out loss
 model/          the trained model; put in place last, so that it says the run is finished
 """
 
@@ -20,7 +21,12 @@ from megadistill.errors import TrainError
 from megadistill.train.data import Sequences
 
 # Where and how often something is written, and how a step is cut up, are no part of what is run.
-_FREE = ("out_dir", "save_every", "eval_every", "keep", "micro_batch")
+_FREE = (
+    "out_dir", "save_every", "eval_every", "keep", "keep_best", "micro_batch", "use_ema",
+    "non_finite", "skip_budget",
+)  # fmt: skip
+# Without an average nothing is said of it, as before there was one.
+_EMA = ("ema", "ema_decay")
 
 
 class RunFolder:
@@ -29,6 +35,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
+        self.best = self.path / "model_best"
         self._identity = self.path / "run.json"
 
     def claim(self, identity: dict[str, Any]) -> bool:
@@ -38,13 +45,14 @@ class RunFolder:
         run of another configuration.
         """
         if not self._identity.exists():
+            temporary = self.path / ".run.json"
+            LOCAL.unlink(temporary)  # of a run that died writing it
             if self.path.exists() and any(self.path.iterdir()):
                 raise TrainError(
                     f"train.out_dir: {self.path} holds something that is no run of ours (there is "
                     f"no {self._identity.name}): choose another folder, or empty it"
                 )
             LOCAL.mkdir(self.path)
-            temporary = self.path / ".run.json"
             put_file(LOCAL, self._identity, encode_json(identity), temporary=temporary)
         require_same_recipe(
             read_json(self._identity), identity, file=str(self._identity), other="this run's is",
@@ -56,7 +64,8 @@ class RunFolder:
 def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[str, Any]:
     """Everything the trained weights depend on and that the configuration decides."""
     assert config.student is not None
-    train = config.train.model_dump(mode="json", exclude={*_FREE, "steps", "epochs"})
+    free = {*_FREE, "steps", "epochs", *(() if config.train.ema else _EMA)}
+    train = config.train.model_dump(mode="json", exclude=free)
     return {
         "cache": {
             str(i): {"recipe": s.recipe, "sequences": len(s), "weight": s.weight}

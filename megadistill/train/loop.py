@@ -5,7 +5,7 @@
 A step is one global batch. Each rank runs its micro-batches, every loss a sum divided by the valid
 positions of the whole batch, which are counted before the first of them; gradients add up to those
 of the one batch. All ranks decide together whether to go on: a rank that was told to stop, or met
-a number that is not finite, takes the others along.
+a number that is not finite (nonfinite.py), takes the others along.
 
 Shapes: none; positions and sequences are counted.
 """
@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megadistill.config import Config, LossConfig
-from megadistill.errors import TrainError
 from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
@@ -30,6 +29,7 @@ from megadistill.train.data import MicroBatch
 from megadistill.train.engine import Trainer
 from megadistill.train.folder import run_identity
 from megadistill.train.metrics import Reporter
+from megadistill.train.nonfinite import NonFinite
 from megadistill.train.run import Run, build, finish, prepare
 from megadistill.train.schedule import learning_rate
 
@@ -58,87 +58,124 @@ def train(config: Config, mesh: Mesh) -> Trained:
         if mesh.rank == 0:
             log.info("%s: finished already, %d steps", run.folder.path, run.steps)
         return Trained(run.steps, run.steps, 0, config.train.out_dir)
-    found = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints, world=mesh.world))
+    found = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints))
     trainer = build(run, mesh)
     start = Position(0, 0, 0)
     if found is not None:
-        checkpoint.load(trainer.engine, mesh, found[0])
-        start = found[1]
+        checkpoint.load(trainer, found)
+        start = found.position
         if mesh.rank == 0:
-            log.info("resumed at step %d of %d from %s", start.step, run.steps, found[0])
+            log.info("resumed at step %d of %d from %s", start.step, run.steps, found.path)
     reporter = None
     if mesh.rank == 0:
         reporter = Reporter(run.folder.path, done=start.step, steps=run.steps)
-    try:
-        end, figures = run_steps(run, trainer, mesh, start, reporter)
-    finally:
-        if reporter is not None:
-            reporter.close()
-    if end.step == run.steps:
-        finish(run, trainer, mesh, figures)
+    # Over the export as well: a rank that had forgotten it was told, when done with the steps, and
+    # one that was told a moment later would part, one exporting with the other gone.
+    with told_to_stop() as told:
+        try:
+            end, figures = run_steps(run, trainer, mesh, start, reporter, told=told)
+        finally:
+            if reporter is not None:
+                reporter.close()
+        if end.step == run.steps:
+            finish(run, trainer, mesh, figures)
     return Trained(run.steps, end.step, end.step - start.step, config.train.out_dir)
 
 
 def run_steps(
-    run: Run, trainer: Trainer, mesh: Mesh, start: Position, reporter: Reporter | None
+    run: Run,
+    trainer: Trainer,
+    mesh: Mesh,
+    start: Position,
+    reporter: Reporter | None,
+    *,
+    told: threading.Event,
 ) -> tuple[Position, dict[str, float] | None]:
     """The steps from `start` on; where they ended, and the last evaluation. Collective."""
     settings, position, saved, figures = run.config.train, start, start.step, None
+    policy = NonFinite(settings, mesh, run.stores, skipped=start.skipped)
+    lowest = mesh.first(lambda: checkpoint.lowest_loss(run.folder.checkpoints))
     batches = Batches(
         run.stores, run.order, rank=mesh.rank, world=mesh.world,
         micro_batch=settings.micro_batch, with_targets=run.stores[0].has_targets,
         first=start.step, last=run.steps,
     )  # fmt: skip
-    with batches, told_to_stop() as told:
-        for step in range(start.step, run.steps):
-            started = time.monotonic()
-            share = next(batches)
-            data_s = time.monotonic() - started
-            counts = [
-                sum(b.kd_count for b in share),
-                sum(b.ce_count for b in share),
-                int(told.is_set()),
-            ]
-            kd_count, ce_count, stop = mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-            if stop:
+    with batches:
+        while position.step < run.steps:
+            moved = run_step(run, trainer, batches, policy, position, reporter, told=told)
+            if moved is None:
                 break
-            lr = learning_rate(step, run.steps, settings)
-            loss = run.config.loss.at(step / run.steps)
-            sums = [
-                _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
-                for batch in share
-            ]
-            kd_sum, ce_sum, z_sum = mesh.sum(torch.stack(sums).sum(0)).tolist()
-            if not math.isfinite(kd_sum + ce_sum + z_sum):
-                _refuse_non_finite(run, mesh, step, [b for b, s in zip(share, sums, strict=True)
-                                                     if not s.isfinite().all()])  # fmt: skip
-            grad_norm = trainer.step(lr)
-            if not math.isfinite(grad_norm):
-                _refuse_non_finite(run, mesh, step, share)
-            tokens = settings.global_batch * run.stores[0].seq_len
-            position = Position(
-                step + 1, position.sequences + settings.global_batch, position.tokens + tokens
-            )
-            if reporter is not None:
-                seconds = time.monotonic() - started
-                reporter.step({
-                    "step": position.step,
-                    **_losses(run, loss, kd_sum, kd_count, ce_sum, ce_count, z_sum),
-                    **{name: getattr(loss, name) for name in run.config.loss.changes},
-                    "lr": lr, "grad_norm": grad_norm,
-                    "sequences": position.sequences, "tokens": position.tokens,
-                    "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
-                })  # fmt: skip
+            position = moved
             last = position.step == run.steps
-            if run.evaluation and (last or _due(position.step, settings.eval_every)):
+            best = False
+            evaluated = bool(run.evaluation) and (last or _due(position.step, settings.eval_every))
+            if evaluated:
                 figures = evaluate(run, trainer, position, reporter)
-            if last or _due(position.step, settings.save_every):
-                saved = save(run, trainer, mesh, position)
+                best = settings.keep_best and figures["loss"] < lowest
+                lowest = min(lowest, figures["loss"]) if best else lowest
+            if last or best or _due(position.step, settings.save_every):
+                saved = save(run, trainer, position, figures if evaluated else None)
     if saved < position.step:
-        save(run, trainer, mesh, position)
+        save(run, trainer, position, None)
     if position.step < run.steps and mesh.rank == 0:
         log.info("told to stop: saved at step %d of %d", position.step, run.steps)
     return position, figures
+
+
+def run_step(
+    run: Run,
+    trainer: Trainer,
+    batches: Batches,
+    policy: NonFinite,
+    position: Position,
+    reporter: Reporter | None,
+    *,
+    told: threading.Event,
+) -> Position | None:
+    """The step after `position`; where it leads, or None where all are to stop. Collective."""
+    started = time.monotonic()
+    share = next(batches)
+    data_s = time.monotonic() - started
+    counts = [
+        sum(b.kd_count for b in share),
+        sum(b.ce_count for b in share),
+        int(told.is_set()),
+    ]
+    totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+    kd_count, ce_count, stop = totals
+    if stop:
+        return None
+    lr = learning_rate(position.step, run.steps, run.config.train)
+    loss = run.config.loss.at(position.step / run.steps)
+    sums = [
+        _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
+        for batch in share
+    ]
+    kd_sum, ce_sum, z_sum = trainer.mesh.sum(torch.stack(sums).sum(0)).tolist()
+    grad_norm = trainer.step(lr)
+    counted = math.isfinite(kd_sum + ce_sum + z_sum)
+    applied = counted and math.isfinite(grad_norm)
+    if not applied and not (counted and trainer.scales_losses):
+        suspects = [b for b, s in zip(share, sums, strict=True) if not s.isfinite().all()]
+        policy.met(position.step + 1, share, suspects)
+    batch_size = run.config.train.global_batch
+    tokens = batch_size * run.stores[0].seq_len
+    position = Position(
+        position.step + 1, position.sequences + batch_size, position.tokens + tokens, policy.skipped
+    )
+    if reporter is not None:
+        seconds = time.monotonic() - started
+        losses = _losses(run, loss, kd_sum, kd_count, ce_sum, ce_count, z_sum)
+        losses |= {"grad_norm": grad_norm}
+        reporter.step({
+            "step": position.step,
+            # JSON has no number that is not finite.
+            **(losses if applied else {**dict.fromkeys(losses), "skipped": True}),
+            **{name: getattr(loss, name) for name in run.config.loss.changes},
+            "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
+            "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
+        })  # fmt: skip
+    return position
 
 
 def evaluate(
@@ -146,19 +183,22 @@ def evaluate(
 ) -> dict[str, float]:
     """The held-out figures of the student as it stands. Collective."""
     assert run.evaluation is not None
-    figures = run.evaluation.run(
-        trainer, micro_batch_size=run.config.train.micro_batch, pack=run.config.data.pack
-    )
+    with trainer.judged():
+        figures = run.evaluation.run(
+            trainer, micro_batch_size=run.config.train.micro_batch, pack=run.config.data.pack
+        )
     if reporter is not None:
         reporter.evaluation({"step": position.step, **figures})
     return figures
 
 
-def save(run: Run, trainer: Trainer, mesh: Mesh, position: Position) -> int:
-    """A checkpoint of this step; the step. Collective."""
+def save(run: Run, trainer: Trainer, position: Position, figures: dict[str, float] | None) -> int:
+    """A checkpoint of this step, with its evaluation if there was one; the step. Collective."""
+    train = run.config.train
     checkpoint.save(
-        trainer.engine, mesh, run.folder.checkpoints, position, keep=run.config.train.keep
-    )
+        trainer, run.folder.checkpoints, position,
+        keep=train.keep, keep_best=train.keep_best, figures=figures,
+    )  # fmt: skip
     return position.step
 
 
@@ -198,21 +238,3 @@ def _losses(
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _refuse_non_finite(run: Run, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
-    """TrainError on every rank, naming the sequences of all ranks. Collective."""
-    mine = [name for batch in batches for name in batch.names]
-    everyone: list[list[tuple[int, int]]] = [[] for _ in range(mesh.world)]
-    dist.all_gather_object(everyone, mine)
-    named = [name for names in everyone for name in names]
-    of_stores = [
-        f"{', '.join(str(i) for k, i in sorted(named) if k == number)} of {store.name}"
-        for number, store in enumerate(run.stores)
-        if any(k == number for k, _ in named)
-    ]
-    raise TrainError(
-        f"step {step + 1}: loss or gradient is not finite; among sequences "
-        f"{' and '.join(of_stores)}: nothing was saved after the last "
-        "checkpoint; lower train.lr, or look at these sequences"
-    )

@@ -67,6 +67,8 @@ class Reporter:
 
     def step(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
+        if record["loss"] is None:
+            return  # a step that was skipped; why has been said
         line = step_line(record, self._steps)
         if self._bar is not None:
             self._bar.update()

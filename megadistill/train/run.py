@@ -25,6 +25,7 @@ from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import check_divergence
+from megadistill.train import checkpoint
 from megadistill.train.data import Sequences, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
 from megadistill.train.evaluate import Evaluation, open_evaluation
@@ -108,21 +109,57 @@ def build(run: Run, mesh: Mesh) -> Trainer:
 
 
 def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | None) -> None:
-    """Export the model; with that the run is finished. Collective."""
-    config = run.config
-    learned = ", ".join(store.name for store in run.stores)
-    export(
-        trainer.student, mesh, run.folder.model,
-        tokenizer=student_tokenizer(config) if mesh.rank == 0 else None,
-        card=lambda: model_card(
-            config, learned=learned, steps=run.steps,
-            made_at=run.stores[0].recipe.get("temperature", config.loss.temperature),
-            figures=figures or _last_evaluation(run.folder.path / "eval.jsonl"),
-        ),
+    """Export the model, and the best one; with that the run is finished. Collective."""
+    if run.config.train.keep_best:
+        _export_best(run, trainer, mesh)
+    _export(
+        run, trainer, mesh, run.folder.model, steps=run.steps,
+        figures=figures or _last_evaluation(run.folder.path / "eval.jsonl"),
     )  # fmt: skip
     if mesh.rank == 0:
         log.info("%s: %d steps done, the model is in %s", run.folder.path, run.steps,
                  run.folder.model)  # fmt: skip
+
+
+def _export_best(run: Run, trainer: Trainer, mesh: Mesh) -> None:
+    """The model of the lowest held-out loss; the trainer then stands at its end again."""
+    best = mesh.first(lambda: checkpoint.best(run.folder.checkpoints))
+    if best is None:
+        return
+    last = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints))
+    if best.path != last.path:
+        checkpoint.load(trainer, best)
+    _export(
+        run, trainer, mesh, run.folder.best, steps=best.position.step, figures=best.figures
+    )  # fmt: skip
+    if best.path != last.path:
+        checkpoint.load(trainer, last)
+    if mesh.rank == 0:
+        log.info(
+            "%s: the lowest held-out loss, %.4f, is that of step %d", run.folder.best,
+            best.figures["loss"], best.position.step,
+        )  # fmt: skip
+
+
+def _export(
+    run: Run,
+    trainer: Trainer,
+    mesh: Mesh,
+    folder: Path,
+    *,
+    steps: int,
+    figures: dict[str, float] | None,
+) -> None:
+    learned = ", ".join(store.name for store in run.stores)
+    with trainer.judged():
+        export(
+            trainer.student, mesh, folder,
+            tokenizer=student_tokenizer(run.config) if mesh.rank == 0 else None,
+            card=lambda: model_card(
+                run.config, learned=learned, steps=steps, figures=figures,
+                made_at=run.stores[0].recipe.get("temperature", run.config.loss.at(0).temperature),
+            ),
+        )  # fmt: skip
 
 
 def _last_evaluation(path: Path) -> dict[str, Any] | None:

@@ -11,9 +11,12 @@ import torch
 
 from megadistill import parallel  # noqa: F401 - before deepspeed
 from megadistill.errors import MegadistillError
+from megadistill.train import checkpoint
+from megadistill.train.checkpoint import latest
 from megadistill.train.data import micro_batch
 from megadistill.train.evaluate import open_evaluation
 from megadistill.train.export import gathered
+from megadistill.train.folder import run_identity
 from megadistill.train.loop import train
 from megadistill.train.run import build, prepare
 from tests.allocation import AllocationWatch
@@ -99,3 +102,121 @@ def same_random_states(mesh, seed):
 
 def make_wide_model(path):
     return tiny_llama(path, vocab_size=997, hidden_size=16, intermediate_size=16)
+
+
+def optimizer_loaded(mesh, config):
+    """After resuming: weight decay of each group; step, and where it lies, of each sub-group."""
+    run = prepare(config, mesh)
+    trainer = build(run, mesh)
+    checkpoint.load(trainer, mesh.first(lambda: latest(run.folder.checkpoints)))
+    optimizer = trainer.engine.optimizer.optimizer
+    steps = [state["step"] for state in optimizer.state.values()]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    return decays, [step.item() for step in steps], [step.data_ptr() for step in steps]
+
+
+def gradient_of_an_infinite_loss(mesh, config):
+    """Two steps, the second with a loss on rank 1 that float32 does not hold.
+
+    For each: whether this rank's loss is finite, the head's gradient is, the weights changed.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    run = prepare(config, mesh)
+    trainer = build(run, mesh)
+    batch = micro_batch(run.stores, [(0, 0), (0, 1)], with_targets=True)
+    moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
+    weight = trainer.student.head.weight
+    found = []
+    # A hundred nats by 1e-37 are too much for float32, and the elements of their gradient are not.
+    for count in (1.0, 1e-37 if mesh.rank == 1 else 1.0):
+        before = safe_get_full_fp32_param(weight).clone()
+        loss = trainer.backward(moved, config.loss, (count, count), last=True).loss
+        gradient = safe_get_full_grad(weight)
+        trainer.step(1e-2)
+        updated = not torch.equal(before, safe_get_full_fp32_param(weight))
+        found.append((bool(loss.isfinite()), bool(gradient.isfinite().all()), updated))
+    return found
+
+
+class AllShapes(torch.nn.Module):
+    # A scalar of no dimension is more than DeepSpeed 0.19.8 can broadcast when it begins.
+    SHAPES = {  # noqa: RUF012
+        "scalar": (1,), "three": (3,), "odd": (3, 5), "deep": (2, 3, 7), "big": (17, 11),
+    }  # fmt: skip
+
+    def __init__(self, dtype):
+        super().__init__()
+        for name, shape in self.SHAPES.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype)))
+
+    def forward(self, factor):
+        return factor * sum((p.float() ** 2).sum() for p in self.parameters())
+
+
+def averages(mesh, folder, dtype, written_by):
+    """Averages of parameters of all shapes, whole: made in three steps here, or loaded.
+
+    Made here, they come with the weights of each step, the first those before any.
+    """
+    import deepspeed
+
+    from megadistill.train.ema import Ema
+
+    config = {
+        "train_batch_size": mesh.world,
+        "zero_optimization": {"stage": 3, "sub_group_size": 20},
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = AllShapes(getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1), config=config
+    )
+    ema = Ema(engine, decay=0.3)
+    if written_by is not None:
+        ema.load(Path(folder), rank=mesh.rank, written_by=written_by)
+    weights = [masters(model)]
+    for step in range(0 if written_by else 3):
+        engine.backward(engine(1.0 + step))
+        engine.step()
+        ema.update()
+        weights.append(masters(model))
+    if not written_by:
+        ema.save(Path(folder), rank=mesh.rank)
+    mesh.barrier()
+    assert ema.updates == 3
+    with ema.in_place(), deepspeed.zero.GatheredParameters(list(model.parameters())):
+        found = {name: p.detach().float().numpy().copy() for name, p in model.named_parameters()}
+    return found, weights
+
+
+def masters(model):
+    """The whole fp32 weights."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {n: safe_get_full_fp32_param(p).numpy().copy() for n, p in model.named_parameters()}
+
+
+def claimed(mesh, config):
+    """A folder that a run has made its own, and no more."""
+    run = prepare(config, mesh)
+    return run.folder.claim(run_identity(config, run.stores, run.steps))
+
+
+def error_with_the_average(mesh, config):
+    """How often this rank deals weights anew, which is collective, after an error in `judged`."""
+    trainer = build(prepare(config, mesh), mesh)
+    optimizer, dealt = trainer.engine.optimizer, []
+    deal = optimizer.checkpoint_event_epilogue
+    optimizer.checkpoint_event_epilogue = lambda: (dealt.append(1), deal())
+    try:
+        with trainer.judged():
+            dealt.clear()
+            raise SystemExit(143)
+    except SystemExit:
+        return len(dealt)

@@ -16,9 +16,13 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 
 
 def make_store(
-    path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None, **recipe
-):
-    """A cache, or with method=None a token store; `blocks`: commit only so many."""
+    path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
+    only_in=None, **recipe,
+):  # fmt: skip
+    """A cache, or with method=None a token store; `blocks`: commit only so many.
+
+    only_in: the one sequence that holds the last id of VOCAB, in its middle.
+    """
     rng = np.random.default_rng(seed)
     kind = "tokens" if method is None else "cache"
     common = {"tokenizer": TOKENIZER, "seq_len": SEQ_LEN}
@@ -35,6 +39,11 @@ def make_store(
         size = min(block_size, sequences - block * block_size)
         drawn = [make_sample(rng, method, vocab, 1000 * seed + block * 50 + i) for i in range(size)]
         samples = [sample for sample, _ in drawn]
+        for i, sample in enumerate(samples):
+            if only_in is not None:
+                sample["tokens"][sample["tokens"] == VOCAB - 1] = 0
+                if block * block_size + i == only_in:
+                    sample["tokens"][SEQ_LEN // 2] = VOCAB - 1
         statistics = {}
         if method is not None:
             targets = [t for _, t in drawn]

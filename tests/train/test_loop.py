@@ -9,14 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megadistill.attention import forward_inputs
-from megadistill.cache.reader import open_cache
-from megadistill.data.order import Order
-from megadistill.data.packing import labels
-from megadistill.targets import concatenate
-from megadistill.train.schedule import learning_rate
 from tests.ranks import run_ranks
-from tests.student.reference import dense_terms
+from tests.train.plain import plain_steps
 from tests.train.stores import make_config, make_store
 
 RUN, STOPPED, MESSAGE = (f"tests.train.runs:{n}" for n in ("run", "run_until_told", "message"))
@@ -49,44 +43,6 @@ def undisturbed(tmp_path_factory):
     config = make_config(tmp_path_factory.mktemp("run"), train={"save_every": 1, "keep": 10})
     assert run_ranks(2, RUN, config=config) == [4, 4]
     return config
-
-
-def plain_steps(config):
-    """Losses and parameters of the same run as anyone would write it: dense, one process."""
-    folder = config.student.model
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    settings, cache = config.train, open_cache(config.cache.dir)
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay},
-         {"params": others, "weight_decay": 0.0}], betas=settings.betas, lr=settings.lr,
-    )  # fmt: skip
-    order = Order(
-        [len(cache)], block_size=8, global_batch=settings.global_batch, seed=config.order.seed,
-        groups=config.order.groups, shuffle=config.order.shuffle,
-    )  # fmt: skip
-    results = []
-    for step in range(settings.steps):
-        samples = [cache[i] for _, i in order.batch(step)]
-        inputs = forward_inputs(
-            model, np.stack([s["tokens"] for s in samples]), [s["documents"] for s in samples]
-        )
-        labels_N = np.concatenate([labels(s["tokens"], s["documents"]) for s in samples])
-        hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)
-        targets = concatenate([s["targets"] for s in samples]).torch()
-        loss, _kd_sum, _ce_sum = dense_terms(
-            hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
-            **config.loss.model_dump(exclude={"memory_budget", "curriculum"}),
-        )  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.steps, settings)
-        optimizer.step()
-        results.append([loss.item(), norm.item()])
-    return results, dict(model.named_parameters())
 
 
 def test_two_ranks_do_what_a_plain_torch_loop_does(undisturbed):

@@ -1,8 +1,10 @@
 """Bad input: every mistake is one line, before a model is loaded and with nothing written."""
 
 import re
+import shutil
 from pathlib import Path
 
+from megadistill.checks.folders import check_run_folder
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
@@ -87,3 +89,18 @@ def test_a_student_that_is_not_there_is_refused(tmp_path):
 def test_another_stage_of_zero_is_refused(tmp_path):
     config = make_config(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
     refused(config, "ConfigError", r"deepspeed\.zero_optimization\.stage: 2, expected 3")
+
+
+def test_a_run_that_died_before_its_first_step_goes_on(tmp_path):
+    """All it left is what it claims the folder with; the check before a run looks at it, too."""
+    config = make_config(tmp_path, train={"steps": 1, "warmup_steps": 0})
+    for name in (".run.json", "run.json"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        if name == "run.json":
+            run_ranks(1, "tests.train.runs:claimed", config=config)
+        else:
+            (tmp_path / "out" / name).write_bytes(b'{"half')
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+        check_run_folder(config)
+        assert run_ranks(1, "tests.train.runs:run", config=config) == [1]

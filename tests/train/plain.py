@@ -1,0 +1,57 @@
+"""The same training as anyone would write it: dense, in one process, with torch alone."""
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from megadistill.attention import forward_inputs
+from megadistill.cache.reader import open_cache
+from megadistill.data.order import Order
+from megadistill.data.packing import labels
+from megadistill.targets import concatenate
+from megadistill.train.schedule import learning_rate
+from tests.student.reference import dense_terms
+
+
+def plain_steps(config):
+    """[loss, gradient norm] of each step, and the parameters, of the run that `config` says.
+
+    A step whose loss is not finite is left out, with None for its numbers.
+    """
+    folder = config.student.model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    settings, cache = config.train, open_cache(config.cache.dir)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay},
+         {"params": others, "weight_decay": 0.0}], betas=settings.betas, lr=settings.lr,
+    )  # fmt: skip
+    order = Order(
+        [len(cache)], block_size=8, global_batch=settings.global_batch, seed=config.order.seed,
+        groups=config.order.groups, shuffle=config.order.shuffle,
+    )  # fmt: skip
+    results = []
+    for step in range(settings.steps):
+        samples = [cache[i] for _, i in order.batch(step)]
+        inputs = forward_inputs(
+            model, np.stack([s["tokens"] for s in samples]), [s["documents"] for s in samples]
+        )
+        labels_N = np.concatenate([labels(s["tokens"], s["documents"]) for s in samples])
+        hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)
+        targets = concatenate([s["targets"] for s in samples]).torch()
+        loss, _kd_sum, _ce_sum = dense_terms(
+            hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
+            **config.loss.model_dump(exclude={"memory_budget", "curriculum"}),
+        )  # fmt: skip
+        if not loss.isfinite():
+            results.append([None, None])
+            continue
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings.steps, settings)
+        optimizer.step()
+        results.append([loss.item(), norm.item()])
+    return results, dict(model.named_parameters())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadistill.config import Config
+from megadistill.config import Config, LossConfig
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
@@ -88,13 +88,16 @@ class Trainer:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=settings
         )
-        self.student, self.mesh, self.loss = student, mesh, config.loss
+        self.student, self.mesh = student, mesh
 
     def backward(
-        self, batch: MicroBatch, normalizer: tuple[float, float], *, last: bool
+        self, batch: MicroBatch, loss: LossConfig, normalizer: tuple[float, float], *, last: bool
     ) -> LossTerms:
-        """The gradients of one micro-batch, added to those of the step. Collective."""
-        options = self.loss.model_dump() | {"normalizer": normalizer}
+        """The gradients of one micro-batch, added to those of the step. Collective.
+
+        loss: as it is at this step, see `LossConfig.at`.
+        """
+        options = loss.model_dump(exclude={"curriculum"}) | {"normalizer": normalizer}
         terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
         self.engine.backward(terms.loss * self.mesh.world, scale_wrt_gas=False)
         if not last:

@@ -15,6 +15,7 @@ import torch
 
 from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
+from megadistill.config.curves import told, values
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
@@ -114,7 +115,10 @@ def model_card(
 
     assert config.student is not None
     loss = config.loss
-    divergence = divergence_name(loss.divergence, kd_temperature=loss.temperature, made_at=made_at)
+    divergence = divergence_name(
+        loss.divergence, kd_temperature=told(loss.temperature), made_at=made_at,
+        coarse=any(t != made_at for t in values(loss.temperature)),
+    )  # fmt: skip
     shown = "" if figures is None else "- held out: " + ", ".join(
         f"{name} {value:.4g}" for name, value in figures.items()
     ) + "\n"  # fmt: skip
@@ -124,7 +128,8 @@ def model_card(
         student=config.student.model,
         init=f"{config.student.init} weights",
         learned=learned,
-        loss=f"{loss.kd_weight:g} x {divergence} + {loss.ce_weight:g} x cross-entropy",
+        loss=f"{told(loss.kd_weight)} x {divergence} + {told(loss.ce_weight)} x cross-entropy"
+        + (f", curriculum {loss.curriculum}" if loss.curriculum else ""),
         steps=steps,
         batch=config.train.global_batch,
         seq_len=config.data.seq_len,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megadistill.config import Config
+from megadistill.config import Config, LossConfig
 from megadistill.errors import TrainError
 from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
@@ -103,8 +103,9 @@ def run_steps(
             if stop:
                 break
             lr = learning_rate(step, run.steps, settings)
+            loss = run.config.loss.at(step / run.steps)
             sums = [
-                _sums(trainer, batch, run, (kd_count, ce_count), last=batch is share[-1])
+                _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
                 for batch in share
             ]
             kd_sum, ce_sum, z_sum = mesh.sum(torch.stack(sums).sum(0)).tolist()
@@ -122,7 +123,8 @@ def run_steps(
                 seconds = time.monotonic() - started
                 reporter.step({
                     "step": position.step,
-                    **_losses(run, kd_sum, kd_count, ce_sum, ce_count, z_sum),
+                    **_losses(run, loss, kd_sum, kd_count, ce_sum, ce_count, z_sum),
+                    **{name: getattr(loss, name) for name in run.config.loss.changes},
                     "lr": lr, "grad_norm": grad_norm,
                     "sequences": position.sequences, "tokens": position.tokens,
                     "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
@@ -164,21 +166,27 @@ def _sums(
     trainer: Trainer,
     batch: MicroBatch,
     run: Run,
+    loss: LossConfig,
     normalizer: tuple[float, float],
     *,
     last: bool,
 ) -> torch.Tensor:
     """float64 [3]: this micro-batch's sums of kd, ce and z, its gradients added to the step's."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
-    terms = trainer.backward(moved, normalizer, last=last)
+    terms = trainer.backward(moved, loss, normalizer, last=last)
     return torch.stack([terms.kd_sum, terms.ce_sum, terms.z_sum]).cpu()
 
 
 def _losses(
-    run: Run, kd_sum: float, kd_count: float, ce_sum: float, ce_count: float, z_sum: float
+    run: Run,
+    loss: LossConfig,
+    kd_sum: float,
+    kd_count: float,
+    ce_sum: float,
+    ce_count: float,
+    z_sum: float,
 ) -> dict[str, float | None]:
     """loss, kd_loss, ce_loss of a step; kd_loss holds temperature squared, None without targets."""
-    loss = run.config.loss
     kd = loss.temperature**2 * kd_sum / max(kd_count, 1)
     ce = ce_sum / max(ce_count, 1)
     return {

@@ -63,7 +63,7 @@ def logits_after_training(mesh, config):
         batch = micro_batch(run.stores, names, with_targets=True)
         moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
         count = (batch.kd_count * mesh.world, batch.ce_count * mesh.world)
-        trainer.backward(moved, count, last=True)
+        trainer.backward(moved, config.loss, count, last=True)
         trainer.step(0.01 * (step + 1))
     run.folder.path.mkdir(parents=True, exist_ok=True)
     finish(run, trainer, mesh, None)
@@ -81,7 +81,7 @@ def largest_allocation(mesh, config):
     batch = micro_batch(run.stores, [(0, i) for i in range(size)], with_targets=True)
     moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
     with AllocationWatch() as watch:
-        trainer.backward(moved, (1.0, 1.0), last=True)
+        trainer.backward(moved, config.loss, (1.0, 1.0), last=True)
         trainer.step(1e-3)
     return watch.largest, watch.operation
 

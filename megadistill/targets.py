@@ -206,11 +206,11 @@ def check_divergence(
         )
 
 
-def divergence_name(divergence: str, *, kd_temperature: float, made_at: float) -> str:
-    """What to call it: at another temperature than the targets' it is a coarse one."""
-    if kd_temperature == made_at:
+def divergence_name(divergence: str, *, kd_temperature: str, made_at: float, coarse: bool) -> str:
+    """What to call it. coarse: at another temperature than the targets' own, at any time."""
+    if not coarse:
         return divergence if made_at == 1 else f"{divergence} at temperature {made_at:g}"
     return (
-        f"coarse {divergence} at temperature {kd_temperature:g} (over listed ids and tail, put "
-        f"into buckets at {made_at:g})"
+        f"coarse {divergence} at temperature {kd_temperature} (over listed ids and tail, put into "
+        f"buckets at {made_at:g})"
     )

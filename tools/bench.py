@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     import torch
 
-    torch.set_num_threads(1 if args.what == "codec" else os.cpu_count() or 1)
+    torch.set_num_threads(1 if args.what in ("codec", "angle") else os.cpu_count() or 1)
     for row in MEASURES[args.what](args):
         print(json.dumps(row, sort_keys=True) if args.json else line(row), flush=True)
     return 0

@@ -116,8 +116,10 @@ def model_card(
 
     assert config.student is not None
     loss = config.loss
-    other = next((t for t in values(loss.temperature) if t != made_at), made_at)
-    divergence = divergence_name(loss.divergence, kd_temperature=other, made_at=made_at)
+    divergence = divergence_name(
+        loss.divergence, kd_temperature=told(loss.temperature), made_at=made_at,
+        coarse=any(t != made_at for t in values(loss.temperature)),
+    )  # fmt: skip
     shown = "" if figures is None else "- held out: " + ", ".join(
         f"{name} {value:.4g}" for name, value in figures.items()
     ) + "\n"  # fmt: skip

@@ -58,6 +58,7 @@ format: .venv/.installed ## bring the code into shape
 
 .PHONY: venv
 venv: .venv/.installed ## the pinned environment, in .venv
+	@echo "ready: source .venv/bin/activate"
 
 .PHONY: lock
 lock: .venv/.installed ## resolve anew: requirements.lock and tests/transformers-4.lock (keeps torch and uv)
@@ -96,7 +97,8 @@ define install
 	export PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_PROGRESS=1 UV_SYSTEM_CERTS=$${UV_SYSTEM_CERTS:-1}
 	$$venv/bin/python -m pip install --quiet --constraint $(1) torch uv
 	$$venv/bin/uv pip install --quiet --python $$venv/bin/python $(2) --requirement $(1)
-	$$venv/bin/uv pip install --quiet --python $$venv/bin/python --no-deps --editable .
+	$$venv/bin/uv pip install --quiet --python $$venv/bin/python --no-deps \
+	    --config-setting editable_mode=compat --editable .
 	touch $@
 endef
 

@@ -4,6 +4,8 @@ A message says what is wrong, where, what was found, what was expected, and what
 programs in launch/ and tools/ print it without a traceback and leave with `exit_code`.
 """
 
+ADVICE = "; `tools/inspect_cache.py CACHE --verify` lists every damaged block"
+
 
 class MegadistillError(Exception):
     """The root: something the user can mend."""
@@ -44,10 +46,7 @@ class CorruptBlockError(StoreError):
     """A file of a store is not what its checksum, its marker or the format says."""
 
     def __init__(self, file: str, expected: object, found: object) -> None:
-        super().__init__(
-            f"{file}: expected {expected}, found {found}: the file is damaged; "
-            "`tools/inspect_cache.py CACHE --verify` lists every damaged block"
-        )
+        super().__init__(f"{file}: expected {expected}, found {found}: the file is damaged{ADVICE}")
         self.file, self.expected, self.found = file, expected, found
 
     def __reduce__(self) -> tuple:

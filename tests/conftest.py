@@ -17,5 +17,11 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
+import hypothesis  # noqa: E402
+
 # Many tests import transformers at their top: megadistill must have come before it.
 import megadistill  # noqa: E402, F401
+
+# Other processes may be busy on the same cores: how long an example takes says nothing.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")

@@ -173,4 +173,4 @@ def read_file(path: Path, *, limit: int) -> bytes:
     with os.fdopen(handle, "rb") as file, told("read", path):
         if size > limit:
             raise CorruptBlockError(str(path), f"at most {limit} bytes", f"{size} bytes")
-        return file.read(limit)
+        return file.read(size)  # a limit may be what a damaged file claims, and far too large

@@ -49,7 +49,7 @@ def open_remote(url: str, *, local: LocalCopies | None = None) -> RemoteStore:
     kinds = [kind for kind, data in headers.items() if data is not None]
     if len(kinds) != 1:
         names = " and ".join(KINDS.values()) if kinds else "no " + " or ".join(KINDS.values())
-        raise StoreError(f"{remote.name}: holds {names}: not a block store")
+        raise StoreError(f"{remote.name}: holds {names}: not a cache or a token store")
     header = headers[kinds[0]]
     assert header is not None
     layout = Layout(local.mirror(remote.name, header))
@@ -100,7 +100,9 @@ class RemoteStore(BlockStore):
         if block not in self._believed:
             at = bisect_left(self._present, block)
             if self._present[at : at + 1] != [block]:
-                raise StoreError(f"{self.name}: block {block} is not committed")
+                raise StoreError(
+                    f"{self.name}: block {block} is missing: generate again, and it is made"
+                )
             self._fetch_markers(self._present[at : at + _MARKERS])
         return super().marker(block)
 

@@ -148,10 +148,12 @@ class BlockStore:
 
             return open_remote(str(path), local=local)
         if not Path(path).is_dir():
-            raise StoreError(f"{path}: no such folder, expected a block store")
+            raise StoreError(f"{path}: no such folder, expected a cache or a token store")
         kind = kind_of(Path(path))
         if kind is None:
-            raise StoreError(f"{path}: holds no {' or '.join(KINDS.values())}: not a block store")
+            raise StoreError(
+                f"{path}: holds no {' or '.join(KINDS.values())}: not a cache or a token store"
+            )
         return cls(path, kind=kind, files=files)
 
     def __reduce__(self) -> tuple:
@@ -420,7 +422,9 @@ class BlockStore:
         try:
             return read_marker(self.layout, block, self.block_size)
         except FileNotFoundError:
-            raise StoreError(f"{self.path}: block {block} is not committed") from None
+            raise StoreError(
+                f"{self.path}: block {block} is missing: generate again, and it is made"
+            ) from None
 
     @contextmanager
     def shard_file(self, block: int) -> Iterator[Path]:

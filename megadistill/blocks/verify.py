@@ -230,6 +230,8 @@ def read_ids(store: BlockStore) -> bytes | None:
     except (TypeError, KeyError, ValueError) as error:
         header = str(store.layout.header(store.kind))
         raise CorruptBlockError(header, "ids_bin: size and xxh3", repr(expected)[:80]) from error
+    if len(data) != expected["size"]:
+        raise CorruptBlockError(str(path), f"{expected['size']} bytes", f"{len(data)} bytes")
     if found != expected["xxh3"]:
         raise CorruptBlockError(str(path), f"xxh3 {expected['xxh3']}", found)
     return data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megadistill.errors import ADVICE
+
 Rows = list[tuple[str, str]]
 
 _SHOWN = 10  # blocks, findings and members listed before "and n more"
@@ -132,9 +134,14 @@ def _lines(rows: Rows) -> list[str]:
 
 
 def _findings(findings: list[str]) -> list[str]:
-    lines = [f"  DAMAGED  {finding}" for finding in findings[:_SHOWN]]
+    lines = [f"  DAMAGED  {finding.removesuffix(ADVICE)}" for finding in findings[:_SHOWN]]
     if len(findings) > _SHOWN:
         lines.append(f"  DAMAGED  and {len(findings) - _SHOWN} more; --json lists all")
+    if findings:
+        lines.append(
+            "  `tools/merge_and_inspect.py --repair CACHE` drops damaged blocks, and generating "
+            "again makes them anew"
+        )
     return lines
 
 

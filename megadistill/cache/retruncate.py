@@ -27,7 +27,7 @@ from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, CorruptBlockError, StoreError
-from megadistill.targets import METHODS, PARAMETERS, SAMPLED, SparseTargets
+from megadistill.targets import METHODS, PARAMETERS, SAMPLED, SparseTargets, concatenate
 
 _MOST = {"tau": 1.0}  # the parameters that grow; the others shrink
 
@@ -227,18 +227,19 @@ def _block(
     seed = made_from.get("seed", 0)
     while "retruncated_from" in made_from:
         made_from, times = made_from["retruncated_from"], times + 1
-    samples, targets = source.block(block), []
-    for number, sample in enumerate(samples, block * source.store.block_size):
-        length = len(sample["tokens"])
-        mask = sample.get("loss_mask") if recipe.get("positions") == "loss_mask" else None
-        targets.append(
-            retruncate_targets(
-                sample.pop("targets"),
-                keys_N=np.stack([np.full(length, number), np.arange(length)], 1),
-                labels_N=packed_labels(sample["tokens"], sample["documents"], mask),
-                seed=seed,
-                times=times,
-                **given,
-            )
-        )
-    return samples, targets
+    samples = source.block(block)
+    first, length = block * source.store.block_size, len(samples[0]["tokens"])
+    numbers, positions = np.divmod(np.arange(len(samples) * length), length)
+    masked = recipe.get("positions") == "loss_mask"
+    targets = retruncate_targets(
+        concatenate([s.pop("targets") for s in samples]),
+        keys_N=np.stack([first + numbers, positions], 1),
+        labels_N=np.concatenate([
+            packed_labels(s["tokens"], s["documents"], s.get("loss_mask") if masked else None)
+            for s in samples
+        ]),
+        seed=seed,
+        times=times,
+        **given,
+    )  # fmt: skip
+    return samples, [targets.rows(i * length, (i + 1) * length) for i in range(len(samples))]

@@ -70,7 +70,7 @@ def check_train(config: Config, *, world: int) -> None:
             source.dir,
             key="cache.dir",
             way_out="make it with launch/generate.py and the same configuration",
-            text_is_enough=config.loss.kd_weight == 0,
+            text_is_enough=not config.loss.learns_from_teacher,
         )
     if config.eval.cache is not None:
         found.of(

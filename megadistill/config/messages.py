@@ -29,6 +29,21 @@ def section_model(name: str) -> type[BaseModel] | None:
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
+def _model_at(path: KeyPath) -> type[BaseModel] | None:
+    """The model whose keys stand at `path`: the configuration's, a section's, a list element's."""
+    model: type[BaseModel] | None = Config
+    for name in path:
+        if model is not None and isinstance(name, str) and name in model.model_fields:
+            model = _model_in(model.model_fields[name].annotation)
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in typing.get_args(annotation) if (m := _model_in(a))), None)
+
+
 def all_keys() -> list[str]:
     """The full path of every key but DeepSpeed's own, in the order of the reference."""
     return [
@@ -43,7 +58,7 @@ def message(detail: Any, path: KeyPath) -> str:
     """The message for one of pydantic's error details at `path`, without the path."""
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "extra_forbidden":
-        model = section_model(str(path[0])) if len(path) > 1 else Config
+        model = _model_at(path[:-1])
         siblings = model.model_fields if model else ()
         prefix = dotted(path[:-1])
         said = did_you_mean(str(path[-1]), siblings, prefix=prefix, all_keys=all_keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from typing import Any
@@ -26,7 +27,7 @@ def reference() -> str:
         if model is None:
             parts.append(f"### `{name}`\n\n{_sentence(field.description or '')}")
             continue
-        parts.append(f"### `{name}`\n\n{model.__doc__}\n\n{_table(model)}")
+        parts.append(f"### `{name}`\n\n{inspect.getdoc(model)}\n\n{_table(model)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,6 +74,8 @@ def _kind(annotation: Any, field: FieldInfo | None = None) -> str:
         return ", ".join(_kind(each) for each in inner if each is not type(None))
     if origin is typing.Literal:
         return ", ".join(f"`{each}`" for each in inner)
+    if origin is tuple and typing.get_origin(inner[0]) is tuple:
+        return "points"
     if origin in (list, tuple):
         return f"list of {_kind(inner[0]).partition(' ')[0]}s"
     names = {int: "integer", float: "number", bool: "boolean", str: "text"}

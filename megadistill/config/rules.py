@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from megadistill.config.curves import fractions, values
 from megadistill.config.deepspeed_keys import deepspeed_problems
 from megadistill.disk import is_url
 from megadistill.errors import ConfigError
 from megadistill.targets import PARAMETERS, check_divergence
 
 if TYPE_CHECKING:
-    from megadistill.config.schema import Config
+    from megadistill.config.schema import Config, LossConfig
 
 MAX_GROUPS = 64
 MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
@@ -208,20 +209,34 @@ def _targets(config: Config) -> Iterator[Problem]:
     if config.student is None:
         return
     try:
-        check_divergence(
-            targets.method,
-            loss.divergence,
-            kd_temperature=loss.temperature,
-            made_at=targets.temperature,
-        )
+        for temperature in values(loss.temperature):
+            check_divergence(
+                targets.method,
+                loss.divergence,
+                kd_temperature=temperature,
+                made_at=targets.temperature,
+            )
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         yield Problem((key, "targets.method", "targets.temperature"), message)
-    if loss.kd_weight == 0 and loss.ce_weight == 0:
+    yield from _loss(loss)
+
+
+def _loss(loss: LossConfig) -> Iterator[Problem]:
+    bends = {0.0, *fractions(loss.kd_weight), *fractions(loss.ce_weight)} - {1.0}
+    idle = [done for done in sorted(bends) if not loss.at(done).kd_weight + loss.at(done).ce_weight]
+    if idle:
+        when = f" at {idle[0]:g} of the run" if loss.changes else ""
         yield Problem(
             ("loss", "loss.kd_weight", "loss.ce_weight"),
-            "kd_weight and ce_weight are both 0, so there is nothing to minimise: set "
+            f"kd_weight and ce_weight are both 0{when}, so there is nothing to minimise: set "
             "loss.kd_weight=1 to learn from the teacher, loss.ce_weight=1 from the text",
+        )
+    if loss.curriculum and (not any(values(loss.ce_weight)) or isinstance(loss.ce_weight, tuple)):
+        yield Problem(
+            ("loss.curriculum", "loss.ce_weight"),
+            f"{loss.curriculum} with loss.ce_weight={loss.ce_weight}, expected a number above 0, "
+            "its weight in the last phase: set it, or set loss.curriculum=null",
         )
 
 

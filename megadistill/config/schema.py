@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from megadistill.config.curves import curve_of, value_at, values
 from megadistill.config.rules import default_groups, problems
 from megadistill.disk import is_url
 from megadistill.errors import ConfigError
@@ -156,7 +157,9 @@ class TargetsConfig(Section):
         default=50, description="`multinomial`: draws with replacement at a position"
     )
     k: PositiveInt = Field(
-        default=64, description="`topk`: entries of a position; `topp`: the most entries"
+        default=64,
+        description="`topk`: entries of a position; `topp`: the most entries; the true token is "
+        "added where it is not among them",
     )
     p: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.95, description="`topp`: the mass to keep"
@@ -277,24 +280,57 @@ class StudentConfig(Section):
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
 
+CURVES = ("kd_weight", "ce_weight", "label_smoothing", "temperature")  # of LossConfig
+ALL_TERMS_FROM = 0.6  # of a run, under curriculum: three_phase
+
+
 class LossConfig(Section):
-    """What is minimised: kd_weight x distillation + ce_weight x cross-entropy on true tokens."""
+    """What is minimised: kd_weight x distillation + ce_weight x cross-entropy on true tokens.
+
+    In place of a number stand points `[[0, 1.0], [0.5, 1.0], [1, 0.2]]`: the value at fractions of
+    the run, straight lines between them, two points at one fraction for a jump.
+    """
 
     divergence: Literal["forward_kl"] = Field(
         default="forward_kl", description="between the teacher's targets and the student"
     )
-    kd_weight: WeightFloat = Field(default=1.0, description="weight of the distillation loss")
-    ce_weight: WeightFloat = Field(
+    kd_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
+        default=1.0, description="weight of the distillation loss"
+    )
+    ce_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
         default=0.0, description="weight of the cross-entropy on true tokens"
     )
-    label_smoothing: ShareBelowOne = Field(
+    label_smoothing: curve_of(ShareBelowOne) = Field(  # type: ignore[valid-type]
         default=0.0,
         description="share of the cross-entropy's label that is spread over the vocabulary",
     )
-    temperature: PositiveFloat = Field(
+    temperature: curve_of(PositiveFloat) = Field(  # type: ignore[valid-type]
         default=1.0,
         description="softmax temperature of the distillation loss; equal to the targets'",
     )
+    curriculum: Literal["three_phase"] | None = Field(
+        default=None,
+        description="`three_phase`: the teacher's targets alone until 0.3 of the run, with its "
+        "attention and features until 0.6 (a cache has none), then the true tokens as well",
+    )
+
+    def at(self, done: float) -> LossConfig:
+        """The loss when `done` of the run, 0 to 1, is behind: numbers in place of points."""
+        now = {name: value_at(getattr(self, name), done) for name in CURVES}
+        if self.curriculum == "three_phase" and done < ALL_TERMS_FROM:
+            now["ce_weight"] = 0.0
+        return self.model_copy(update=now | {"curriculum": None})
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the distillation loss has a weight at any time of the run."""
+        return any(values(self.kd_weight))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The keys whose value changes over the run."""
+        preset = ("ce_weight",) if self.curriculum else ()
+        return tuple(n for n in CURVES if n in preset or isinstance(getattr(self, n), tuple))
 
 
 class OrderConfig(Section):

@@ -94,7 +94,7 @@ def open_sources(config: Config) -> list[Sequences]:
     """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both."""
     stores = [
         open_sequences(
-            source.dir, key="cache.dir", with_targets=config.loss.kd_weight > 0,
+            source.dir, key="cache.dir", with_targets=config.loss.learns_from_teacher,
             weight=source.weight, local=local_copies(config),
         )
         for source in config.cache.sources

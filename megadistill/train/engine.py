@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadistill.config import Config
+from megadistill.config import Config, LossConfig
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
@@ -97,19 +97,20 @@ class Trainer:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=settings
         )
-        self.student, self.mesh, self.loss = student, mesh, config.loss
+        self.student, self.mesh = student, mesh
         train = config.train
         self.ema = Ema(self.engine, decay=train.ema_decay) if train.ema else None
         self._use_ema = train.use_ema
 
     def backward(
-        self, batch: MicroBatch, normalizer: tuple[float, float], *, last: bool
+        self, batch: MicroBatch, loss: LossConfig, normalizer: tuple[float, float], *, last: bool
     ) -> LossTerms:
         """The gradients of one micro-batch, added to those of the step. Collective.
 
-        Where its loss is not finite its gradients are not either, so that `step` updates nothing.
+        loss: as it is at this step, see `LossConfig.at`. Where what it gives is not finite its
+        gradients are not either, so that `step` updates nothing.
         """
-        options = self.loss.model_dump() | {"normalizer": normalizer}
+        options = loss.model_dump(exclude={"curriculum"}) | {"normalizer": normalizer}
         terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
         # Infinity minus something may well have a finite gradient. Chosen without a look at the
         # value, for which an accelerator would have to be waited.

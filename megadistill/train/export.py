@@ -15,6 +15,7 @@ import torch
 
 from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
+from megadistill.config.curves import told
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
@@ -123,7 +124,8 @@ def model_card(
         student=config.student.model,
         init=f"{config.student.init} weights",
         learned=learned,
-        loss=f"{loss.kd_weight:g} x {loss.divergence} + {loss.ce_weight:g} x cross-entropy",
+        loss=f"{told(loss.kd_weight)} x {loss.divergence} + {told(loss.ce_weight)} x cross-entropy"
+        + (f", curriculum {loss.curriculum}" if loss.curriculum else ""),
         steps=steps,
         batch=config.train.global_batch,
         seq_len=config.data.seq_len,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megadistill.config import Config
+from megadistill.config import Config, LossConfig
 from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
@@ -146,8 +146,10 @@ def run_step(
     if stop:
         return None
     lr = learning_rate(position.step, run.steps, run.config.train)
+    loss = run.config.loss.at(position.step / run.steps)
     sums = [
-        _sums(trainer, batch, run, (kd_count, ce_count), last=batch is share[-1]) for batch in share
+        _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
+        for batch in share
     ]
     kd_sum, ce_sum = trainer.mesh.sum(torch.stack(sums).sum(0)).tolist()
     grad_norm = trainer.step(lr)
@@ -163,11 +165,12 @@ def run_step(
     )
     if reporter is not None:
         seconds = time.monotonic() - started
-        losses = _losses(run, kd_sum, kd_count, ce_sum, ce_count) | {"grad_norm": grad_norm}
+        losses = _losses(run, loss, kd_sum, kd_count, ce_sum, ce_count) | {"grad_norm": grad_norm}
         reporter.step({
             "step": position.step,
             # JSON has no number that is not finite.
             **(losses if applied else {**dict.fromkeys(losses), "skipped": True}),
+            **{name: getattr(loss, name) for name in run.config.loss.changes},
             "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
             "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
         })  # fmt: skip
@@ -202,21 +205,21 @@ def _sums(
     trainer: Trainer,
     batch: MicroBatch,
     run: Run,
+    loss: LossConfig,
     normalizer: tuple[float, float],
     *,
     last: bool,
 ) -> torch.Tensor:
     """float64 [2]: this micro-batch's sums of kd and ce, its gradients added to the step's."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
-    terms = trainer.backward(moved, normalizer, last=last)
+    terms = trainer.backward(moved, loss, normalizer, last=last)
     return torch.stack([terms.kd_sum, terms.ce_sum]).cpu()
 
 
 def _losses(
-    run: Run, kd_sum: float, kd_count: float, ce_sum: float, ce_count: float
+    run: Run, loss: LossConfig, kd_sum: float, kd_count: float, ce_sum: float, ce_count: float
 ) -> dict[str, float | None]:
     """loss, kd_loss, ce_loss of a step; kd_loss holds temperature squared, None without targets."""
-    loss = run.config.loss
     kd = loss.temperature**2 * kd_sum / max(kd_count, 1)
     ce = ce_sum / max(ce_count, 1)
     return {

@@ -18,6 +18,8 @@ import torch
 
 from megadistill.attention import check_isolation
 from megadistill.config import Config
+from megadistill.config.curves import values
+from megadistill.config.schema import ALL_TERMS_FROM
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
@@ -53,9 +55,16 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     stores = open_sources(config)
     store = stores[0]
     if store.has_targets:
-        check_divergence(
-            store.recipe["method"], config.loss.divergence,
-            kd_temperature=config.loss.temperature, made_at=store.recipe["temperature"],
+        for temperature in values(config.loss.temperature):
+            check_divergence(
+                store.recipe["method"], config.loss.divergence,
+                kd_temperature=temperature, made_at=store.recipe["temperature"],
+            )  # fmt: skip
+    if config.loss.curriculum and mesh.rank == 0:
+        log.info(
+            "loss.curriculum=%s: until %g of the run the teacher's targets alone (attention and "
+            "features, the second phase's, are in no cache), then the true tokens as well",
+            config.loss.curriculum, ALL_TERMS_FROM,
         )  # fmt: skip
     evaluation = open_evaluation(
         config.eval.cache, max_sequences=config.eval.max_sequences, local=local_copies(config)

@@ -18,6 +18,7 @@ import xxhash
 import megadistill
 from megadistill.blocks import BlockStore
 from megadistill.blocks.records import decode_json
+from megadistill.blocks.verify import read_ids
 from megadistill.errors import CorruptBlockError, StoreError
 from tests.blocks.stores import fill, forge, make_samples, read_all
 
@@ -133,6 +134,16 @@ def test_a_header_with_other_names_or_values_is_refused(
         forge(header, lambda h, c=change: h.update(c))
         refuse(hostile, opened, r"tokens\.json|shard\.000000\.mds: expected|column ")
         header.write_bytes(sound)
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62, 10**30])
+def test_a_ranking_that_is_announced_to_be_huge_costs_no_memory(
+    hostile: BlockStore, size: int
+) -> None:
+    header = hostile.layout.header("tokens")
+    forge(header, lambda h: h["ids_bin"].update(size=size))
+    with pytest.raises(CorruptBlockError, match=rf"ids\.bin: expected {size} bytes, found 18"):
+        read_ids(BlockStore.open(hostile.path))
 
 
 ABSURD: dict[str, list] = {

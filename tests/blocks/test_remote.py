@@ -131,7 +131,7 @@ def test_where_blocks_bin_lags_the_markers_are_listed(lag, memory, tmp_path, loc
     assert store.committed() == [0, 1, 2, 3, 7]
     assert same_sample(store[7 * BLOCK_SIZE], SAMPLES[7 * BLOCK_SIZE])
     assert not store.complete()
-    with pytest.raises(StoreError, match="block 5 is not committed"):
+    with pytest.raises(StoreError, match="block 5 is missing"):
         store.marker(5)
 
 

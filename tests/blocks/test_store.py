@@ -40,7 +40,7 @@ def test_a_sequence_of_a_block_that_is_not_there_yet_is_an_error_of_its_own(
     commit(store, 1, make_samples(10))
     assert store.missing() == [0, 2]
     assert len(store) == 4
-    with pytest.raises(StoreError, match="block 2 is not committed"):
+    with pytest.raises(StoreError, match="block 2 is missing"):
         store[9]
 
 
@@ -155,7 +155,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
     (tmp_path / "store/thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match=r"holds thesis\.tex"):
         create(tmp_path / "store")
-    with pytest.raises(StoreError, match="not a block store"):
+    with pytest.raises(StoreError, match="not a cache or a token store"):
         BlockStore.open(tmp_path / "store")
     assert tree(tmp_path) == {"store/thesis.tex": b"years of work"}
     with pytest.raises(StoreError, match="is a file"):

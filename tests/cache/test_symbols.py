@@ -35,7 +35,7 @@ def reader_of(writer: SymbolWriter) -> SymbolReader:
 @given(st.lists(st.sampled_from(list(NUMBERS)), max_size=5).flatmap(
     lambda kinds: st.tuples(*(st.tuples(st.just(k), st.lists(NUMBERS[k])) for k in kinds))
 ))  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_streams_come_back(streams: tuple) -> None:
     writer = SymbolWriter()
     for direct, numbers in streams:

@@ -222,6 +222,10 @@ deepspeed:
         ("data.shuffle=perhaps", "data.shuffle: expected true or false, found 'perhaps'"),
         ("train.seed=-1", "train.seed: expected a number of at least 0, found -1"),
         (
+            "cache.dir=[{dir: x, wieght: 2}]",
+            "cache.dir.0.wieght: unknown key, did you mean cache.dir.0.weight?",
+        ),
+        (
             "cache.part=3/3",
             "cache.part: expected I/N with I from 0 to N-1, such as 0/3, found '3/3'",
         ),

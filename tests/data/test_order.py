@@ -85,7 +85,7 @@ def orders(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(order=orders(), g=st.integers(0, 50))
 def test_a_batch_does_not_depend_on_the_batches_asked_for_before(order, g):
     before = [order.batch(k) for k in range(g + 1)]
@@ -93,7 +93,7 @@ def test_a_batch_does_not_depend_on_the_batches_asked_for_before(order, g):
     assert order.batch(0) == before[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.integers(1, 200), min_size=1, max_size=2),
     hosts=st.sampled_from([2, 4]),

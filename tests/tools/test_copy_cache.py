@@ -50,7 +50,7 @@ def test_a_cache_at_a_url_with_a_damaged_shard(tmp_path, capsys, monkeypatch):
 def test_what_cannot_be_copied_is_told_in_a_line(tmp_path, capsys):
     code, _, said = copy(capsys, tmp_path / "none", tmp_path / "there")
     assert code == 2
-    assert said == f"error: {tmp_path}/none: no such folder, expected a block store\n"
+    assert said == f"error: {tmp_path}/none: no such folder, expected a cache or a token store\n"
     cache = fill_cache(tmp_path / "cache")
     code, _, said = copy(capsys, cache.path, "nosuch://x")
     assert code == 2

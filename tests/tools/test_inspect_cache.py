@@ -120,13 +120,13 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys) -> None:
     nowhere, model = tmp_path / "nowhere", tmp_path
     for arguments, said in (
         ((cache, "--diff", nowhere), "no such folder"),
-        ((cache, "--diff", tmp_path), "not a block store"),
+        ((cache, "--diff", tmp_path), "not a cache or a token store"),
         ((cache, "--diff", tokens), "expected two of one kind to compare"),
         ((nowhere, "--show", 1), "no such folder"),
         ((tokens, "--show", 1), "is a store of kind tokens, expected a cache"),
         ((cache, "--show", 10), "has no sequence 10, expected a number from 0 to 9"),
         ((cache, "--show", -1), "has no sequence -1"),
-        ((part, "--show", 9), "block 2 is not committed"),
+        ((part, "--show", 9), "block 2 is missing"),
         ((cache, "--show", 1, "--positions", "5:5"), "--positions 5:5: expected A:B"),
         ((cache, "--show", 1, "--positions", "0:9"), "from 0:8 of this sequence"),
         ((cache, "--show", 1, "--positions", "3"), "expected A:B"),

@@ -64,7 +64,7 @@ def test_merging_says_where_blocks_came_from_and_that_the_statistics_are_right(
     assert "another made_with: block 2: the first is taken" in error
     assert f"2 block(s) from {a}" in out
     assert f"1 block(s) from {b}" in out
-    assert "every statistic recomputed; the whole's are their sum" in out
+    assert "Every statistic was recomputed; the whole's are their sum" in out
 
 
 def test_wrong_statistics_are_not_merged(tmp_path: Path, capsys) -> None:
@@ -161,7 +161,7 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys) -> None:
     nowhere, out = tmp_path / "nowhere", tmp_path / "out"
     for arguments, said in (
         (("--repair", nowhere), "no such folder"),
-        (("--repair", tmp_path), "not a block store"),
+        (("--repair", tmp_path), "not a cache or a token store"),
         (("--repair", broken), "cannot be repaired, cache.json is damaged"),
         (("--split", 2, "--out", out, nowhere), "no such folder"),
         (("--split", 0, "--out", out, cache), "cannot be split in 0: choose from 2 to 3 parts"),

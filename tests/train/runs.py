@@ -66,7 +66,7 @@ def logits_after_training(mesh, config):
         batch = micro_batch(run.stores, names, with_targets=True)
         moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
         count = (batch.kd_count * mesh.world, batch.ce_count * mesh.world)
-        trainer.backward(moved, count, last=True)
+        trainer.backward(moved, config.loss, count, last=True)
         trainer.step(0.01 * (step + 1))
     run.folder.path.mkdir(parents=True, exist_ok=True)
     finish(run, trainer, mesh, None)
@@ -84,7 +84,7 @@ def largest_allocation(mesh, config):
     batch = micro_batch(run.stores, [(0, i) for i in range(size)], with_targets=True)
     moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
     with AllocationWatch() as watch:
-        trainer.backward(moved, (1.0, 1.0), last=True)
+        trainer.backward(moved, config.loss, (1.0, 1.0), last=True)
         trainer.step(1e-3)
     return watch.largest, watch.operation
 
@@ -131,7 +131,7 @@ def gradient_of_an_infinite_loss(mesh, config):
     # A hundred nats by 1e-37 are too much for float32, and the elements of their gradient are not.
     for count in (1.0, 1e-37 if mesh.rank == 1 else 1.0):
         before = safe_get_full_fp32_param(weight).clone()
-        loss = trainer.backward(moved, (count, count), last=True).loss
+        loss = trainer.backward(moved, config.loss, (count, count), last=True).loss
         gradient = safe_get_full_grad(weight)
         trainer.step(1e-2)
         updated = not torch.equal(before, safe_get_full_fp32_param(weight))

@@ -152,3 +152,26 @@ def test_the_exported_model_gives_the_engines_logits(tmp_path, tied):
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(f"{config.train.out_dir}/model")("def").input_ids
+
+
+def test_weights_change_where_the_curriculum_says(undisturbed):
+    """Until the jump it is a run on the teacher's targets alone, then one on both."""
+    loss = undisturbed.loss.model_copy(update={"ce_weight": 0.0, "label_smoothing": 0.0})
+    alone = elsewhere(undisturbed, "alone").model_copy(update={"loss": loss})
+    points = ((0.0, 0.0), (0.5, 0.0), (0.5, 2.0))
+    loss = loss.model_copy(
+        update={"ce_weight": points, "label_smoothing": ((0.5, 0.0), (1.0, 0.4))}
+    )
+    jump = elsewhere(undisturbed, "jump").model_copy(update={"loss": loss})
+    for config in (alone, jump):
+        assert run_ranks(1, RUN, config=config) == [4]
+    columns = ("loss", "kd_loss", "grad_norm")
+    before, after = series(alone, *columns), series(jump, *columns)
+    np.testing.assert_array_equal(before[:2], after[:2])
+    lines = metrics(jump)
+    assert [line["ce_weight"] for line in lines] == [0, 0, 2, 2]
+    assert [line["label_smoothing"] for line in lines] == pytest.approx([0, 0, 0, 0.2])
+    assert lines[2]["loss"] == pytest.approx(lines[2]["kd_loss"] + 2 * lines[2]["ce_loss"])
+    assert before[2][1] == pytest.approx(after[2][1])  # the same student so far
+    assert after[2][2] > 1.2 * before[2][2]
+    assert lines[3]["kd_loss"] != pytest.approx(before[3][1])

@@ -107,8 +107,8 @@ class Trainer:
     ) -> LossTerms:
         """The gradients of one micro-batch, added to those of the step. Collective.
 
-        loss: as it is at this step, see `LossConfig.at`.
-        Where its loss is not finite its gradients are not either, so that `step` updates nothing.
+        loss: as it is at this step, see `LossConfig.at`. Where what it gives is not finite its
+        gradients are not either, so that `step` updates nothing.
         """
         options = loss.model_dump(exclude={"curriculum"}) | {"normalizer": normalizer}
         terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)

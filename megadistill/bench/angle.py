@@ -14,6 +14,15 @@ top-k with tail   the same list, the mass left out as one bucket
 The teacher is sharpened to a mean entropy, by default 1.9 nats, which is that of large ones; the
 demo's own has 4.4 nats, and there a position needs more bytes. `bytes` are those of our codec.
 
+Mean degrees over 20 batches of 2,048 positions, at the start, in the middle and at the end:
+
+    varopt            1.7   1.5   2.1   12.7 bytes a position
+    50 draws          2.6   2.5   3.6   15.2 (34 at 3 bytes an entry)
+    top-12            5.0  16.8  22.6   23.2
+    top-12 with tail  1.7  16.9  20.2   23.2
+    top-50            1.7   7.9  11.0   83.9
+    top-50 with tail  0.5   8.7  10.7   83.9
+
 Shapes: B sequences, T positions, N = B*T positions, V vocabulary, K entries.
 """
 

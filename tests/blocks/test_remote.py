@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -157,10 +158,15 @@ def test_no_more_shards_are_kept_than_the_limit_allows(url, source, tmp_path):
     assert len(shards(local)) <= 2
 
 
-def read_all(url, folder, limit, started, rank):
-    """A rank of a host: reads the whole store, each from another place on."""
-    store = BlockStore.open(url, local=LocalCopies(folder, limit=limit))
-    started.wait()
+def read_all(url, folder, limit, rank):
+    """A rank of a host: reads the whole store, each from another place on.
+
+    Ranks wait for files: a lock among them would be lost with the one that is killed.
+    """
+    store = BlockStore.open(url, local=LocalCopies(folder / "local", limit=limit))
+    (folder / f"ready-{rank}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.001)
     order = [(i + 7 * rank) % len(SAMPLES) for i in range(len(SAMPLES))]
     if not all(same_sample(store[i], SAMPLES[i]) for i in order):
         os._exit(1)
@@ -173,16 +179,16 @@ def test_processes_share_the_local_copies_and_one_that_is_killed_harms_nobody(
     copy_store(source.path, f"file://{tmp_path}/far")
     size = max(p.stat().st_size for p in source.path.glob("shard.*"))
     spawn = multiprocessing.get_context("spawn")
-    started = spawn.Barrier(4)
     ranks = [
-        spawn.Process(
-            target=read_all,
-            args=(f"file://{tmp_path}/far", tmp_path / "local", room * size, started, rank),
-        )
+        spawn.Process(target=read_all, args=(f"file://{tmp_path}/far", tmp_path, room * size, rank))
         for rank in range(4)
     ]
     for rank in ranks:
         rank.start()
+    while len(list(tmp_path.glob("ready-*"))) < 4:
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
     while ranks[0].is_alive() and not list((tmp_path / "local").glob("*/shard.*")):
         pass
     ranks[0].kill()

@@ -208,10 +208,14 @@ def test_prompts_and_completions_have_a_loss_mask(config, tmp_path, tokenizer):
     assert hf.decode(tokens[mask == 1]).startswith(" It is 0.<|end|> It is 1.<|end|>")
 
 
-@pytest.mark.parametrize("texts", [["", " ", ""], ["short"]])
-def test_a_corpus_of_less_than_a_sequence_is_refused_and_nothing_written(config, tmp_path, texts):
-    files = write(tmp_path / "a.jsonl", [t.strip() for t in texts])
-    with pytest.raises(DataError, match=r"is empty: 3 doc|1 documents with [2-6] tokens"):
+@pytest.mark.parametrize(
+    ("texts", "said"), [(["", "", ""], "is empty: 3 doc"), (["short"], "1 documents with 5 tokens")]
+)
+def test_a_corpus_of_less_than_a_sequence_is_refused_and_nothing_written(
+    config, tmp_path, texts, said
+):
+    files = write(tmp_path / "a.jsonl", texts)
+    with pytest.raises(DataError, match=said):
         build_tokens(config(files=files, seq_len=64))
     assert not (tmp_path / "tokens").exists()
 

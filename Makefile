@@ -8,6 +8,8 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON ?= python3
+# A test that hangs fails with its stack, and the others go on. The slowest takes half a minute.
+HANGS = --timeout 600
 AREA ?=
 ARGS ?=
 
@@ -28,7 +30,7 @@ demo: .venv/.installed ## the whole path on real text: teacher, cache, two stude
 
 .PHONY: test
 test: .venv/.installed ## the test suite; ARGS="-k store" picks
-	@$(WITH_VENV) python -m pytest -m "not long" $(ARGS) tests
+	@$(WITH_VENV) python -m pytest -m "not long" $(HANGS) $(ARGS) tests
 
 .PHONY: test-long
 test-long: .venv/.installed ## the tests that take long; AREA=blocks picks tests/blocks
@@ -38,7 +40,7 @@ test-long: .venv/.installed ## the tests that take long; AREA=blocks picks tests
 test-transformers-4: .venv-transformers-4/.installed ## what meets transformers, on 4.57, as plain `pip install .` resolves it
 	@python=.venv-transformers-4/bin/python
 	$$python -c 'import transformers; v = transformers.__version__; assert v.startswith("4."), v'
-	$(WITH_VENV_4) $$python -m pytest -m "not long and not launcher" $(ARGS) tests
+	$(WITH_VENV_4) $$python -m pytest -m "not long and not launcher" $(HANGS) $(ARGS) tests
 
 .PHONY: lint
 lint: .venv/.installed ## formatting, lint rules, types, and the direction of imports

@@ -33,6 +33,7 @@ DEVELOP = [
     "ninja",
     "pre-commit",
     "pytest>=8",
+    "pytest-timeout>=2.3",
     "ruff>=0.12",
     "types-tqdm",
     "uv",

@@ -61,14 +61,7 @@ def copy_store(
 
 
 def _to_folder(store: BlockStore, dest: str | Path, *, progress: Progress | None) -> Copied:
-    out = BlockStore.create(
-        dest,
-        kind=store.kind,
-        header=store.header,
-        columns={k: v for k, v in store.columns.items() if k != "sum"},
-        block_size=store.block_size,
-        ids_bin=_ids(store),
-    )
+    out = BlockStore.create_like(dest, store)
     sent = there = 0
     with out.lock():
         out.clean()
@@ -171,7 +164,7 @@ def _claim(store: BlockStore, remote: Remote) -> None:
                 f"{remote.name}: holds {others[0]} but no {name}: choose an empty place"
             )
     remote.make_folder("blocks")
-    ids = _ids(store)
+    ids = store.ids_bin()
     if ids is not None:
         _put(remote, "ids.bin", ids)
     _put(remote, name, header)
@@ -193,8 +186,3 @@ def _reads_back(remote: Remote, marker: dict[str, Any]) -> bool:
         except FileNotFoundError:
             return False
         return hex64(file_xxh3(path) or 0) == marker["shard"]["xxh3"]
-
-
-def _ids(store: BlockStore) -> bytes | None:
-    expected = store.header.get("ids_bin")
-    return read_file(store.layout.ids_bin, limit=int(expected["size"])) if expected else None

@@ -173,6 +173,23 @@ def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]
     return header, parsed
 
 
+def read_ids(layout: Layout, header: dict[str, Any]) -> bytes | None:
+    """ids.bin as the header announces it; None where it announces none. CorruptBlockError."""
+    expected, file = header.get("ids_bin"), str(layout.ids_bin)
+    if expected is None:
+        return None
+    try:
+        data = read_file(layout.ids_bin, limit=expected["size"])
+    except FileNotFoundError:
+        raise CorruptBlockError(file, f"{expected['size']} bytes", "no file") from None
+    if len(data) != expected["size"]:
+        raise CorruptBlockError(file, f"{expected['size']} bytes", f"{len(data)} bytes")
+    found = xxhash.xxh3_64_hexdigest(data)
+    if found != expected["xxh3"]:
+        raise CorruptBlockError(file, f"xxh3 {expected['xxh3']}", found)
+    return data
+
+
 def read_plan(layout: Layout, block_size: int) -> int | None:
     """How many sequences the store will hold, or None where nothing is planned."""
     try:

@@ -21,7 +21,7 @@ from megadistill.blocks.progress import BlockProgress
 from megadistill.blocks.recipe import require_same_recipe
 from megadistill.blocks.records import encode_json
 from megadistill.blocks.store import BlockStore
-from megadistill.blocks.verify import Check, CheckOf, no_check, read_ids, verify_block
+from megadistill.blocks.verify import Check, CheckOf, no_check, verify_block
 from megadistill.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -109,15 +109,7 @@ def gather(
     files: Files,
 ) -> BlockStore:
     """The store at `out`, of the recipe of `like`, with the blocks taken from other stores."""
-    merged = BlockStore.create(
-        out,
-        kind=like.kind,
-        header=like.header,
-        columns={k: v for k, v in like.columns.items() if k != "sum"},
-        block_size=like.block_size,
-        ids_bin=read_ids(like),
-        files=files,
-    )
+    merged = BlockStore.create_like(out, like, files=files)
     with merged.lock(), BlockProgress(what, total=len(taken), show=show_progress) as bar:
         merged.clean()
         if total is not None:

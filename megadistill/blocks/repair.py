@@ -19,7 +19,7 @@ from megadistill.blocks.lock import StoreLock
 from megadistill.blocks.pool import each_block
 from megadistill.blocks.progress import BlockProgress
 from megadistill.blocks.store import BlockStore
-from megadistill.blocks.verify import Check, CheckOf, no_check, read_ids, verify_block
+from megadistill.blocks.verify import Check, CheckOf, no_check, verify_block
 from megadistill.errors import CorruptBlockError, StoreError
 
 
@@ -84,7 +84,7 @@ def _lock(layout: Layout, files: Files) -> StoreLock:
 def _plan_is_damaged(layout: Layout) -> bool:
     """Whether plan.json is all that keeps the store from being opened. StoreError for more."""
     try:
-        read_ids(BlockStore.open(layout.path))
+        BlockStore.open(layout.path).ids_bin()
     except CorruptBlockError as error:
         if error.file == str(layout.plan):
             return True

@@ -49,6 +49,7 @@ from megadistill.blocks.layout import (
     new_header,
     prepare_folder,
     read_header,
+    read_ids,
     read_marker,
     read_plan,
     same_bytes,
@@ -136,6 +137,29 @@ class BlockStore:
         return store
 
     @classmethod
+    def create_like(
+        cls,
+        path: str | Path,
+        source: BlockStore,
+        *,
+        header: dict[str, Any] | None = None,
+        files: Files = LOCAL,
+    ) -> BlockStore:
+        """`create` with what `source` has: its shape, ids.bin, and header unless another is given.
+
+        CorruptBlockError for a damaged ids.bin.
+        """
+        return cls.create(
+            path,
+            kind=source.kind,
+            header=source.header if header is None else header,
+            columns=source.columns,
+            block_size=source.block_size,
+            ids_bin=source.ids_bin(),
+            files=files,
+        )
+
+    @classmethod
     def open(
         cls, path: str | Path, *, files: Files = LOCAL, local: LocalCopies | None = None
     ) -> BlockStore:
@@ -181,6 +205,10 @@ class BlockStore:
     def columns(self) -> dict[str, str]:
         """Column name to MDS encoding."""
         return self.header["columns"]
+
+    def ids_bin(self) -> bytes | None:
+        """The store's ids.bin, verified; None for a store without one. CorruptBlockError."""
+        return read_ids(self.layout, self.header)
 
     @property
     def num_sequences(self) -> int | None:

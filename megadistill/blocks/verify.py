@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from megadistill.blocks.derived import (
     encode_blocks_bin,
     encode_index,
@@ -20,7 +18,7 @@ from megadistill.blocks.derived import (
     read_blocks_bin,
     record_of,
 )
-from megadistill.blocks.files import names_in, read_file
+from megadistill.blocks.files import names_in
 from megadistill.blocks.install import tokens_hash
 from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, same_bytes, shard_name
 from megadistill.blocks.pool import each_block
@@ -211,27 +209,7 @@ def _ids(store: BlockStore) -> list[str]:
         path = store.layout.ids_bin
         return [f"{path}: not announced in the header"] if os.path.lexists(path) else []
     try:
-        read_ids(store)
+        store.ids_bin()
     except StoreError as error:
         return [str(error)]
     return []
-
-
-def read_ids(store: BlockStore) -> bytes | None:
-    """ids.bin as the header announces it; None where it announces none. CorruptBlockError."""
-    expected, path = store.header.get("ids_bin"), store.layout.ids_bin
-    if expected is None:
-        return None
-    try:
-        data = read_file(path, limit=int(expected["size"]))
-        found = xxhash.xxh3_64_hexdigest(data)
-    except FileNotFoundError:
-        raise CorruptBlockError(str(path), f"{expected['size']} bytes", "no file") from None
-    except (TypeError, KeyError, ValueError) as error:
-        header = str(store.layout.header(store.kind))
-        raise CorruptBlockError(header, "ids_bin: size and xxh3", repr(expected)[:80]) from error
-    if len(data) != expected["size"]:
-        raise CorruptBlockError(str(path), f"{expected['size']} bytes", f"{len(data)} bytes")
-    if found != expected["xxh3"]:
-        raise CorruptBlockError(str(path), f"xxh3 {expected['xxh3']}", found)
-    return data

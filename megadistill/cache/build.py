@@ -30,7 +30,6 @@ import torch
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
-from megadistill.blocks.verify import read_ids
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.progress import Progress
 from megadistill.cache.ranking import rank_ids
@@ -121,7 +120,7 @@ def create_store(config: Config, tokens: BlockStore) -> BlockStore:
 def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
     """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
     if kind_of(Path(config.cache.folder)) == "cache":
-        return read_ids(BlockStore.open(config.cache.folder))
+        return BlockStore.open(config.cache.folder).ids_bin()
     return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.verify import read_ids
 from megadistill.data.tokens import token_counts
 from megadistill.errors import CorruptBlockError
 
@@ -73,7 +72,7 @@ class IdRanking:
 
 def ranking_of(store: BlockStore, *, vocab_size: int) -> IdRanking | None:
     """The ranking that a cache was made with; None where it has none. CorruptBlockError."""
-    data = read_ids(store)
+    data = store.ids_bin()
     if data is None:
         return None
     return IdRanking.from_bytes(data, vocab_size=vocab_size, file=str(store.layout.ids_bin))

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.verify import read_ids
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.data.packing import labels as packed_labels
@@ -152,14 +151,7 @@ def retruncate_cache(
             f"{path}: is not complete, and its missing blocks would be missing in {out}: finish it "
             "with launch/generate.py, or merge its parts, first"
         )
-    store = BlockStore.create(
-        out,
-        kind="cache",
-        header=source.header | {"recipe": recipe},
-        columns={name: e for name, e in source.store.columns.items() if name != "sum"},
-        block_size=source.store.block_size,
-        ids_bin=read_ids(source.store),
-    )
+    store = BlockStore.create_like(out, source.store, header=source.header | {"recipe": recipe})
     if store.num_sequences == source.num_sequences and store.complete():
         return store
     with store.lock():

@@ -123,12 +123,11 @@ def _sample(config: Config, blocks: int) -> _Sample:
     taken = tokens.committed()[:blocks]
     sequences = [tokens.block(b) for b in taken]
     length = sum(map(len, sequences)) * config.data.seq_len
-    ids_bin = cache.layout.ids_bin
     return _Sample(
         blocks=[[_content(s) for s in block] for block in sequences],
         bytes_a_token=sum(block_bytes(tokens, b) for b in taken) / length,
         header=cache.header,
-        ids_bin=ids_bin.read_bytes() if ids_bin.exists() else None,
+        ids_bin=cache.ids_bin(),
     )
 
 
@@ -149,13 +148,11 @@ def _content(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _store(path: Path, sample: _Sample) -> BlockStore:
     """A store of this rank's own, on this host, like the one that generating would write."""
-    own = ("format_version", "features", "kind", "block_size", "columns", "ids_bin")
-    columns = {k: v for k, v in sample.header["columns"].items() if k != "sum"}
     return BlockStore.create(
         path,
         kind="cache",
-        header={k: v for k, v in sample.header.items() if k not in own},
-        columns=columns,
+        header=sample.header,
+        columns=sample.header["columns"],
         block_size=sample.header["block_size"],
         ids_bin=sample.ids_bin,
     )

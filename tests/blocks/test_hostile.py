@@ -18,7 +18,6 @@ import xxhash
 import megadistill
 from megadistill.blocks import BlockStore
 from megadistill.blocks.records import decode_json
-from megadistill.blocks.verify import read_ids
 from megadistill.errors import CorruptBlockError, StoreError
 from tests.blocks.stores import fill, forge, make_samples, read_all
 
@@ -143,7 +142,7 @@ def test_a_ranking_that_is_announced_to_be_huge_costs_no_memory(
     header = hostile.layout.header("tokens")
     forge(header, lambda h: h["ids_bin"].update(size=size))
     with pytest.raises(CorruptBlockError, match=rf"ids\.bin: expected {size} bytes, found 18"):
-        read_ids(BlockStore.open(hostile.path))
+        BlockStore.open(hostile.path).ids_bin()
 
 
 ABSURD: dict[str, list] = {

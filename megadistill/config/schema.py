@@ -47,7 +47,6 @@ WeightFloat = Annotated[float, Field(ge=0), _Number]
 Share = Annotated[float, Field(ge=0, le=1), _Number]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
 InnerShare = Annotated[float, Field(gt=0, lt=1), _Number]
-Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
 
 def _an_existing_part(text: str) -> str:
@@ -116,11 +115,20 @@ class DataConfig(Section):
     )
 
 
-class TeacherConfig(Section):
-    """The model that is learned from, and how it runs."""
+class ModelConfig(Section):
+    """A model of transformers: teacher or student."""
 
     model: Text = Field(description="a folder or a hub id")
     revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
+        default="sdpa", description="transformers' attention implementation"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+
+
+class TeacherConfig(ModelConfig):
+    """The model that is learned from, and how it runs."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="type of weights and activations"
     )
@@ -135,10 +143,6 @@ class TeacherConfig(Section):
     micro_batch: PositiveInt = Field(
         default=8, description="sequences of one forward pass of a rank"
     )
-    attention: Attention = Field(
-        default="sdpa", description="transformers' attention implementation"
-    )
-    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
 
 class TargetsConfig(Section):
@@ -266,19 +270,13 @@ class CacheConfig(Section):
         return self.dir
 
 
-class StudentConfig(Section):
+class StudentConfig(ModelConfig):
     """The model that learns. Without this section there is nothing to train."""
 
-    model: Text = Field(description="a folder or a hub id")
-    revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
     init: Literal["pretrained", "random"] = Field(
         default="pretrained",
         description="start from the model's weights, or from its config.json alone",
     )
-    attention: Attention = Field(
-        default="sdpa", description="transformers' attention implementation"
-    )
-    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
 
 CURVES = ("kd_weight", "ce_weight", "label_smoothing", "temperature")  # of LossConfig

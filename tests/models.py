@@ -42,3 +42,17 @@ def tiny_tokenizer(path: Path | str, *, vocab_size: int = 512) -> str:
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     ).save_pretrained(path)
     return str(path)
+
+
+def tiny_model(path: Path | str, **settings: Any) -> str:
+    """Both at `path`, as a trained model comes: a Llama (of these settings) and its tokenizer."""
+    tiny_tokenizer(path)
+    return tiny_llama(path, **settings)
+
+
+def teacher_and_text(folder: Path, *, documents: int) -> Path:
+    """A model in folder/teacher and a text of so many short documents in folder/text.jsonl."""
+    tiny_model(folder / "teacher")
+    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
+    (folder / "text.jsonl").write_text("".join(line % i for i in range(documents)))
+    return folder

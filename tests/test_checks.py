@@ -12,15 +12,14 @@ from megadistill.checks import check_generate, check_train
 from megadistill.config import Config, load_config
 from megadistill.disk import check_disk, free_bytes
 from megadistill.errors import ConfigError
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name in ("teacher", "student"):
-        tiny_llama(folder / name)
-        tiny_tokenizer(folder / name)
+        tiny_model(folder / name)
     return folder
 
 

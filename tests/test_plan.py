@@ -57,12 +57,18 @@ def test_the_demos_sequences_are_estimated_within_a_third(place):
     assert "are not on this machine" in line(made, "student")
 
 
-def test_a_planned_store_is_known_not_estimated(place):
+def planned_tokens(sequences: int) -> BlockStore:
+    """A token store in "tokens" that knows how many sequences of 8 tokens it will hold."""
     store = BlockStore.create(
         "tokens", kind="tokens", header={"recipe": {}}, block_size=4,
         columns={"tokens": "ndarray:uint32:8", "documents": "ndarray:uint32"},
     )  # fmt: skip
-    store.plan(10)
+    store.plan(sequences)
+    return store
+
+
+def test_a_planned_store_is_known_not_estimated(place):
+    store = planned_tokens(10)
     store.commit(
         0,
         [{"tokens": np.zeros(8, np.uint32), "documents": np.zeros(1, np.uint32)}] * 4,
@@ -214,11 +220,7 @@ def test_generating_prints_the_plan_without_the_student(place, caplog):
 
 
 def test_a_part_of_a_cache_needs_room_for_its_own_blocks(place):
-    store = BlockStore.create(
-        "tokens", kind="tokens", header={"recipe": {}}, block_size=4,
-        columns={"tokens": "ndarray:uint32:8", "documents": "ndarray:uint32"},
-    )  # fmt: skip
-    store.plan(40)
+    planned_tokens(40)
     settings = ["data.dir=tokens", "data.block_size=4", "data.seq_len=8"]
     whole = plan(*settings)
     assert whole.cache_bytes_to_come == whole.cache_bytes > 0

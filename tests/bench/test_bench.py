@@ -22,7 +22,7 @@ from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
 from megadistill.teacher.select import select_targets
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import teacher_and_text
 from tests.ranks import run_ranks
 from tests.teacher.test_variance import multinomial_variance, varopt_variance
 
@@ -32,11 +32,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools/bench.py"
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A teacher in `teacher`, and the token store of a text in `tokens`."""
-    folder = tmp_path_factory.mktemp("bench")
-    tiny_llama(folder / "teacher")
-    tiny_tokenizer(folder / "teacher")
-    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
-    (folder / "text.jsonl").write_text("".join(line % i for i in range(300)))
+    folder = teacher_and_text(tmp_path_factory.mktemp("bench"), documents=300)
     build_tokens(config(folder), progress=False)
     return folder
 

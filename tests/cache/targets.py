@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -13,19 +14,9 @@ PER_ENTRY = ("ids", "weights")
 PER_POSITION = ("offsets", "tail", "heads", "truth_added")
 
 
-def make_targets(
-    method: str,
-    *,
-    positions: int = 12,
-    vocab_size: int = 1000,
-    seed: int = 0,
-    extras: bool = True,
-    most: int = 6,
-) -> SparseTargets:
-    """As the codec gives them back, so that they can be told from others bit for bit."""
-    raw = raw_targets(
-        method, positions=positions, vocab_size=vocab_size, seed=seed, extras=extras, most=most
-    )
+def make_targets(method: str, *, vocab_size: int = 1000, **settings: Any) -> SparseTargets:
+    """raw_targets as the codec gives them back, to be told from others bit for bit."""
+    raw = raw_targets(method, vocab_size=vocab_size, **settings)
     return decode_targets(encode_targets(raw, vocab_size=vocab_size), vocab_size=vocab_size)
 
 

@@ -12,7 +12,7 @@ from megadistill.cache.reader import open_cache
 from megadistill.cache.reserve import block_bytes
 from megadistill.config import Config
 from megadistill.errors import RecipeError
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import tiny_llama, tiny_model
 from tests.ranks import run_ranks
 
 SEQ_LEN, BLOCK = 32, 8
@@ -24,8 +24,7 @@ def corpus(tmp_path_factory) -> Path:
     from megadistill.data.tokens import build_tokens
 
     folder = tmp_path_factory.mktemp("corpus")
-    tiny_llama(folder / "teacher")
-    tiny_tokenizer(folder / "teacher")
+    tiny_model(folder / "teacher")
     text = (Path(__file__).parent.parent / "models.py").read_text()
     lines = [line for line in text.splitlines() if line.strip()]
     (folder / "text.jsonl").write_text(

@@ -17,7 +17,7 @@ from megadistill.config import CacheConfig, Config
 from megadistill.errors import MegadistillError, StoreError
 from tests.cache.caches import fill_cache
 from tests.cache.test_build import hashes
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import teacher_and_text
 from tests.ranks import run_ranks
 
 ENGINES = {
@@ -30,12 +30,7 @@ ENGINES = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A teacher with its tokenizer, and a text of 12 blocks."""
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_llama(folder / "teacher")
-    tiny_tokenizer(folder / "teacher")
-    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}'
-    (folder / "text.jsonl").write_text("\n".join(line % i for i in range(60)))
-    return folder
+    return teacher_and_text(tmp_path_factory.mktemp("corpus"), documents=60)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ Ranks are forked from a warm server on the same entry point as `deepspeed launch
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -26,7 +25,8 @@ from typing import Any
 from megadistill.blocks.layout import MARKER_NAME
 from megadistill.parallel.ranks import rank_from_environment
 from tests.forked import Ranks
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import tiny_model
+from tests.programs import program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STOP_S = 20  # all ranks leave within so long of one's death
@@ -209,8 +209,7 @@ def make_corpus(folder: Path) -> Path:
     from megadistill.config import load_config
     from megadistill.data.tokens import build_tokens
 
-    tiny_llama(folder / "teacher")
-    tiny_tokenizer(folder / "teacher")
+    tiny_model(folder / "teacher")
     text = "\n".join(p.read_text() for p in sorted((ROOT / "megadistill").glob("*/*.py"))[:12])
     documents = [text[i : i + 400] for i in range(0, 32_000, 400)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
@@ -244,12 +243,7 @@ def generate(argv: list[str], notes: str) -> int:
 
     rank, _, _ = rank_from_environment()
     take_notes(build, Path(notes), rank)
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "launch" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return run(module.main, argv)
+    return run(program("launch/generate.py").main, argv)
 
 
 def take_notes(build: Any, notes: Path, rank: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import tiny_model
 from tests.ssh import SshServer, available
 
 pytestmark = pytest.mark.launcher
@@ -26,8 +26,7 @@ def place(tmp_path_factory) -> Path:
     for name in ("megadistill", "launch", "configs", "tools"):
         (folder / name).symlink_to(ROOT / name)
     for name, seed, hidden in (("teacher", 0, 64), ("student", 1, 32)):
-        tiny_llama(folder / name, seed=seed, hidden_size=hidden)
-        tiny_tokenizer(folder / name)
+        tiny_model(folder / name, seed=seed, hidden_size=hidden)
     (folder / "hosts").write_text("localhost slots=2\n")
     return folder
 

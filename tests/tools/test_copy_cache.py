@@ -9,11 +9,12 @@ import pytest
 
 from megadistill.commands import run
 from tests.cache.caches import fill_cache
-from tests.tools.test_inspect_cache import inspect, load
+from tests.programs import program
+from tests.tools.test_inspect_cache import inspect
 
 
 def copy(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = run(load("copy_cache").main, [str(a) for a in arguments])
+    code = run(program("tools/copy_cache.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 

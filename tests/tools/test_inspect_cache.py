@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -17,6 +15,7 @@ from megadistill.cache.writer import CacheWriter
 from tests.blocks.stores import create, fill, make_samples
 from tests.cache.caches import block_of, create_cache, fill_cache
 from tests.models import tiny_tokenizer
+from tests.programs import program
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 KEYS = {
@@ -26,20 +25,11 @@ KEYS = {
 }  # fmt: skip
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """(exit code, standard output, standard error)."""
     from megadistill.commands import run
 
-    code = run(load("inspect_cache").main, [str(a) for a in arguments])
+    code = run(program("tools/inspect_cache.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 

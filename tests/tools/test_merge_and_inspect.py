@@ -16,13 +16,14 @@ from megadistill.cache.writer import CacheWriter
 from megadistill.errors import StoreError
 from tests.blocks.stores import tree
 from tests.cache.caches import VOCAB_SIZE, block_of, create_cache, fill_cache
-from tests.tools.test_inspect_cache import inspect, load
+from tests.programs import program
+from tests.tools.test_inspect_cache import inspect
 
 
 def merge(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     from megadistill.commands import run
 
-    code = run(load("merge_and_inspect").main, [str(a) for a in arguments])
+    code = run(program("tools/merge_and_inspect.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 

@@ -19,9 +19,10 @@ from megadistill.config import load_config
 from megadistill.plan import make_plan
 from megadistill.plan.report import Report
 from megadistill.plan.sizes import SIZES, Rates, row
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import teacher_and_text
+from tests.programs import program
 from tests.ranks import run_ranks
-from tests.tools.test_inspect_cache import TOOLS, load
+from tests.tools.test_inspect_cache import TOOLS
 
 YAML = """
 data: {files: [text.jsonl], dir: tokens, seq_len: 32, block_size: 8, workers: 1}
@@ -34,11 +35,7 @@ cache: {dir: cache, min_free: 0}
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A teacher with its tokenizer, a text of 240 documents, and the cache of them all."""
-    folder = tmp_path_factory.mktemp("plan")
-    tiny_llama(folder / "teacher")
-    tiny_tokenizer(folder / "teacher")
-    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
-    (folder / "text.jsonl").write_text("".join(line % i for i in range(240)))
+    folder = teacher_and_text(tmp_path_factory.mktemp("plan"), documents=240)
     (folder / "c.yaml").write_text(YAML)
     return folder
 
@@ -147,7 +144,7 @@ def test_the_program_measures_and_prints_one_json_object(place):
 
 
 def plan(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = run(load("plan").main, ["--config", "c.yaml", *arguments])
+    code = run(program("tools/plan.py").main, ["--config", "c.yaml", *arguments])
     return code, *capsys.readouterr()
 
 

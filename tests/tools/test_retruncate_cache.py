@@ -9,13 +9,13 @@ import pytest
 
 from tests.blocks.stores import tree
 from tests.cache.caches import fill_cache
-from tests.tools.test_inspect_cache import load
+from tests.programs import program
 
 
 def retruncate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     from megadistill.commands import run
 
-    code = run(load("retruncate_cache").main, [str(a) for a in arguments])
+    code = run(program("tools/retruncate_cache.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.forked import Ranks
+from tests.programs import program
 from tests.train.stores import make_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,12 +83,7 @@ def train(argv: list[str], deaths: tuple[Death, ...]) -> int:
     for death in deaths:
         if int(os.environ["RANK"]) == death.rank:
             arm(death)
-    spec = importlib.util.spec_from_file_location("train", ROOT / "launch" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return run(module.main, argv)
+    return run(program("launch/train.py").main, argv)
 
 
 def arm(death: Death) -> None:

@@ -23,8 +23,3 @@ def to_codes(values: np.ndarray) -> np.ndarray:
         roots = np.sqrt(np.maximum(values.astype(np.float64), 0) * UNIT)
     codes = np.minimum(np.rint(np.nan_to_num(roots, nan=0.0, posinf=NONE - 1)), NONE - 1)
     return np.where(np.isnan(values), NONE, codes).astype(np.uint8)
-
-
-def from_codes(codes: np.ndarray) -> np.ndarray:
-    """float32 values in nats; nan for code 255."""
-    return LEVELS[codes]

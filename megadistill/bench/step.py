@@ -7,7 +7,10 @@ Both are `train.loop.run_step`, whole, of one engine under ZeRO-3: reading, forw
 update. They take turns and change places from pair to pair, so that a machine that slows down or
 speeds up meets both.
 
-Shapes: N positions of a sequence, V vocabulary.
+Found with two ranks on two quiet cores, V = 32,000, H = 512, 4 layers, 8 x 512 tokens, 15 pairs:
+1.012 (0.91 to 1.06), 7.6 s a step.
+
+Shapes: C positions of a chunk, V vocabulary, N positions.
 """
 
 from __future__ import annotations

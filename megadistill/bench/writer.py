@@ -36,7 +36,7 @@ def writer_cost(config: Config, mesh: Mesh, *, pairs: int, blocks: int) -> dict[
             f"{tokens.path}: holds {len(tokens.committed())} blocks, expected at least {blocks}: "
             "set --blocks lower"
         )
-    teacher = load_teacher(config, mesh)
+    teacher = load_teacher(config, mesh, vocab_size=tokens.recipe["tokenizer"]["vocab_size"])
     folder = Path(tempfile.mkdtemp(prefix="megadistill-bench-"))
     samples = [tokens.block(block) for block in range(blocks)]
 

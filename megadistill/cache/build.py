@@ -76,7 +76,7 @@ def build_cache(
         tokens = BlockStore.open(config.data.dir)
         store = BlockStore.open(config.cache.folder)
         if missing:
-            teacher = load_teacher(config, mesh)
+            teacher = load_teacher(config, mesh, vocab_size=store.recipe["vocab_size"])
             _compute(config, mesh, teacher, tokens, store, missing, free_bytes)
             mesh.first(store.finish)
             if validate:

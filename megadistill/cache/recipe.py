@@ -51,7 +51,8 @@ def cache_recipe(config: Config, tokens_recipe: dict[str, Any]) -> dict[str, Any
         "tokenizer": tokens_recipe["tokenizer"],
         "tokens": tokens_recipe,
         "tp": teacher.tp,
-        "vocab_size": files.vocab_size,
+        # Ids above the tokenizer's are padding, see TeacherHead.of.
+        "vocab_size": tokens_recipe["tokenizer"]["vocab_size"],
         **method,
     }
 

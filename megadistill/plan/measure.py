@@ -71,7 +71,8 @@ def measure(config: Config, mesh: Mesh, *, blocks: int = 2) -> Measured:
     try:
         started = time.monotonic()
         sample = _sampled_together(_moved(config, folder), mesh, blocks * _copies(config, mesh))
-        teacher = load_teacher(config, mesh)
+        recipe = sample.header["recipe"]
+        teacher = load_teacher(config, mesh, vocab_size=recipe["vocab_size"])
         load_s = time.monotonic() - started
         store = _store(folder / f"cache-{mesh.rank}", sample)
         _warm_up(config, teacher, sample.blocks[0])

@@ -58,15 +58,16 @@ class Teacher:
         return self.engine(**inputs).last_hidden_state.flatten(0, 1)
 
 
-def load_teacher(config: Config, mesh: Mesh) -> Teacher:
+def load_teacher(config: Config, mesh: Mesh, *, vocab_size: int) -> Teacher:
     """The configured teacher on this rank's share of the mesh. Collective over all ranks.
 
+    vocab_size: ids that its distributions are over, see `TeacherHead.of`.
     Raises ConfigError when the model cannot be loaded, TeacherError when it has no head.
     """
     zero3 = config.teacher.engine == "zero3"
     build = _zero3 if zero3 else _tensor_parallel
     with _quiet():
-        engine, head = build(config.teacher, mesh)
+        engine, head = build(config.teacher, mesh, vocab_size)
     if config.data.pack == "isolate":
         check_isolation(engine.module, name="teacher.model", device=mesh.device)
     return Teacher(
@@ -74,13 +75,14 @@ def load_teacher(config: Config, mesh: Mesh) -> Teacher:
     )
 
 
-def _tensor_parallel(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
+def _tensor_parallel(config: TeacherConfig, mesh: Mesh, vocab_size: int) -> tuple[Any, TeacherHead]:
     import deepspeed
 
     model = _pretrained(config)
     head = TeacherHead.of(
-        model, rank=mesh.tp_rank, ranks=mesh.tp, group=mesh.tp_group, device=mesh.device
-    )
+        model, rank=mesh.tp_rank, ranks=mesh.tp, group=mesh.tp_group, device=mesh.device,
+        vocab_size=vocab_size,
+    )  # fmt: skip
     engine = deepspeed.init_inference(
         model.base_model,
         dtype=getattr(torch, config.dtype),
@@ -95,7 +97,7 @@ def _tensor_parallel(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHea
     return engine, head
 
 
-def _zero3(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
+def _zero3(config: TeacherConfig, mesh: Mesh, vocab_size: int) -> tuple[Any, TeacherHead]:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -112,7 +114,9 @@ def _zero3(config: TeacherConfig, mesh: Mesh) -> tuple[Any, TeacherHead]:
     output = model.get_output_embeddings()
     parameters = [p for p in (output.weight, getattr(output, "bias", None)) if p is not None]
     with deepspeed.zero.GatheredParameters(parameters):
-        head = TeacherHead.of(model, rank=0, ranks=1, group=None, device=mesh.device)
+        head = TeacherHead.of(
+            model, rank=0, ranks=1, group=None, device=mesh.device, vocab_size=vocab_size
+        )
     engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
     engine.eval()
     return engine, head

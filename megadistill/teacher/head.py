@@ -50,11 +50,18 @@ class TeacherHead:
         )
 
     @classmethod
-    def of(cls, model: Any, *, rank: int, ranks: int, group: Any, device: Any) -> TeacherHead:
-        """Cut this rank's slice out of a transformers model's head."""
+    def of(
+        cls, model: Any, *, rank: int, ranks: int, group: Any, device: Any, vocab_size: int
+    ) -> TeacherHead:
+        """Cut this rank's slice out of the first `vocab_size` rows of a transformers model's head.
+
+        Above them lies padding: vocabularies are rounded up, to 152,064 rows for 151,665 tokens in
+        Qwen2.5-7B, and to another number in the next size of the family. So distributions are over
+        tokens, and teacher and student need not be padded alike.
+        """
         weight_VH = model.get_output_embeddings().weight.detach()
         bias_V = getattr(model.get_output_embeddings(), "bias", None)
-        V = weight_VH.shape[0]
+        V = min(vocab_size, weight_VH.shape[0])
         first, last = V * rank // ranks, V * (rank + 1) // ranks
         scale, softcap = logit_scale(model.config), soft_cap(model.config)
         return cls(

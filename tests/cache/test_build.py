@@ -355,7 +355,8 @@ def validate_with_noise(mesh, config: Config) -> str:
     from megadistill.errors import TeacherError
     from megadistill.teacher.engine import load_teacher
 
-    teacher = load_teacher(config, mesh)
+    vocab_size = BlockStore.open(config.cache.dir).recipe["vocab_size"]
+    teacher = load_teacher(config, mesh, vocab_size=vocab_size)
     teacher.head.weight_VH.add_(torch.randn_like(teacher.head.weight_VH), alpha=0.5)
     try:
         _validate(

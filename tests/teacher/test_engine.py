@@ -25,8 +25,11 @@ def batch() -> tuple[np.ndarray, list[np.ndarray]]:
     return tokens, [np.array([0, 5, 17]), np.array([0]), np.array([0, 23])]
 
 
-def plain_log_probs(model: str) -> torch.Tensor:
-    """Every document on its own through transformers: nothing to isolate, nothing of ours."""
+def plain_log_probs(model: str, vocab_size: int = VOCAB) -> torch.Tensor:
+    """Every document on its own through transformers: nothing to isolate, nothing of ours.
+
+    Of the first `vocab_size` ids, as if there were no others.
+    """
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -36,13 +39,14 @@ def plain_log_probs(model: str) -> torch.Tensor:
         for first, last in zip(starts, [*starts[1:], 24], strict=True):
             with torch.no_grad():
                 rows.append(reference(torch.as_tensor(row[None, first:last])).logits[0])
-    return torch.log_softmax(torch.cat(rows).float(), 1)
+    return torch.log_softmax(torch.cat(rows).float()[:, :vocab_size], 1)
 
 
-def engine_log_probs(mesh, model: str, engine: str):
+def engine_log_probs(mesh, model: str, engine: str, vocab_size: int = VOCAB):
     from megadistill.teacher.engine import load_teacher
 
-    teacher = load_teacher(settings(model, tp=mesh.tp, engine=engine), mesh)
+    config = settings(model, tp=mesh.tp, engine=engine)
+    teacher = load_teacher(config, mesh, vocab_size=vocab_size)
     shard = sum(p.numel() for p in teacher.engine.module.parameters())
     return teacher.head.log_probs(teacher.hidden(*batch())).clone(), shard
 
@@ -81,3 +85,16 @@ def test_zero3_log_probs_are_those_of_plain_transformers(model):
     expected = plain_log_probs(model)
     for found, _ in results:
         assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tp", "engine"), [(1, "tensor_parallel"), (2, "tensor_parallel"), (1, "zero3")]
+)
+def test_rows_above_the_tokenizers_ids_are_no_part_of_the_distribution(model, tp, engine):
+    results = run_ranks(
+        2, "tests.teacher.test_engine:engine_log_probs", tp=tp, model=model, engine=engine,
+        vocab_size=450,
+    )  # fmt: skip
+    found = torch.cat([slice_ for slice_, _ in results[:tp]], 1)
+    assert found.shape[1] == 450
+    assert (found - plain_log_probs(model, 450)).abs().max() < 1e-5

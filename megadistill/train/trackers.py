@@ -92,6 +92,10 @@ class Tracker(Protocol):
 
     def close(self, *, failed: bool) -> None: ...
 
+    @staticmethod
+    def leave() -> None:
+        """Nothing of the library is to hold up the end of the process."""
+
 
 class TensorBoard:
     """Event files in the run's folder, under tensorboard/."""
@@ -112,6 +116,10 @@ class TensorBoard:
     def close(self, *, failed: bool) -> None:
         self._writer.close()
 
+    @staticmethod
+    def leave() -> None:
+        pass  # its thread is a daemon
+
 
 class WandB:
     """A run of Weights & Biases, its files in the run's folder, under wandb/."""
@@ -129,6 +137,15 @@ class WandB:
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
+        self.leave()
+
+    @staticmethod
+    def leave() -> None:
+        # It would otherwise wait for its service when the interpreter ends, however long that
+        # takes. This waits, too, but takes that hook out first.
+        import wandb
+
+        wandb.teardown()
 
 
 class Trackio:
@@ -149,8 +166,16 @@ class Trackio:
     def close(self, *, failed: bool) -> None:
         self._run.finish()
 
+    @staticmethod
+    def leave() -> None:
+        pass  # what it does at the end, it does for runs of the main thread
 
-TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+TRACKERS: dict[str, type[TensorBoard | WandB | Trackio]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
 _DRAW_OVER = {"tensorboard"}
 
 
@@ -205,12 +230,20 @@ class Feed:
             self._lose(f"failed at step {step} ({type(error).__name__}: {_first_line(error)})")
 
     def _lose(self, how: str) -> None:
-        if not self._lost:
-            self._lost = True
-            log.warning(
-                "train.trackers: %s %s: the run goes on without it, and %s has every figure",
-                self.name, how, self._setup.folder,
-            )  # fmt: skip
+        if self._lost:
+            return
+        self._lost = True
+        log.warning(
+            "train.trackers: %s %s: the run goes on without it, and %s has every figure",
+            self.name, how, self._setup.folder,
+        )  # fmt: skip
+        leaving = threading.Thread(target=self._leave, daemon=True)
+        leaving.start()
+        leaving.join(1.0)
+
+    def _leave(self) -> None:
+        with contextlib.suppress(BaseException):
+            TRACKERS[self.name].leave()
 
 
 class Trackers:

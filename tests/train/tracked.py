@@ -4,9 +4,13 @@ python -m tests.train.tracked FOLDER '{"trackers": ["wandb"], "done": 0, "until"
 """
 
 import json
-import os
+import resource
+import signal
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from megadistill.commands import start_logging
 from megadistill.config import Config
@@ -46,17 +50,38 @@ def report(reporter, steps, *, shift=0.0):
             reporter.evaluation(held_out(step, 10 * step + shift))
 
 
-def main(folder, *, trackers, done=0, until, shift=0.0, killed=False, **train):
+def main(folder, *, trackers, done=0, until, shift=0.0, hurt=None, **train):
+    """hurt: what is done to the tracker after the first step; the others follow."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     config = make_config(folder, trackers=trackers, **train)
     check_trackers(config, load=True)
-    reporter = Reporter(folder, config, done=done, steps=20)
-    with reporter:
-        report(reporter, range(done + 1, until + 1), shift=shift)
-        if killed:
-            os._exit(9)
+    with Reporter(folder, config, done=done, steps=20) as reporter:
+        report(reporter, [done + 1], shift=shift)
+        if hurt is not None:
+            while not (folder / "trackers.json").exists():
+                time.sleep(0.01)
+            HURTS[hurt]()
+        report(reporter, range(done + 2, until + 1), shift=shift)
 
+
+def to_service(number):
+    """Send a signal to the process that wandb starts for itself."""
+    for process in psutil.Process().children(recursive=True):
+        if "wandb-core" in process.name():
+            process.send_signal(number)
+
+
+def fill_disk():
+    """From now on no file grows beyond 8 KiB: of the journals' none does, in 20 steps."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+
+HURTS = {
+    "kill": lambda: to_service(signal.SIGKILL),
+    "stop": lambda: to_service(signal.SIGSTOP),
+    "full": fill_disk,
+}
 
 if __name__ == "__main__":
     start_logging()

@@ -11,7 +11,7 @@ from megadistill.pictures import count_along_x, new_figure, plain, save_figure
 from megadistill.train.report import RunRecords, values
 
 _POINTS = 1000  # of a curve; longer ones are drawn as means of neighbours
-_SMOOTH = 0.02  # of a curve: the window of its running mean
+_SMOOTH = 0.04  # of a curve: the window of its running mean
 
 
 class Panel(NamedTuple):
@@ -54,13 +54,14 @@ def plot_runs(runs: list[RunRecords], file: Path, *, panels: tuple[Panel, ...] =
     colours = _colours([run.name for run in runs])
     for axes, (panel, curves) in zip(all_axes, drawn.items(), strict=False):
         for run, (steps, y) in zip(runs, curves, strict=True):
-            _draw(axes, steps, y, colour=colours[run.name], marked=panel.source == "evaluations")
+            _draw(axes, panel, steps, y, colour=colours[run.name])
         if panel.source == "evaluations" and panel.key == "loss":
             _teachers(axes, runs)
         axes.set_title(panel.title, fontsize="medium")
         axes.set_ylabel(panel.unit)
         if panel.key == "grad_norm":
             axes.set_yscale("log")
+        axes.set_xlim(left=0)
         count_along_x(axes, "step")
     for axes in all_axes[len(drawn) :]:
         axes.set_visible(False)
@@ -71,12 +72,12 @@ def plot_runs(runs: list[RunRecords], file: Path, *, panels: tuple[Panel, ...] =
     return save_figure(figure, file)
 
 
-def _draw(axes: Any, steps: list[int], y: list[float], *, colour: Any, marked: bool) -> None:
-    if marked:
+def _draw(axes: Any, panel: Panel, steps: list[int], y: list[float], *, colour: Any) -> None:
+    if panel.source == "evaluations":
         axes.plot(steps, y, color=colour, marker="o", markersize=3)
         return
     x_P, y_P = _thinned(np.asarray(steps, float), np.asarray(y))
-    window = max(1, round(_SMOOTH * len(y_P)))
+    window = 1 if panel.key == "lr" else max(1, round(_SMOOTH * len(y_P)))
     axes.plot(x_P, y_P, color=colour, alpha=0.3 if window > 1 else 1.0, linewidth=1)
     if window > 1:
         axes.plot(x_P, _running_mean(y_P, window), color=colour)

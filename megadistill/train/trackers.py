@@ -66,7 +66,7 @@ def check_trackers(config: Config, *, load: bool = False) -> None:
             except Exception as error:  # noqa: BLE001 - whatever a package does when imported
                 lines.append(
                     f"train.trackers: the package {name} cannot be imported "
-                    f"({type(error).__name__}: {_first_line(error)}): {way_out}"
+                    f"({_shown(error)}): {way_out}"
                 )
     if lines:
         raise ConfigError("\n".join(lines))
@@ -227,7 +227,7 @@ class Feed:
             if tracker is not None:
                 tracker.close(failed=self._failed)
         except BaseException as error:  # noqa: BLE001 - nothing of a tracker's ends a run
-            self._lose(f"failed at step {step} ({type(error).__name__}: {_first_line(error)})")
+            self._lose(f"failed at step {step} ({_shown(error)})")
 
     def _lose(self, how: str) -> None:
         if self._lost:
@@ -311,5 +311,6 @@ def _as_markdown(settings: dict[str, Any]) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _shown(error: BaseException) -> str:
+    """Its class, and the first line of what it says, where it says anything."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

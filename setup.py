@@ -26,6 +26,9 @@ REQUIRES = [
     "xxhash>=3.4,<4",
     "zstd>=1.5",  # what tools/bench.py compares with; mosaicml-streaming brings it, too
 ]
+# What train.trackers can name. trackio 0.43 wants pillow < 13, and the locks are beyond that, so
+# that it is in neither; its tests run where it is installed.
+TRACKERS = {"tensorboard": "tensorboard>=2.19", "wandb": "wandb>=0.21", "trackio": "trackio>=0.20"}
 DEVELOP = [
     "hypothesis",
     "import-linter>=2.3",
@@ -35,6 +38,8 @@ DEVELOP = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.12",
+    TRACKERS["tensorboard"],
+    TRACKERS["wandb"],
     "types-tqdm",
     "uv",
 ]
@@ -51,5 +56,5 @@ setup(
     packages=find_packages(include=["megadistill", "megadistill.*"]),
     python_requires=">=3.11",
     install_requires=REQUIRES,
-    extras_require={"dev": DEVELOP},
+    extras_require={"dev": DEVELOP, "trackers": list(TRACKERS.values())},
 )

@@ -10,6 +10,7 @@ Every stage is a command that is printed before it runs; a stage that is complet
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,6 +20,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megadistill.train.report import RunRecords
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
@@ -182,15 +187,17 @@ def use_teacher() -> None:
 
 def report(stages: Stages, seeds: int) -> None:
     """The comparison: a table on the terminal, report.json and report.png in the run's folder."""
+    from megadistill.train.report import held_out_table
+
     inspected = subprocess.run(
         [sys.executable, "tools/inspect_cache.py", str(RUN / "cache"), "--json"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     cache = json.loads(inspected.stdout)
+    runs = students_runs(seeds)
     students = [
-        {"student": name, "seed": seed, **held_out(student_folder(name, seed))[-1]}
-        for seed in range(seeds)
-        for name in ("labels", "cache")
+        {"student": ("labels", "cache")[i % 2], "seed": i // 2, **run.evaluations[-1]}
+        for i, run in enumerate(runs)
     ]
     gains = [
         labels["loss"] - cached["loss"]
@@ -207,16 +214,9 @@ def report(stages: Stages, seeds: int) -> None:
         "seconds": {name: stage["seconds"] for name, stage in stages.done.items()},
     }
     (RUN / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot(seeds)
-    row = "%-22s %5s %14s %14s %10s"
+    plot(runs)
     log.info("\nheld-out text (nobody trained on it), equal steps, equal start:\n")
-    log.info(row, "student trained on", "seed", "held-out loss", "KL to teacher", "top-1")
-    names = {"labels": "hard labels", "cache": "the teacher's cache"}
-    for s in students:
-        log.info(row, names[s["student"]], s["seed"], f"{s['loss']:.4f}",
-                 f"{s['kl']:.4f}", f"{s['top1_agreement']:.1%}")  # fmt: skip
-    teacher_loss = students[0]["teacher_loss"]
-    log.info(row, "(the teacher itself)", "", f"{teacher_loss:.4f}", "", "")
+    log.info("%s", held_out_table(runs))
     log.info(
         "\nthe cache: %d positions, %.1f entries and %.1f bytes a position",
         cache["num_positions"], cache["entries_per_position"], cache["bytes_per_position"],
@@ -228,36 +228,23 @@ def report(stages: Stages, seeds: int) -> None:
     log.info("\n%s/report.json, %s/report.png", RUN, RUN)
 
 
-def held_out(folder: Path) -> list[dict]:
-    """The held-out evaluations of a training run, in order of steps."""
-    return [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+def students_runs(seeds: int) -> list[RunRecords]:
+    """The students' runs, for each seed that on hard labels and that from the cache."""
+    from megadistill.train.report import read_run
+
+    return [
+        read_run(student_folder(kind, seed), name=f"{title}, seed {seed}")
+        for seed in range(seeds)
+        for kind, title in (("labels", "hard labels"), ("cache", "the teacher's cache"))
+    ]
 
 
-def plot(seeds: int) -> None:
-    """The held-out loss of both students over the steps, all seeds."""
-    import matplotlib
+def plot(runs: list[RunRecords]) -> None:
+    """The held-out curves of all students, a colour for either kind."""
+    from megadistill.train.plots import HELD_OUT_PANELS, plot_runs
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    styles = {"labels": ("hard labels", "tab:grey"), "cache": ("teacher's cache", "tab:blue")}
-    for name, (label, colour) in styles.items():
-        for seed in range(seeds):
-            points = held_out(student_folder(name, seed))
-            axes.plot(
-                [p["step"] for p in points], [p["loss"] for p in points], marker="o",
-                markersize=3, color=colour, label=label if seed == 0 else None,
-            )  # fmt: skip
-    axes.set(
-        xlabel="training step", ylabel="held-out loss (nats a token)",
-        title="Two equal students, equal steps",
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(RUN / "report.png", dpi=150)
-    pyplot.close(figure)
+    kinds = [dataclasses.replace(run, name=run.name.partition(", seed")[0]) for run in runs]
+    plot_runs(kinds, RUN / "report.png", panels=HELD_OUT_PANELS)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from megadistill.blocks import BlockStore
 from megadistill.cache.statistics import summary
 from megadistill.errors import StoreError
+from megadistill.pictures import count_along_x, new_figure, plain, save_figure
 
 # Quantity -> title, unit.
 _PICTURES = {
@@ -32,30 +33,21 @@ def plot_store(path: str | Path, folder: str | Path) -> list[Path]:
     if not blocks:
         raise StoreError(f"{path}: has no committed block to plot")
     summaries = [summary(store.marker(b)["statistics"]) for b in blocks]
-    out = Path(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return [
-            _plot(
-                out / f"{name}.png", blocks, [s[name] for s in summaries], f"{title}\n{path}", unit
-            )
-            for name, (title, unit) in _PICTURES.items()
-            if any(s[name] is not None for s in summaries)
-        ]
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot write pictures: {error.strerror or error}") from error
+    return [
+        _plot(
+            Path(folder) / f"{name}.png", blocks, [s[name] for s in summaries], f"{title}\n{path}",
+            unit,
+        )
+        for name, (title, unit) in _PICTURES.items()
+        if any(s[name] is not None for s in summaries)
+    ]  # fmt: skip
 
 
 def _plot(file: Path, blocks: list[int], values: list[Any], title: str, unit: str) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     known = [(b, v) for b, v in zip(blocks, values, strict=True) if v is not None]
     numbers = [b for b, _ in known]
     marker = "." if len(known) <= _MARKED else ""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 4.5)
     axes = figure.subplots()
     if isinstance(known[0][1], dict):
         low, high = ([v[q] for _, v in known] for q in ("p05", "p95"))
@@ -66,11 +58,7 @@ def _plot(file: Path, blocks: list[int], values: list[Any], title: str, unit: st
     else:
         axes.plot(numbers, [v for _, v in known], marker=marker)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # A dollar sign in a path would begin a formula.
-    axes.set_title(title.replace("$", r"\$"), fontsize="medium")
-    axes.set_xlabel("block")
+    count_along_x(axes, "block")
+    axes.set_title(plain(title), fontsize="medium")
     axes.set_ylabel(unit)
-    figure.savefig(file, dpi=120)
-    return file
+    return save_figure(figure, file)

@@ -14,6 +14,7 @@ from megadistill.checks import folders, models, vocabulary
 from megadistill.config import Config
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.plan import Plan, make_plan
+from megadistill.train.trackers import check_trackers
 
 __all__ = ["check_generate", "check_train"]
 
@@ -81,6 +82,7 @@ def check_train(config: Config, *, world: int) -> None:
             "train without by eval.cache=null",
         )
     found.of(folders.check_run_folder, config)
+    found.of(check_trackers, config)
     with_weights = config.student.init == "pretrained"
     student = found.of(
         models.check_model, config.student, "student.model", with_weights=with_weights

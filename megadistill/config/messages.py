@@ -89,7 +89,7 @@ def _short(value: Any) -> str:
 
 def _choices(path: KeyPath) -> list[str]:
     model = section_model(str(path[0]))
-    if model is None or len(path) != 2:
+    if model is None or [type(part) for part in path[1:]] not in ([str], [str, int]):
         return []
     return [c for c in _literals(model.model_fields[str(path[1])].annotation) if isinstance(c, str)]
 
@@ -97,7 +97,7 @@ def _choices(path: KeyPath) -> list[str]:
 def _literals(annotation: Any) -> Iterator[Any]:
     if typing.get_origin(annotation) is typing.Literal:
         yield from typing.get_args(annotation)
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         for inner in typing.get_args(annotation):
             yield from _literals(inner)
 

@@ -77,7 +77,8 @@ def _kind(annotation: Any, field: FieldInfo | None = None) -> str:
     if origin is tuple and typing.get_origin(inner[0]) is tuple:
         return "points"
     if origin in (list, tuple):
-        return f"list of {_kind(inner[0]).partition(' ')[0]}s"
+        element = _kind(inner[0])
+        return f"list of {element if '`' in element else element.partition(' ')[0] + 's'}"
     names = {int: "integer", float: "number", bool: "boolean", str: "text"}
     return names.get(annotation, "mapping") + _bounds(field.metadata if field is not None else ())
 

@@ -62,7 +62,17 @@ def _worst_bytes_a_sequence(config: Config) -> float:
 
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
-    for rule in (_source, _fields, _folders, _teacher, _targets, _batch, _steps, _averages):
+    for rule in (
+        _source,
+        _fields,
+        _folders,
+        _teacher,
+        _targets,
+        _batch,
+        _steps,
+        _averages,
+        _trackers,
+    ):
         yield from rule(config)
     for path, message in deepspeed_problems(config.deepspeed):
         yield Problem((".".join(("deepspeed", *path)),), message)
@@ -285,6 +295,15 @@ def _averages(config: Config) -> Iterator[Problem]:
                 f"needs the weights in memory, and {part}.device is nvme: set it to cpu, or leave "
                 "train.ema out",
             )
+
+
+def _trackers(config: Config) -> Iterator[Problem]:
+    names = config.train.trackers
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield Problem(
+            ("train.trackers",), f"{', '.join(twice)} stands there twice: name each tracker once"
+        )
 
 
 def _steps(config: Config) -> Iterator[Problem]:

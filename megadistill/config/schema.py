@@ -437,6 +437,18 @@ class TrainConfig(Section):
     skip_budget: CountInt = Field(
         default=10, description="`non_finite: skip`: steps to leave out at most in the whole run"
     )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[],
+        description="where rank 0's figures go besides `metrics.jsonl` and `eval.jsonl`, each "
+        "through its own library (`pip install` it)",
+    )
+    project: Text = Field(
+        default="megadistill", description="`wandb`, `trackio`: the project the run belongs to"
+    )
+    run_name: Text | None = Field(
+        default=None,
+        description="`wandb`, `trackio`: the run's name; default: the last two parts of `out_dir`",
+    )
     seed: Seed = Field(default=0, description="seed of random weights")
     deterministic: bool = Field(
         default=False, description="repeatable to the bit on a GPU too, at some cost in speed"

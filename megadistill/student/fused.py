@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from megadistill.student.calibration import BINS, calibration_bins
 from megadistill.student.rows import Entries, Terms, distill_rows
 from megadistill.targets import SparseTargets
 
@@ -54,15 +55,17 @@ class Chunks:
     logit_scale: float = 1.0
     softcap: float | None = None
     agreement: bool = False
+    calibration: bool = False
 
 
 class Sums(NamedTuple):
-    """Scalars over all positions, float64; neither weighted nor multiplied by T squared."""
+    """Sums over all positions, float64; neither weighted nor multiplied by T squared."""
 
     kd: torch.Tensor
     ce: torch.Tensor
     z: torch.Tensor
     agreed: torch.Tensor  # int64
+    calibration_M3: torch.Tensor  # of calibration.py; zeros unless asked for
 
 
 def default_chunk(positions: int, vocab: int, buffer_elements: int = BUFFER_ELEMENTS) -> int:
@@ -83,7 +86,7 @@ def choose_mode(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, budget: float 
 
 
 class FusedDistillation(torch.autograd.Function):
-    """(loss, kd, ce, z, agreed) of `Sums`, given hidden_NH, weight_VH, bias_V, chunks, mode."""
+    """(loss, *`Sums`), given hidden_NH, weight_VH, bias_V, chunks, mode."""
 
     @staticmethod
     def forward(
@@ -165,6 +168,7 @@ def run_chunks(
     )
     kd, ce, z = hidden_NH.new_zeros(3, dtype=torch.float64)
     agreed = torch.zeros_like(kd, dtype=torch.int64)
+    calibration_M3 = kd.new_zeros(BINS, 3)
     for start in range(0, count, chunks.chunk):
         rows = slice(start, min(start + chunks.chunk, count))
         size = rows.stop - start
@@ -176,18 +180,21 @@ def run_chunks(
             z_CV.div_(softcap).tanh_()
             torch.square(z_CV, out=slope_CV).neg_().add_(1)
             z_CV.mul_(softcap)
-        entries = None
+        labels_C, entries = chunks.labels_N[rows], None
+        best_C = z_CV.argmax(1) if chunks.agreement or chunks.calibration else labels_C
         if targets is not None:
             entries = Entries.of(targets.rows(start, rows.stop), wide)
             if chunks.agreement:
-                agreed += entries.top_id().eq(z_CV.argmax(1)).sum()
+                agreed += entries.top_id().eq(best_C).sum()
         losses = distill_rows(
-            z_CV, entries, chunks.labels_N[rows], scaled,
+            z_CV, entries, labels_C, scaled,
             scratch_CV=None if scratch is None else scratch[:size, :vocab],
         )  # fmt: skip
         kd += losses.kd.double().sum()
         ce += losses.ce.double().sum()
         z += losses.z.double().sum()
+        if chunks.calibration:
+            calibration_M3 += calibration_bins(losses.top_prob, best_C == labels_C)
         if slope_CV is not None:
             z_CV.mul_(slope_CV)
         all_CV[:, vocab:].zero_()
@@ -197,7 +204,8 @@ def run_chunks(
             _accumulate(grad_weight_VH, all_CV, hidden_CH, first=start == 0)
         if grad_bias_V is not None:
             grad_bias_V += all_CV.sum(0)
-    return Sums(kd, ce, z, agreed), (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+    sums = Sums(kd, ce, z, agreed, calibration_M3)
+    return sums, (grad_hidden_NH, grad_weight_VH, grad_bias_V)
 
 
 def _logits(

@@ -40,6 +40,7 @@ class LossTerms(NamedTuple):
     ce_count: int  # positions with a label
     agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the targets'
     z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
+    calibration_M3: torch.Tensor  # float64; the bins of calibration.py, zeros unless asked for
 
 
 def fused_linear_distillation(
@@ -82,6 +83,7 @@ def distillation_terms(
     memory_budget: float | None = None,
     chunk_size: int | None = None,
     agreement: bool = False,
+    calibration: bool = False,
 ) -> LossTerms:
     """kd_weight * T^2 * kd_sum / kd_n + (ce_weight * ce_sum + z_loss * z_sum) / ce_n.
 
@@ -101,6 +103,8 @@ def distillation_terms(
     mode: "forward" or "recompute", of `fused.py`; by default the first unless what it keeps until
     the backward pass, [N, H] and float32 [V, H], exceeds memory_budget, in GiB.
     agreement: count the positions where student and targets agree on the most probable id.
+    calibration: compare the student's largest probability, at temperature 1, with how often it is
+    that of the label.
 
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError
     for shapes that do not fit and for ids outside the vocabulary.
@@ -139,14 +143,16 @@ def distillation_terms(
     )
     chunks = Chunks(
         targets, labels_N, terms, vocab, chunk_size or default_chunk(ce_count, len(weight_VH)),
-        logit_scale, softcap, agreement,
+        logit_scale, softcap, agreement, calibration,
     )  # fmt: skip
     mode = mode or choose_mode(hidden_NH, weight_VH, memory_budget)
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     loss, *sums = FusedDistillation.apply(hidden_NH, weight_VH, bias_V, chunks, mode)
-    kd_sum, ce_sum, z_sum, agreed = Sums(*sums)
-    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count, agreed, z_sum)
+    kd_sum, ce_sum, z_sum, agreed, calibration_M3 = Sums(*sums)
+    return LossTerms(
+        loss, kd_sum, ce_sum, kd_count, ce_count, agreed, z_sum, calibration_M3
+    )  # fmt: skip
 
 
 def _check_shapes(

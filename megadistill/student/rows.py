@@ -104,6 +104,7 @@ class RowLosses:
     kd: torch.Tensor
     ce: torch.Tensor
     z: torch.Tensor  # the squared log-sum-exp
+    top_prob: torch.Tensor  # the largest probability, at temperature 1
 
 
 def distill_rows(
@@ -114,7 +115,7 @@ def distill_rows(
     *,
     scratch_CV: torch.Tensor | None = None,
 ) -> RowLosses:
-    """Each row's divergence, cross-entropy and z-loss.
+    """Each row's divergence, cross-entropy, z-loss and largest probability.
 
     z_CV: logits, float32 or float64, overwritten with the gradient of
     terms.kd * kd.sum() + terms.ce * ce.sum() + terms.z * z.sum(). scratch_CV: the same shape,
@@ -146,7 +147,8 @@ def distill_rows(
     log_q_C = (1 - smoothing) * norm.log_prob(truth_C)
     if smoothing:
         log_q_C += smoothing * norm.log_prob(mean_C)
-    return RowLosses(kd_C, -log_q_C, norm.logsumexp_C.square())
+    # The maximum counts 1 in the total.
+    return RowLosses(kd_C, -log_q_C, norm.logsumexp_C.square(), norm.total_C.reciprocal())
 
 
 def _distil(

@@ -5,10 +5,13 @@ perplexity      exp(loss)
 kl              mean KL(teacher || student), nats, over the listed ids and the tail as one bucket:
                 a lower bound of the full KL, above it only by what the tail hides within itself
 top1_agreement  share of positions where student and teacher find the same id most probable
+calibration_error  mean gap between the student's top-1 probability and the share of positions where
+                that id is the true next token, over 15 bins (student/calibration.py)
 teacher_loss    the same as loss for the teacher, from the cache, where it holds nll
 teacher_entropy mean entropy of the teacher, from the cache, where it holds it
 
-Temperature is the cache's for kl, 1 for loss. Never weighted, smoothed or multiplied by T squared.
+Temperature is the cache's for kl, 1 for loss and calibration_error. Never weighted, smoothed or
+multiplied by T squared.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 
 from megadistill.blocks.copies import LocalCopies
 from megadistill.errors import ConfigError
+from megadistill.student.calibration import BINS, calibration_error
 from megadistill.targets import SAMPLED
 from megadistill.train.data import MicroBatch, micro_batch, open_sequences
 from megadistill.train.engine import Trainer
@@ -49,6 +53,7 @@ class Evaluation:
         trainer.engine.eval()
         mesh, rows = trainer.mesh, micro_batch_size
         sums = torch.zeros(8, dtype=torch.float64)
+        calibration_M3 = torch.zeros(BINS, 3, dtype=torch.float64)
         for start in range(0, self.count, rows * mesh.world):
             mine = np.arange(start + mesh.rank * rows, start + (mesh.rank + 1) * rows)
             names = [(0, int(i)) for i in np.minimum(mine, self.count - 1)]
@@ -56,13 +61,14 @@ class Evaluation:
                 [self.sequences], names, with_targets=True, empty=int((mine >= self.count).sum())
             )
             moved = batch.on(trainer.student.model, mesh.device, pack=pack)
-            options = {"temperature": self.temperature, "agreement": True}
+            options = {"temperature": self.temperature, "agreement": True, "calibration": True}
             terms = trainer.engine(moved.labels_N, moved.targets, options, **moved.inputs)
             sums[:5] += torch.tensor(
                 [terms.kd_sum, terms.ce_sum, terms.agreed, terms.kd_count, terms.ce_count],
                 dtype=torch.float64,
             )
             sums[5:] += _teacher(batch)
+            calibration_M3 += terms.calibration_M3.cpu()
         trainer.engine.train()
         kd, ce, agreed, kd_count, ce_count, nll, entropy, known = mesh.sum(sums).tolist()
         loss = ce / max(ce_count, 1)
@@ -71,6 +77,7 @@ class Evaluation:
             "perplexity": math.exp(min(loss, 700.0)),
             "kl": kd / max(kd_count, 1),
             "top1_agreement": agreed / max(kd_count, 1),
+            "calibration_error": calibration_error(mesh.sum(calibration_M3)),
             "positions": int(ce_count),
             "sequences": self.count,
         }

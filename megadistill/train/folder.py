@@ -1,6 +1,7 @@
 """train.out_dir: whose run it holds, and whether that run goes on, is finished, or is another.
 
 run.json        what the run is, written first, never changed
+trackers.json   with train.trackers, what the run is called there
 metrics.jsonl   a line a step
 eval.jsonl      a line an evaluation
 checkpoints/    of which the newest sound one is resumed
@@ -19,11 +20,12 @@ from megadistill.blocks.records import encode_json, put_file, read_json
 from megadistill.config import Config
 from megadistill.errors import TrainError
 from megadistill.train.data import Sequences
+from megadistill.train.journal import JOURNALS, read_records
 
 # Where and how often something is written, and how a step is cut up, are no part of what is run.
 _FREE = (
     "out_dir", "save_every", "eval_every", "keep", "keep_best", "micro_batch", "use_ema",
-    "non_finite", "skip_budget",
+    "non_finite", "skip_budget", "trackers", "project", "run_name",
 )  # fmt: skip
 # Without an average nothing is said of it, as before there was one.
 _EMA = ("ema", "ema_decay")
@@ -41,8 +43,8 @@ class RunFolder:
     def claim(self, identity: dict[str, Any]) -> bool:
         """Make the folder this run's own, or see that it is; whether the run is finished.
 
-        TrainError where the folder holds something else, RecipeError naming the key where it is a
-        run of another configuration.
+        TrainError where the folder holds something else or a damaged journal, RecipeError naming
+        the key where it is a run of another configuration.
         """
         if not self._identity.exists():
             temporary = self.path / ".run.json"
@@ -58,6 +60,8 @@ class RunFolder:
             read_json(self._identity), identity, file=str(self._identity), other="this run's is",
             way_out="restore the setting to go on, or choose another train.out_dir",
         )  # fmt: skip
+        for journal in JOURNALS:
+            read_records(self.path / journal)
         return self.model.is_dir()
 
 

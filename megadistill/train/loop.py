@@ -12,6 +12,7 @@ Shapes: none; positions and sequences are counted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -68,15 +69,12 @@ def train(config: Config, mesh: Mesh) -> Trained:
             log.info("resumed at step %d of %d from %s", start.step, run.steps, found.path)
     reporter = None
     if mesh.rank == 0:
-        reporter = Reporter(run.folder.path, done=start.step, steps=run.steps)
+        reporter = Reporter(run.folder.path, config, done=start.step, steps=run.steps)
     # Over the export as well: a rank that had forgotten it was told, when done with the steps, and
     # one that was told a moment later would part, one exporting with the other gone.
     with told_to_stop() as told:
-        try:
+        with reporter or contextlib.nullcontext():
             end, figures = run_steps(run, trainer, mesh, start, reporter, told=told)
-        finally:
-            if reporter is not None:
-                reporter.close()
         if end.step == run.steps:
             finish(run, trainer, mesh, figures)
     return Trained(run.steps, end.step, end.step - start.step, config.train.out_dir)

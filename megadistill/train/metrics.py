@@ -1,46 +1,25 @@
-"""What a step reports: a line in metrics.jsonl, a line for people.
+"""What a step reports: a line in metrics.jsonl (journal.py), a line for people, and to trackers.
 
-metrics.jsonl holds one JSON object a step, steps counted from 1, losses in nats a position, times
-in seconds. After a resume the lines of steps that are done again are dropped, so that the file of
-an interrupted run reads like that of an undisturbed one (times aside).
+Losses are in nats a position, times in seconds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
+from megadistill.config import Config
+from megadistill.train.journal import Journal
+from megadistill.train.trackers import Trackers
+
 log = logging.getLogger(__name__)
 QUIET_S = 10.0  # without a terminal: seconds between lines
-
-
-class Journal:
-    """A file of JSON lines that carry a step, and that a resumed run cuts back to its step."""
-
-    def __init__(self, path: Path, *, done: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                # A killed run may have left half a line at the end.
-                if line.endswith("\n") and json.loads(line)["step"] <= done:
-                    kept.append(line)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file: TextIO = path.open("a")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def step_line(record: dict[str, Any], steps: int) -> str:
@@ -55,18 +34,39 @@ def step_line(record: dict[str, Any], steps: int) -> str:
 
 
 class Reporter:
-    """Rank 0's voice: metrics.jsonl, a bar in a terminal, or a line every few seconds."""
+    """Rank 0's voice: the journals, a bar in a terminal or a line every few seconds, trackers.
 
-    def __init__(self, folder: Path, *, done: int, steps: int) -> None:
+    A context manager. TrainError for a journal that is damaged.
+    """
+
+    def __init__(self, folder: Path, config: Config, *, done: int, steps: int) -> None:
         self.metrics = Journal(folder / "metrics.jsonl", done=done)
         self.evaluations = Journal(folder / "eval.jsonl", done=done)
-        self._steps, self._spoke = steps, 0.0
-        self._bar = None
+        given = {"train": self.metrics.reached, "eval": self.evaluations.reached}
+        self._trackers = Trackers(config, folder, done=done, given=given)
+        self._done, self._steps, self._spoke = done, steps, 0.0
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Reporter:
         if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, unit="step", desc="train", smoothing=0.05)
+            self._bar = tqdm(
+                total=self._steps, initial=self._done, unit="step", desc="train", smoothing=0.05
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for journal in (self.metrics, self.evaluations):
+            journal.close()
+        if self._bar is not None:
+            self._bar.close()
+        self._trackers.close(finished=self._done == self._steps, failed=error is not None)
 
     def step(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)
+        self._trackers.log("train", record)
+        self._done = record["step"]
         if record["loss"] is None:
             return  # a step that was skipped; why has been said
         line = step_line(record, self._steps)
@@ -79,14 +79,9 @@ class Reporter:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.evaluations.write(record)
+        self._trackers.log("eval", record)
         log.info(
             "held out, step %d: loss %.4f  perplexity %.2f  KL to teacher %.4f  top-1 agreement "
-            "%.2f %%", record["step"], record["loss"], record["perplexity"], record["kl"],
-            100 * record["top1_agreement"],
+            "%.2f %%  calibration error %.4f", record["step"], record["loss"], record["perplexity"],
+            record["kl"], 100 * record["top1_agreement"], record["calibration_error"],
         )  # fmt: skip
-
-    def close(self) -> None:
-        for journal in (self.metrics, self.evaluations):
-            journal.close()
-        if self._bar is not None:
-            self._bar.close()

@@ -6,7 +6,6 @@ settings; `build` what only a loaded model can tell; `finish` exports.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -31,6 +30,8 @@ from megadistill.train.engine import Trainer, deepspeed_config
 from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
+from megadistill.train.journal import read_records
+from megadistill.train.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     """Everything that can be found wrong without a model, found. Writes nothing."""
     if config.student is None:
         raise ConfigError("student: there is nothing to train: set student.model")
+    mesh.first(lambda: check_trackers(config, load=True))
     deepspeed_config(config, mesh.world)
     stores = open_sources(config)
     store = stores[0]
@@ -164,5 +166,5 @@ def _export(
 
 def _last_evaluation(path: Path) -> dict[str, Any] | None:
     # A run resumed after its last step has not evaluated anything itself.
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {k: v for k, v in json.loads(lines[-1]).items() if k != "step"} if lines else None
+    records = read_records(path)
+    return {k: v for k, v in records[-1].items() if k != "step"} if records else None

@@ -126,3 +126,19 @@ def naive_head_share(p, q, head_mass):
 def kl(a, b):
     there = a > 0
     return (a[there] * (a[there] / b[there]).log()).sum()
+
+
+def naive_calibration_error(logits_NV, labels_N, bins=15):
+    """Expected calibration error of the first choice, a position after another into its bin."""
+    dealt = [[] for _ in range(bins)]
+    for logits_V, label in zip(logits_NV.double(), labels_N.tolist(), strict=True):
+        if label != -100:
+            prob, best = logits_V.softmax(0).max(0)
+            bin_ = next(m for m in range(bins) if prob <= (m + 1) / bins or m == bins - 1)
+            dealt[bin_].append((prob.item(), int(best) == label))
+    count = sum(len(positions) for positions in dealt)
+    error = 0.0
+    for positions in filter(None, dealt):
+        prob, right = (sum(column) / len(positions) for column in zip(*positions, strict=True))
+        error += len(positions) / count * abs(right - prob)
+    return error

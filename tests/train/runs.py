@@ -220,3 +220,9 @@ def error_with_the_average(mesh, config):
             raise SystemExit(143)
     except SystemExit:
         return len(dealt)
+
+
+def has_imported(mesh, name):
+    import sys
+
+    return name in sys.modules

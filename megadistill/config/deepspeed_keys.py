@@ -129,7 +129,7 @@ _BATCH = "train.global_batch and train.micro_batch say it, at every number of ra
 _LOSS = "the loss is divided by the global batch's number of valid positions, once and by us"
 _ORDER = "the order of the sequences is the order section's"
 _UNUSED = "nothing here uses it"
-_BACKGROUND = "a checkpoint is sealed when its files are whole, and these go on being written"
+_BACKGROUND = "set train.save_in_background=true, which seals a checkpoint when it is whole"
 REFUSED: dict[str, str] = {
     "autotuning": _BATCH,
     "bfloat16": "it is DeepSpeed's old name: write bf16",
@@ -159,7 +159,15 @@ REMOVED = (
     "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention",
     "sparse_gradients",
 )  # fmt: skip
+_TORCH_ADAM = "it works with DeepSpeed's own CPU Adam alone, and the optimizer here is torch's"
 _REFUSED_INSIDE: dict[tuple[str, ...], str] = {
+    ("bf16", "bf16_master_weights_and_grads"): _TORCH_ADAM,
+    ("bf16", "bf16_optimizer_states"): _TORCH_ADAM,
+    ("fp16", "fp16_master_weights_and_grads"): _TORCH_ADAM,
+    ("zero_optimization", "offload_optimizer", "cpuadam_cores_perc"): _TORCH_ADAM,
+    ("zero_optimization", "offload_optimizer", "ratio"): _TORCH_ADAM,
+    ("zero_optimization", "offload_optimizer", "super_offload"): _TORCH_ADAM,
+    ("zero_optimization", "zenflow"): _TORCH_ADAM,
     ("checkpoint", "load_universal"): "train.py converts checkpoints by itself",
     ("checkpoint", "writer"): _BACKGROUND,
     ("zero_optimization", "elastic_checkpoint"): "train.py converts checkpoints by itself",

@@ -278,12 +278,19 @@ def _averages(config: Config) -> Iterator[Problem]:
         )
     zero = config.deepspeed.get("zero_optimization")
     for part in ("offload_optimizer", "offload_param"):
-        offload = zero.get(part) if isinstance(zero, dict) else None
-        if train.ema and isinstance(offload, dict) and offload.get("device") == "nvme":
+        found = zero.get(part) if isinstance(zero, dict) else None
+        offload = found if isinstance(found, dict) else {}
+        on_nvme = offload.get("device") == "nvme"
+        if train.ema and on_nvme:
             yield Problem(
                 ("train.ema", f"deepspeed.zero_optimization.{part}"),
                 f"needs the weights in memory, and {part}.device is nvme: set it to cpu, or leave "
                 "train.ema out",
+            )
+        if on_nvme and not offload.get("nvme_path"):
+            yield Problem(
+                (f"deepspeed.zero_optimization.{part}",),
+                "device is nvme without nvme_path: set it to a folder on a local disk",
             )
 
 

@@ -77,6 +77,8 @@ def train(config: Config, mesh: Mesh) -> Trained:
         finally:
             if reporter is not None:
                 reporter.close()
+            if trainer.background is not None:
+                trainer.background.leave()
         if end.step == run.steps:
             finish(run, trainer, mesh, figures)
     return Trained(run.steps, end.step, end.step - start.step, config.train.out_dir)
@@ -117,6 +119,8 @@ def run_steps(
                 saved = save(run, trainer, position, figures if evaluated else None)
     if saved < position.step:
         save(run, trainer, position, None)
+    if trainer.background is not None:
+        trainer.background.wait()
     if position.step < run.steps and mesh.rank == 0:
         log.info("told to stop: saved at step %d of %d", position.step, run.steps)
     return position, figures
@@ -174,6 +178,7 @@ def run_step(
             **{name: getattr(loss, name) for name in run.config.loss.changes},
             "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
             "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
+            **trainer.readings.step(sequences=batch_size, labels=ce_count, seconds=seconds),
         })  # fmt: skip
     return position
 

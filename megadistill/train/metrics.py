@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megadistill.train.readings import readings_line
+
 log = logging.getLogger(__name__)
 QUIET_S = 10.0  # without a terminal: seconds between lines
 
@@ -50,7 +52,7 @@ def step_line(record: dict[str, Any], steps: int) -> str:
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}{kd}  ce {record['ce_loss']:.4f}"
         f"  lr {record['lr']:.2e}  |g| {record['grad_norm']:.3f}"
         f"  {record['tokens_per_s'] / 1e3:.1f}k tok/s  data {record['data_s']:.3f} s"
-        f"  step {record['step_s']:.3f} s"
+        f"  step {record['step_s']:.3f} s{readings_line(record)}"
     )
 
 

@@ -52,6 +52,8 @@ def changed(*settings: str) -> dict:
         (["train.use_ema=true"], "train.use_ema: there is no average to use: set train.ema=true"),
         (["train.ema=true", "deepspeed.zero_optimization.offload_param.device=nvme"],
          "train.ema: needs the weights in memory, and offload_param.device is nvme"),
+        (["deepspeed.zero_optimization.offload_optimizer.device=nvme"],
+         "deepspeed.zero_optimization.offload_optimizer: device is nvme without nvme_path"),
         (["teacher.engine=zero3", "teacher.tp=2"], "teacher.tp: 2 with teacher.engine=zero3"),
         (["targets.method=topk", "targets.k=4096"],
          "data.block_size: a block of 256 sequences of 2048 tokens can take 16"),

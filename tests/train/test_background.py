@@ -1,10 +1,14 @@
 """Checkpoints written while training goes on: whole or not there, and of the step they name."""
 
 import shutil
+from pathlib import Path
+
+import pytest
 
 from megadistill.train import checkpoint
 from tests.ranks import run_ranks
 from tests.train.stores import make_config
+from tests.train.survive import Death, die, finish, make_run, newest_step, result
 from tests.train.test_loop import elsewhere, series, weights
 from tests.train.test_universal import cut
 
@@ -54,7 +58,21 @@ def test_a_save_that_fails_on_one_rank_stops_all_and_the_one_before_is_there(tmp
     assert run_ranks(2, RUN, config=config) == [8, 8]
 
 
-def run_checkpoints(config):
-    from pathlib import Path
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [("before the background has written", 0), ("when the background has written", 1),
+     ("inside the manifest", 0)],
+)  # fmt: skip
+def test_killed_while_it_is_written_the_run_goes_on_from_the_one_before(tmp_path, point, rank):
+    whole = make_run(tmp_path)
+    finish(whole, tmp_path / "whole", tmp_path / "notes")
+    file, out = make_run(tmp_path, save_in_background=True), tmp_path / "out"
+    nth = 12 if point == "inside the manifest" else 2  # of some ten files a checkpoint
+    die(file, out, tmp_path / "dying", Death(point, rank, nth))
+    assert newest_step(out) == 2
+    assert "resumed at step 2 of 8" in finish(file, out, tmp_path / "again")
+    assert result(out) == result(tmp_path / "whole")
 
+
+def run_checkpoints(config):
     return Path(config.train.out_dir) / "checkpoints"

@@ -31,13 +31,12 @@ def _check_precision(config: Config) -> None:
 
 def _check_nvme(config: Config) -> None:
     zero = config.deepspeed.get("zero_optimization") or {}
-    for part in ("offload_optimizer", "offload_param"):
-        if (zero.get(part) or {}).get("device") == "nvme" and not _has_async_io():
-            raise ConfigError(
-                f"deepspeed.zero_optimization.{part}.device: nvme, and DeepSpeed cannot build its "
-                "async_io operator here: install libaio's headers (libaio-dev) and a C++ compiler, "
-                "or set it to cpu"
-            )
+    if (zero.get("offload_param") or {}).get("device") == "nvme" and not _has_async_io():
+        raise ConfigError(
+            "deepspeed.zero_optimization.offload_param.device: nvme, and DeepSpeed cannot build "
+            "its async_io operator here: install libaio's headers (libaio-dev) and a C++ compiler, "
+            "or set it to cpu"
+        )
 
 
 def _has_async_io() -> bool:

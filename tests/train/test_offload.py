@@ -74,3 +74,53 @@ def test_offloaded_it_is_resumed_at_any_number_of_ranks(in_place, what, before, 
     np.testing.assert_allclose(series(config), series(in_place), rtol=0, atol=1e-5)
     for name, value in weights(config).items():
         torch.testing.assert_close(value, weights(in_place)[name], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def nvme(tmp_path_factory):
+    """The settings of parameters on a disk, where DeepSpeed's operator can be built (minutes)."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio's headers (libaio-dev) or a C++ compiler are not installed")
+    AsyncIOBuilder().load(verbose=False)
+    folder = str(tmp_path_factory.mktemp("nvme"))
+    return {"device": "nvme", "nvme_path": folder, "buffer_count": 5, "buffer_size": 1_000_000}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after", [1, 2])
+def test_parameters_on_nvme_train_and_are_resumed_as_in_memory(in_place, nvme, after):
+    train = in_place.train.model_copy(
+        update={"ema": False, "use_ema": False, "out_dir": f"{in_place.train.out_dir}-ram{after}"}
+    )
+    plain = in_place.model_copy(update={"train": train})
+    zero = plain.deepspeed["zero_optimization"] | {"offload_param": nvme}
+    config = plain.model_copy(
+        update={
+            "deepspeed": plain.deepspeed | {"zero_optimization": zero},
+            "train": train.model_copy(update={"out_dir": f"{train.out_dir}-nvme"}),
+        }
+    )
+    for each in (plain, config):
+        assert run_ranks(2, RUN, config=each) == [6, 6]
+    assert series(config) == series(plain)
+    cut(config, 3)
+    assert run_ranks(after, RUN, config=config) == [6] * after
+    np.testing.assert_allclose(series(config), series(plain), rtol=0, atol=1e-5)
+    for name, value in weights(config).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=0, atol=1e-5)
+
+
+def test_an_operator_that_cannot_be_built_is_one_line_before_a_model_is_loaded(
+    in_place, tmp_path, monkeypatch
+):
+    from megadistill.errors import ConfigError
+    from megadistill.train import machine
+
+    monkeypatch.setattr(machine, "_has_async_io", lambda: False)
+    zero = {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"offload_param\.device: nvme, .* \(libaio-dev\)"):
+        machine.check_machine(
+            in_place.model_copy(update={"deepspeed": {"zero_optimization": zero}})
+        )

@@ -4,12 +4,14 @@
     python tools/bench.py codec   [--vocab_size V] [--json]
     python tools/bench.py writer  [--teacher DIR] [--tokens DIR] [--pairs 15] [--blocks 2] [--json]
     python tools/bench.py head    [--positions N] [--hidden H] [--vocab_size V] [--entries K ...]
+    deepspeed --num_gpus 2 tools/bench.py step [--hidden H] [--layers L] [--seq_len T] [--pairs 15]
     python tools/bench.py angle   [--teacher DIR] [--tokens DIR] [--student DIR] [--bytes 13]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
 codec    positions a second and core for encoding and decoding, per method
 writer   seconds of generating with the writer on over those with it off, in pairs
 head     seconds and memory of fused distillation and cross-entropy over plain cross-entropy
+step     seconds of a training step from a cache over one on hard labels, in pairs
 angle    degrees between the gradients of sparse and full distillation, while a student learns
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
@@ -30,14 +32,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.commands import amount, count, run
 
-VOCABULARIES = [128_256, 151_936, 262_144]
+USUAL = {
+    "vocab_size": [128_256, 151_936, 262_144], "positions": 4096, "hidden": 1024, "seq_len": 2048,
+}  # fmt: skip
+DEFAULTS = {
+    "head": {"vocab_size": [131_072], "positions": 2048},
+    "step": {"vocab_size": [32_000], "hidden": 512, "seq_len": 512},
+}
 
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
     import torch
 
-    torch.set_num_threads(1 if args.what in ("codec", "angle") else os.cpu_count() or 1)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(1 if args.what in ("codec", "angle") else max(1, cores))
     for row in MEASURES[args.what](args):
         print(json.dumps(row, sort_keys=True) if args.json else line(row), flush=True)
     return 0
@@ -48,11 +57,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=list(MEASURES))
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--vocab_size", type=count, nargs="+")
     parser.add_argument("--positions", type=count, help="default: 4096; head: 2048")
-    parser.add_argument("--hidden", type=count, default=1024, help="the head's hidden size")
+    parser.add_argument("--hidden", type=count, help="hidden size; default: 1024; step: 512")
+    parser.add_argument("--layers", type=count, default=4, help="of step's student")
     parser.add_argument("--entries", type=count, nargs="+", default=[8, 64], help="of a position")
-    parser.add_argument("--seq_len", type=count, default=2048, help="positions of a sequence")
+    parser.add_argument("--seq_len", type=count, help="of a sequence; default: 2048; step: 512")
     parser.add_argument("--teacher", default="runs/demo/teacher", help="a model's folder")
     parser.add_argument("--tokens", default="runs/demo/tokens", help="its token store")
     parser.add_argument(
@@ -67,9 +78,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=amount, default=2.0, help="for each figure of codec")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     args = parser.parse_args(arguments)
-    head = args.what == "head"
-    args.vocab_size = args.vocab_size or ([131_072] if head else VOCABULARIES)
-    args.positions = args.positions or (2048 if head else 4096)
+    own = DEFAULTS.get(args.what, {})
+    for name, usual in USUAL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, own.get(name, usual))
     return args
 
 
@@ -115,6 +127,18 @@ def head(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return head_cost(sizes, args.entries, rounds=args.pairs)
 
 
+def step(args: argparse.Namespace) -> list[dict[str, Any]]:
+    import torch
+
+    from megadistill import parallel
+    from megadistill.bench.step import StepSizes, step_cost
+
+    sizes = StepSizes(args.vocab_size[0], args.hidden, args.layers, args.seq_len)
+    with parallel.joined(tp=1, cpu_threads=torch.get_num_threads()) as mesh:
+        row = step_cost(sizes, mesh, pairs=args.pairs)
+        return [row] if mesh.rank == 0 else []
+
+
 def angle(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from megadistill.bench.angle import Plan, Pupil, Teacher, angles
 
@@ -130,6 +154,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = 
     "codec": codec,
     "writer": writer,
     "head": head,
+    "step": step,
     "angle": angle,
 }
 

@@ -13,13 +13,12 @@ What decides the time: three matrix products each, 1.65 TFLOP at N = 2048, H = 1
 Beside them plain goes through [N, V] for its log-softmax, the gradient of that and of the loss, and
 takes fresh pages for each; fused goes through a chunk's buffer, which stays mapped.
 
-Found on two cores that others kept busy (load 5 to 14), with chunks of 256 rows, two rounds: 0.94
-(0.80 to 1.07) at K = 8, 1.05 (0.78 to 1.32) at K = 64 on the clock, 1.03 and 1.04 of all threads'
-seconds; memory 137 MiB over 3,586 MiB, 0.038. Since then chunks hold 512 rows (the three products
-then take 4.70 s, where 256 rows take 4.90 s and 2,048 at once 5.00 s, V = 32,768, one core), at
-twice the memory: at V = 32,768 on one thread fused took 0.90 and 0.94 of plain's seconds at K = 8,
-0.92 and 0.98 at K = 64. Predicted and found otherwise: to go through a chunk in blocks of rows that
-fit the cache, which made the row kernel slower by half.
+Found on two quiet cores at those sizes, 15 rounds: 0.917 of plain's seconds at K = 8 (0.69 to 1.11;
+of all threads' seconds 0.899, 0.82 to 0.97), 0.917 at K = 64 (0.70 to 0.98; 0.899, 0.85 to 0.95),
+11.0 s against 12.2 s; memory 266 and 268 MiB over 3,586 MiB, 0.074 and 0.075. A chunk holds 512
+rows: their three products take 4.70 s at V = 32,768 on one core, where 256 rows, half the memory,
+take 4.90 s, and 2,048 at once 5.00 s. Predicted and found otherwise: to go through a chunk in
+blocks of rows that fit the cache, which made the row kernel slower by half.
 
 Shapes: N positions, H hidden size, V vocabulary, K entries.
 """

@@ -21,11 +21,11 @@ B = K + 1 buckets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from megadistill.student.divergences import Buckets, Divergence, divergence_terms
+from megadistill.student.softmax import Norm, begin, finish
 from megadistill.targets import SAMPLED, SparseTargets
 
 FORWARD_KL = Divergence()
@@ -70,21 +70,6 @@ class Entries:
 
     def sum(self, value_E: torch.Tensor) -> torch.Tensor:
         return self.table(value_E, 0.0).sum(1)
-
-
-class Norm(NamedTuple):
-    """A softmax's normaliser by row: the maximum, and the sum of exponentials relative to it."""
-
-    top_C: torch.Tensor
-    total_C: torch.Tensor
-
-    @property
-    def logsumexp_C(self) -> torch.Tensor:
-        return self.top_C + self.total_C.log()
-
-    def log_prob(self, z_C: torch.Tensor) -> torch.Tensor:
-        # In this order: at logits of 400, float32 rounds a log-sum-exp by 3e-5.
-        return (z_C - self.top_C) - self.total_C.log()
 
 
 @dataclass(frozen=True)
@@ -140,17 +125,18 @@ def distill_rows(
     mean_C = z_CV.mean(1) if smoothing else truth_C
 
     if entries is None:
-        norm = _softmax(z_CV)
+        norm = begin(z_CV)
         kd_C = torch.zeros_like(truth_C)
-        z_CV.mul_(terms.hard(norm)[:, None])
+        finish(z_CV, norm, terms.hard(norm))
     elif terms.made_at == 1:
         kd_C, norm = _distil(z_CV, entries, terms, terms.kd, hard=True)
     else:
         assert scratch_CV is not None
-        norm = _softmax(scratch_CV.copy_(z_CV))
+        norm = begin(scratch_CV.copy_(z_CV))
+        finish(scratch_CV, norm, terms.hard(norm))
         z_CV.div_(terms.made_at)
         kd_C, _ = _distil(z_CV, entries, terms, terms.kd / terms.made_at, hard=False)
-        z_CV.addcmul_(scratch_CV, terms.hard(norm)[:, None])
+        z_CV.add_(scratch_CV)
 
     if terms.ce:
         if smoothing:
@@ -161,24 +147,6 @@ def distill_rows(
     if smoothing:
         log_q_C += smoothing * norm.log_prob(mean_C)
     return RowLosses(kd_C, -log_q_C, norm.logsumexp_C.square())
-
-
-def _softmax(z_CV: torch.Tensor) -> Norm:
-    """z becomes its softmax, in place; a row of nothing but -inf becomes 0."""
-    top_C = z_CV.amax(1)
-    if z_CV.is_contiguous() and not z_CV.is_cuda:
-        # One operator of torch's own: a chunk of 256 x 131,072 takes 0.06 s on two cores, the
-        # four of below 0.12 s. Going row by row, to stay in the cache, took longer: more barriers.
-        torch.softmax(z_CV, 1, out=z_CV)
-        # exp(0) stands at the maximum.
-        total_C = z_CV.amax(1).reciprocal_()
-        empty_C = top_C == -torch.inf
-        if empty_C.any():
-            z_CV[empty_C], total_C = 0.0, total_C.masked_fill(empty_C, 0.0)
-        return Norm(top_C, total_C)
-    total_C = z_CV.sub_(top_C.clamp_min(torch.finfo(z_CV.dtype).min)[:, None]).exp_().sum(1)
-    z_CV.mul_(torch.where(total_C > 0, 1 / total_C, 0.0)[:, None])
-    return Norm(top_C, total_C)
 
 
 def _distil(
@@ -193,7 +161,7 @@ def _distil(
     cells = (entries.row_E, entries.id_E)
     z_CK = entries.table(z_CV[cells], -torch.inf)
     z_CV[cells] = -torch.inf
-    unlisted = _softmax(z_CV)
+    unlisted = begin(z_CV)
     # Relative to the row's maximum, where float32 is finest.
     top_C = torch.maximum(unlisted.top_C, z_CK.amax(1)) if entries.width else unlisted.top_C
     tail_C = (unlisted.top_C - top_C) + unlisted.total_C.log()
@@ -212,7 +180,7 @@ def _distil(
     gradient_CB = torch.where(has_targets_C1, kd * power * gradient_CB, 0.0)
     if hard:
         gradient_CB = gradient_CB + terms.hard(norm)[:, None] * student.q
-    z_CV.mul_(gradient_CB[:, -1:])
+    finish(z_CV, unlisted, gradient_CB[:, -1])
     z_CV[cells] = gradient_CB[entries.row_E, entries.slot_E]
     return torch.where(has_targets_C1, value_CB, 0.0).sum(1), norm
 
@@ -222,12 +190,12 @@ def _sampled(
 ) -> tuple[torch.Tensor, Norm]:
     cells, weight_E = (entries.row_E, entries.id_E), entries.weight_E
     z_E = z_CV[cells]
-    norm = _softmax(z_CV)
+    norm = begin(z_CV)
     log_q_E = z_E - norm.top_C[entries.row_E] - norm.total_C.log()[entries.row_E]
     kd_C = -entries.sum(torch.where(weight_E > 0, weight_E * log_q_E, 0.0))
     softmax_C = kd * entries.sum(weight_E)
     if hard:
         softmax_C = softmax_C + terms.hard(norm)
-    z_CV.mul_(softmax_C[:, None])
+    finish(z_CV, norm, softmax_C)
     z_CV[cells] = z_CV[cells] - kd * weight_E
     return kd_C, norm

@@ -257,3 +257,39 @@ def test_bad_arguments_are_refused_in_a_line(tmp_path, arguments, said):
     assert run.returncode == 2
     assert said in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_step_times_whole_steps_of_both_sides_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    rows = run_ranks(2, "tests.bench.test_bench:stepped", folder=str(tmp_path))
+    for row, losses in rows:
+        assert row["pairs"] == 2
+        assert row["least"] <= row["ratio"] <= row["most"]
+        # A pair to warm up, then two; sides change places. Labels alone have no distillation term.
+        kinds = ["cache" if kd else "labels" for kd in losses]
+        assert kinds == ["cache", "labels", "labels", "cache", "cache", "labels"]
+    assert not list(tmp_path.glob("megadistill-*"))
+
+
+def stepped(mesh, folder: str):
+    """The row, and of each micro-batch's loss whether it has a distillation term."""
+    import tempfile
+
+    from megadistill.bench import step
+    from megadistill.train.engine import Trainer
+
+    seen, backward = [], Trainer.backward
+
+    def watched(self, *args, **kwargs):
+        terms = backward(self, *args, **kwargs)
+        seen.append(terms.kd_count > 0)
+        return terms
+
+    Trainer.backward, tempfile.tempdir = watched, folder  # the rank is older than TMPDIR
+    try:
+        sizes = step.StepSizes(
+            vocab=300, hidden=32, layers=1, seq_len=32, global_batch=4, micro_batch=2
+        )
+        return step.step_cost(sizes, mesh, pairs=2), seen
+    finally:
+        Trainer.backward, tempfile.tempdir = backward, None

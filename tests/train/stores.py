@@ -17,10 +17,11 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 
 def make_store(
     path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
-    only_in=None, **recipe,
+    only_in=None, masked=False, **recipe,
 ):  # fmt: skip
     """A cache, or with method=None a token store; `blocks`: commit only so many.
 
+    masked: only the end of each sequence is learned from, of a length of its own.
     only_in: the one sequence that holds the last id of VOCAB, in its middle.
     """
     rng = np.random.default_rng(seed)
@@ -30,6 +31,8 @@ def make_store(
     if method is not None:
         common |= {"method": method, "temperature": 1.0, "vocab_size": vocab}
         columns["targets"] = "bytes"
+    if masked:
+        columns["loss_mask"] = f"ndarray:uint8:{SEQ_LEN}"
     common |= recipe
     store = BlockStore.create(
         path, kind=kind, header={"recipe": common}, columns=columns, block_size=block_size
@@ -40,6 +43,9 @@ def make_store(
         drawn = [make_sample(rng, method, vocab, 1000 * seed + block * 50 + i) for i in range(size)]
         samples = [sample for sample, _ in drawn]
         for i, sample in enumerate(samples):
+            if masked:
+                begin = rng.integers(1, SEQ_LEN)
+                sample["loss_mask"] = (np.arange(SEQ_LEN) >= begin).astype(np.uint8)
             if only_in is not None:
                 sample["tokens"][sample["tokens"] == VOCAB - 1] = 0
                 if block * block_size + i == only_in:

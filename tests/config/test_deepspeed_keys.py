@@ -130,6 +130,7 @@ def test_our_lists_of_nested_keys_and_their_types_are_deepspeeds_models(deepspee
         ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow", "CPU Adam alone"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads",
          "CPU Adam alone"),
+        ({"compile": {"deepcompile": True}}, "compile", "graphs break at every module"),
         ({"checkpoint": {"writer": {}}}, "checkpoint.writer", "set train.save_in_background"),
         ({"wandb": 3}, "wandb", "expected a mapping, found 3"),
     ],

@@ -160,13 +160,21 @@ def test_flash_attention_that_is_not_installed(place):
 
 @pytest.mark.parametrize("check", [check_generate, check_train])
 def test_a_vocabulary_mismatch_between_teacher_and_student(check, place):
-    settings("student", vocab_size=600)
+    settings("student", vocab_size=500)
     if check is check_train:
         a_cache()
     line = refused(check)
     assert line.startswith(
-        "student.model: ./student has a vocabulary of 600, the teacher ./teacher"
+        "student.model: ./student has a vocabulary of 500, the teacher ./teacher"
     )
+
+
+@pytest.mark.parametrize("check", [check_generate, check_train])
+def test_a_student_with_more_rows_than_the_teacher_is_padded_and_fine(check, place):
+    settings("student", vocab_size=600)
+    if check is check_train:
+        a_cache()
+    check(config(), world=1)
 
 
 @pytest.mark.parametrize("check", [check_generate, check_train])

@@ -133,6 +133,21 @@ def test_memory_falls_with_the_ranks_that_share_a_model(place):
     assert made[1].run_bytes_to_come > 0
 
 
+def test_memory_falls_by_what_is_offloaded_or_computed_again(place):
+    student = ["student.model=./teacher", "cache.dir=c", "teacher.model=./teacher"]
+    zero = "deepspeed.zero_optimization"
+    plain, optimizer, weights, activations = (
+        plan(*student, *more).student_memory
+        for more in (
+            [],
+            [f"{zero}.offload_optimizer.device=cpu"],
+            [f"{zero}.offload_param.device=cpu"],
+            ["train.activation_checkpointing=true"],
+        )
+    )
+    assert max(optimizer, weights, activations) < plain
+
+
 def test_dry_run_prints_a_configuration_that_loads_and_the_plan_as_comments(place, capsys):
     config = load_config("demo.yaml", ["teacher.model=./teacher", "train.lr=3e-5"])
     show_plan(config)

@@ -125,7 +125,8 @@ def _run(folder: Path, sizes: StepSizes, mesh: Mesh, *, kd_weight: float) -> Run
         global_batch=sizes.global_batch, seed=0, groups=config.order.groups,
         shuffle=config.order.shuffle,
     )  # fmt: skip
-    return Run(config, stores, order, None, RunFolder(config.train.out_dir), 10**6)
+    run_folder = RunFolder(config.train.out_dir)
+    return Run(config, stores, order, None, run_folder, 10**6, sizes.vocab)
 
 
 def _batches(run: Run, mesh: Mesh) -> Batches:

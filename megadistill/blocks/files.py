@@ -52,7 +52,7 @@ class Files:
     directory it stands in. All raise StoreError.
     """
 
-    def write_new(self, path: Path, data: bytes) -> None:
+    def write_new(self, path: Path, data: bytes | memoryview) -> None:
         """Write a file that must not exist yet."""
         with told("write", path):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -64,7 +64,10 @@ def check_train(config: Config, *, world: int) -> None:
             "student: there is nothing to train: add the section, with student.model a folder or "
             "a hub id"
         )
+    from megadistill.train.machine import check_machine
+
     found = _Mistakes()
+    found.of(check_machine, config)
     for source in config.cache.sources:
         found.of(
             folders.check_cache_is_there,

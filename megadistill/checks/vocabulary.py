@@ -61,8 +61,8 @@ def student_if_there(config: Config) -> ModelFiles | None:
 def check_same_vocabulary(
     config: Config, tokenizer: Any, teacher: ModelFiles | None, student: ModelFiles
 ) -> None:
-    """Teacher and student have vocabularies of one size, and tokenizers of the same ids."""
-    if teacher is not None and teacher.vocab_size != student.vocab_size:
+    """The student has the teacher's ids (more are padding), and a tokenizer of the same ids."""
+    if teacher is not None and (student.vocab_size or 0) < (teacher.vocab_size or 0):
         raise ConfigError(
             f"student.model: {student.name} has a vocabulary of {student.vocab_size}, the teacher "
             f"{teacher.name} one of {teacher.vocab_size}, and a target is about ids: choose a "

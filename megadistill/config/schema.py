@@ -232,6 +232,11 @@ class CacheConfig(Section):
         description="share of the bytes still to come that must be free: where less is, generating "
         "stops cleanly and can go on later; 0: do not watch, nor refuse a disk that is too small",
     )
+    allow_incomplete: bool = Field(
+        default=False,
+        description="train on the blocks that an unfinished cache has when the run begins; the run "
+        "keeps to them, also when it is resumed and there are more by then",
+    )
     part: Part | None = Field(
         default=None,
         description="`I/N`: generate only the blocks b with b mod N = I; the parts, in folders of "
@@ -411,6 +416,11 @@ class TrainConfig(Section):
     save_every: PositiveInt | None = Field(
         default=None, description="steps between checkpoints; default: at the end only"
     )
+    save_in_background: bool = Field(
+        default=False,
+        description="write checkpoints while training goes on, from a copy in host memory: 12 "
+        "bytes a parameter over all ranks, 16 with `ema`",
+    )
     eval_every: PositiveInt | None = Field(
         default=None, description="steps between held-out evaluations; default: at the end only"
     )
@@ -448,6 +458,11 @@ class TrainConfig(Section):
     run_name: Text | None = Field(
         default=None,
         description="`wandb`, `trackio`: the run's name; default: the last two parts of `out_dir`",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep only each layer's input and compute the rest again in the backward pass: "
+        "a third more arithmetic, and the memory of one layer's activations in place of all",
     )
     seed: Seed = Field(default=0, description="seed of random weights")
     deterministic: bool = Field(

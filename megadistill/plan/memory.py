@@ -2,7 +2,9 @@
 
 training  16 bytes a parameter for weights, gradients and Adam, 18 in bfloat16, whose gradients are
           added in float32, and 4 for a moving average; activations 34 bytes a token, layer and
-          hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix), twice that in 32
+          hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix), twice that in 32;
+          with activation checkpointing 2 of them, a layer's input, and the 34 of one layer. What is
+          offloaded to the host does not count
 teacher   weights, 16 live values a token and hidden unit, and the chunk of the head
 """
 
@@ -40,14 +42,17 @@ def student_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     zero = config.deepspeed.get("zero_optimization") or {}
     stage = int(zero.get("stage", 3))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    weights = parameters * width // (world if stage >= 3 else 1)
+    elsewhere = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    weights = 0 if elsewhere else parameters * width // (world if stage >= 3 else 1)
     bfloat16 = (config.deepspeed.get("bf16") or {}).get("enabled")
     gradients = parameters * (4 if bfloat16 else width) // (world if stage >= 2 else 1)
     states = parameters * (12 if width == 2 else 8) // (world if stage >= 1 else 1)
     gathered = 2 * parameters * width // model.layers if stage >= 3 else 0
     tokens = config.train.micro_batch * config.data.seq_len
     average = 4 * parameters // world if config.train.ema else 0
-    activations = tokens * model.layers * model.hidden_size * 17 * width
+    again = config.train.activation_checkpointing
+    values = model.layers + 17 if again else 17 * model.layers  # of a token and hidden unit
+    activations = tokens * model.hidden_size * values * width
     return weights + gradients + (0 if offloaded else states) + average + gathered + activations
 
 

@@ -188,10 +188,16 @@ class DistillationHead(nn.Module):
 
     Called with hidden states alone it is the linear layer it replaced, so that the model stays a
     model: it can generate, be evaluated and be saved. Called with labels it returns `LossTerms`.
+    vocab_size: rows that take part in the loss, of `distillation_terms`; logits are always of all.
     """
 
     def __init__(
-        self, linear: nn.Module, *, logit_scale: float = 1.0, softcap: float | None = None
+        self,
+        linear: nn.Module,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         weight, bias = linear.weight, getattr(linear, "bias", None)
@@ -199,7 +205,7 @@ class DistillationHead(nn.Module):
         assert bias is None or isinstance(bias, nn.Parameter)
         self.weight: nn.Parameter = weight
         self.bias: nn.Parameter | None = bias
-        self.logit_scale, self.softcap = logit_scale, softcap
+        self.logit_scale, self.softcap, self.vocab_size = logit_scale, softcap, vocab_size
 
     def forward(
         self,
@@ -217,5 +223,6 @@ class DistillationHead(nn.Module):
             return nn.functional.linear(hidden, self.weight, self.bias)
         return distillation_terms(
             hidden.reshape(-1, hidden.shape[-1]), self.weight, targets, labels_N,
-            bias_V=self.bias, logit_scale=self.logit_scale, softcap=self.softcap, **options,
+            bias_V=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
+            vocab_size=self.vocab_size, **options,
         )  # fmt: skip

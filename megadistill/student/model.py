@@ -12,7 +12,6 @@ Shapes: B sequences, T positions, N = B*T, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -28,16 +27,15 @@ from megadistill.student.head import DistillationHead
 from megadistill.targets import SparseTargets
 from megadistill.teacher.head import logit_scale, soft_cap
 
-log = logging.getLogger(__name__)
-
 
 class Student(nn.Module):
     """A causal language model whose head returns the loss. The module that DeepSpeed runs."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, vocab_size: int | None = None) -> None:
+        """vocab_size: the data's ids; rows of the head above them are padding. By default none."""
         super().__init__()
         self.model = model
-        self.head_name = replace_head(model)
+        self.head_name = replace_head(model, vocab_size=vocab_size)
 
     @property
     def config(self) -> Any:
@@ -65,6 +63,19 @@ class Student(nn.Module):
         hidden = self.model.base_model(**inputs).last_hidden_state
         return self.head(hidden, labels_N, targets, **(options or {}))
 
+    def checkpoint_activations(self) -> None:
+        """Of each layer keep the input alone; the backward pass computes the rest again.
+
+        ConfigError for a model that cannot. Without torch's re-entrant variant, which wants inputs
+        that have gradients.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"train.activation_checkpointing: {type(self.model).__name__} cannot compute its "
+                "layers again: set it to false, and train.micro_batch to less to save memory"
+            )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     @torch.no_grad()
     def check_head(self, *, name: str, device: torch.device) -> None:
         """ConfigError where the model does more to its logits than our head knows. Collective.
@@ -74,7 +85,7 @@ class Student(nn.Module):
         inputs = forward_inputs(self.model, torch.arange(8)[None], [np.zeros(1)], device=device)
         labels_N = torch.arange(8, device=device)
         ours = self(labels_N, **inputs).ce_sum
-        logits_NV = self(**inputs).logits.reshape(8, -1)
+        logits_NV = self(**inputs).logits.reshape(8, -1)[:, : self.head.vocab_size]
         theirs = nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="sum")
         if not torch.isclose(ours, theirs, rtol=1e-2):
             raise ConfigError(
@@ -84,7 +95,7 @@ class Student(nn.Module):
             )
 
 
-def replace_head(model: Any) -> str:
+def replace_head(model: Any, *, vocab_size: int | None = None) -> str:
     """Put a `DistillationHead` in the place of the output projection; its name is returned.
 
     ConfigError for a model that has none, or that keeps its backbone where we do not find it.
@@ -97,7 +108,9 @@ def replace_head(model: Any) -> str:
             "a causal language model is needed"
         )
     config = model.config
-    head = DistillationHead(linear, logit_scale=logit_scale(config), softcap=soft_cap(config))
+    head = DistillationHead(
+        linear, logit_scale=logit_scale(config), softcap=soft_cap(config), vocab_size=vocab_size
+    )
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, head)
     return name
@@ -123,11 +136,6 @@ def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
             f"student.model: has {settings.vocab_size} token ids, the cache's teacher and "
             f"tokenizer have {vocab_size}: take a student of the same tokenizer"
         )
-    if settings.vocab_size > vocab_size:
-        log.info(
-            "the student has %d token ids, the data %d: the rows above are never a target",
-            settings.vocab_size, vocab_size,
-        )  # fmt: skip
     limit = getattr(settings, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise ConfigError(
@@ -137,11 +145,17 @@ def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
 
 
 def load_student(
-    config: StudentConfig, mesh: Mesh, *, deepspeed_config: dict[str, Any], seed: int = 0
+    config: StudentConfig,
+    mesh: Mesh,
+    *,
+    deepspeed_config: dict[str, Any],
+    seed: int = 0,
+    vocab_size: int | None = None,
 ) -> Student:
     """The student, its parameters partitioned over all ranks. Collective.
 
-    seed: of random weights. Raises ConfigError where the model cannot be loaded.
+    seed: of random weights. vocab_size: the data's ids. Raises ConfigError where the model cannot
+    be loaded.
     """
     import deepspeed
 
@@ -153,7 +167,7 @@ def load_student(
     # Weights that transformers 5 does not fill it does not tie either.
     model.tie_weights()
     _deal(model, whole.pop() if whole else None, mesh)
-    return Student(model)
+    return Student(model, vocab_size=vocab_size)
 
 
 def parameter_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:

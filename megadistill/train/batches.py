@@ -100,7 +100,7 @@ class Batches:
         """Begin to download the shards of a step that were not asked for lately."""
         for k, i in names:
             store = self._stores[k].store
-            block = i // store.block_size
+            block = self._stores[k].number(i) // store.block_size
             if store.is_remote and step - self._asked.get((k, block), -FETCH_AHEAD) >= FETCH_AHEAD:
                 self._asked[k, block] = step
                 self._fetchers.submit(_fetched, store, block)

@@ -21,6 +21,7 @@ import logging
 import math
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,17 +75,23 @@ def save(
 ) -> Path:
     """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective.
 
+    In the background, where the trainer has one: then it begins with waiting for the save before.
+
     figures: of the held-out evaluation of this step. keep_best: of those that have figures, that of
     the lowest loss stays as well.
     """
-    mesh = trainer.mesh
+    mesh, background = trainer.mesh, trainer.background
+    write: Callable[[Any, Path], None] = torch.save
+    if background is not None:
+        background.wait()
+        write = background.put
     path, target = folder / _SAVING, folder / f"step-{position.step:06d}"
     # What a killed save left there would otherwise be listed as part of this one.
     mesh.first(lambda: LOCAL.remove_tree(path))
     trainer.engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
-    torch.save(_random_states(), path / f"random-{mesh.rank:05d}.pt")
+    write(_random_states(), path / f"random-{mesh.rank:05d}.pt")
     if trainer.ema is not None:
-        trainer.ema.save(path, rank=mesh.rank)
+        trainer.ema.save(path, rank=mesh.rank, write=write)
     mesh.barrier()
 
     def seal() -> None:
@@ -94,7 +101,10 @@ def save(
         LOCAL.fsync_dir(folder)
         _remove_all_but(folder, keep=keep, keep_best=keep_best)
 
-    mesh.first(seal)
+    if background is not None:
+        background.start(seal)
+    else:
+        mesh.first(seal)
     return target
 
 

@@ -7,6 +7,7 @@ Shapes: B sequences of a micro-batch, T positions, N = B*T.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,38 @@ from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
 from megadistill.targets import SparseTargets, concatenate
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Sequences:
-    """A store to train or evaluate on. `source[i]` is a sequence's columns, verified."""
+    """A store to train or evaluate on. `sequences[i]` is a sequence's columns, verified.
+
+    Of an unfinished store the sequences of some blocks, numbered without a gap.
+    """
 
     source: Any  # Cache or BlockStore
     store: BlockStore
     has_targets: bool
     weight: float = 1.0  # passes over it in an epoch
+    blocks: tuple[int, ...] | None = None  # of an unfinished store, ascending
 
     def __len__(self) -> int:
-        return len(self.store)
+        if self.blocks is None:
+            return len(self.store)
+        # Not by the store, which may grow meanwhile.
+        last = int(self.store.marker(self.blocks[-1])["sequences"])
+        return (len(self.blocks) - 1) * self.store.block_size + last
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self.number(index)]
+
+    def number(self, index: int) -> int:
+        """The store's own number of a sequence."""
+        if self.blocks is None:
+            return index
+        block, row = divmod(index, self.store.block_size)
+        return self.blocks[block] * self.store.block_size + row
 
     @property
     def name(self) -> str:
@@ -66,11 +87,13 @@ def open_sequences(
     with_targets: bool,
     weight: float = 1.0,
     local: LocalCopies | None = None,
+    blocks: tuple[int, ...] | None = None,
 ) -> Sequences:
     """The complete store at `path`. `key`: the configuration key, for messages.
 
-    `local`: see BlockStore.open. Raises ConfigError for a token store where targets are needed,
-    StoreError for one that is missing, incomplete or empty.
+    `local`: see BlockStore.open. `blocks`: of an unfinished store, those to read. Raises
+    ConfigError for a token store where targets are needed, StoreError for one that is missing or
+    empty, and for an incomplete one, or blocks that it does not have.
     """
     store = BlockStore.open(path, local=local)
     if with_targets and store.kind != "cache":
@@ -80,28 +103,64 @@ def open_sequences(
         )
     if len(store) == 0:
         raise StoreError(f"{key}: {store.name} holds no sequence yet: run launch/generate.py first")
-    if not store.complete():
-        missing = "" if store.num_sequences is None else f" of {store.num_sequences}"
+    if blocks is None and not store.complete():
+        ask = (
+            "" if key != "cache.dir" else "; or train on what is there, cache.allow_incomplete=true"
+        )
         raise StoreError(
-            f"{key}: {store.name} is incomplete, {len(store)}{missing} sequences: run the command "
-            "that made it again, it goes on where it stopped"
+            f"{key}: {store.name} is incomplete, {_extent(store, len(store))}: run the command "
+            f"that made it again, it goes on where it stopped{ask}"
+        )
+    gone = set(blocks or ()) - set(store.committed())
+    if gone:
+        raise StoreError(
+            f"{key}: {store.name} has no block {min(gone)}, on which this run was begun: generate "
+            "again, and it is made, or choose another train.out_dir to start anew"
         )
     has_targets = store.kind == "cache"
-    return Sequences(Cache(store) if has_targets else store, store, has_targets, weight)
+    source = Cache(store) if has_targets else store
+    return Sequences(source, store, has_targets, weight, blocks)
 
 
-def open_sources(config: Config) -> list[Sequences]:
-    """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both."""
+def _extent(store: BlockStore, count: int) -> str:
+    return f"{count}{'' if store.num_sequences is None else f' of {store.num_sequences}'} sequences"
+
+
+def open_sources(
+    config: Config, blocks: list[tuple[int, ...] | None] | None = None
+) -> list[Sequences]:
+    """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both.
+
+    blocks: those to read of each, None for a store that must be complete.
+    """
+    sources = config.cache.sources
     stores = [
         open_sequences(
             source.dir, key="cache.dir", with_targets=config.loss.learns_from_teacher,
-            weight=source.weight, local=local_copies(config),
+            weight=source.weight, local=local_copies(config), blocks=chosen,
         )
-        for source in config.cache.sources
+        for source, chosen in zip(sources, blocks or [None] * len(sources), strict=True)
     ]  # fmt: skip
     for store in stores[1:]:
         _require_mixable(stores[0], store)
     return stores
+
+
+def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
+    """Of each store of cache.dir the blocks it has, or None where it is complete."""
+    found: list[tuple[int, ...] | None] = []
+    for source in config.cache.sources:
+        store = BlockStore.open(source.dir, local=local_copies(config))
+        blocks = tuple(store.committed())
+        if not blocks or store.complete():
+            found.append(None)
+            continue
+        found.append(blocks)
+        log.warning(
+            "%s is incomplete: the run trains on the %s it has now, and keeps to them "
+            "(cache.allow_incomplete)", store.name, _extent(store, len(store)),
+        )  # fmt: skip
+    return found
 
 
 def local_copies(config: Config) -> LocalCopies:
@@ -162,7 +221,7 @@ def micro_batch(
     stores: list[Sequences], names: list[tuple[int, int]], *, with_targets: bool, empty: int = 0
 ) -> MicroBatch:
     """Read the named sequences. The last `empty` of them are there for their shape only."""
-    samples = [stores[store].source[sequence] for store, sequence in names]
+    samples = [stores[store][sequence] for store, sequence in names]
     labels_BT = np.stack(
         [packed_labels(s["tokens"], s["documents"], s.get("loss_mask")) for s in samples]
     )

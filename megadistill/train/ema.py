@@ -18,7 +18,7 @@ ZeRO-3 deals a parameter of n elements to R ranks in parts of ceil(n / R), the l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,9 @@ class Ema:
             self._optimizer._unflatten_partitioned_parameters(number)
         self._optimizer.checkpoint_event_epilogue()
 
-    def save(self, path: Path, *, rank: int) -> None:
-        """This rank's part, into the folder `path`."""
-        torch.save(
+    def save(self, path: Path, *, rank: int, write: Callable[..., Any] = torch.save) -> None:
+        """This rank's part, into the folder `path`. write: in the place of torch.save."""
+        write(
             {"updates": self.updates, "layout": self._layout, "flat": self._flat}, _file(path, rank)
         )
 

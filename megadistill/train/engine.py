@@ -23,7 +23,10 @@ from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
 from megadistill.student.model import Student
+from megadistill.train.background import Background
 from megadistill.train.ema import Ema
+from megadistill.train.flops import Flops
+from megadistill.train.readings import Readings
 
 if TYPE_CHECKING:
     from megadistill.train.data import MicroBatch
@@ -86,7 +89,7 @@ def parameter_groups(student: torch.nn.Module, weight_decay: float) -> list[dict
 class Trainer:
     """The engine, and the arithmetic that makes a step equal to one on the whole batch."""
 
-    def __init__(self, student: Student, config: Config, mesh: Mesh) -> None:
+    def __init__(self, student: Student, config: Config, mesh: Mesh, *, seq_len: int) -> None:
         import deepspeed
 
         settings = deepspeed_config(config, mesh.world)
@@ -101,6 +104,11 @@ class Trainer:
         train = config.train
         self.ema = Ema(self.engine, decay=train.ema_decay) if train.ema else None
         self._use_ema = train.use_ema
+        self.background = Background(self.engine, mesh) if train.save_in_background else None
+        self.readings = Readings(
+            Flops.of(student, seq_len=seq_len), device=mesh.device, world=mesh.world,
+            dtype=student.head.weight.dtype,
+        )  # fmt: skip
 
     def backward(
         self, batch: MicroBatch, loss: LossConfig, normalizer: tuple[float, float], *, last: bool

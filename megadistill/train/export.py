@@ -20,6 +20,7 @@ from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
 from megadistill.targets import divergence_name
+from megadistill.train.padding import without_padding
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def export(
     def write() -> None:
         temporary = folder.with_name(f".{folder.name}.partial")
         LOCAL.remove_tree(temporary)
-        student.model.save_pretrained(temporary, state_dict=state)
+        with without_padding(student, state) as cut:
+            student.model.save_pretrained(temporary, state_dict=cut)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         LOCAL.write_new(temporary / "README.md", card().encode())

@@ -25,7 +25,8 @@ from megadistill.train.journal import JOURNALS, read_records
 # Where and how often something is written, and how a step is cut up, are no part of what is run.
 _FREE = (
     "out_dir", "save_every", "eval_every", "keep", "keep_best", "micro_batch", "use_ema",
-    "non_finite", "skip_budget", "trackers", "project", "run_name",
+    "non_finite", "skip_budget", "activation_checkpointing", "save_in_background",
+    "trackers", "project", "run_name",
 )  # fmt: skip
 # Without an average nothing is said of it, as before there was one.
 _EMA = ("ema", "ema_decay")
@@ -64,6 +65,16 @@ class RunFolder:
             read_records(self.path / journal)
         return self.model.is_dir()
 
+    def blocks(self) -> list[tuple[int, ...] | None] | None:
+        """Of each store the blocks that the run was begun on, None for a complete one.
+
+        None where no run has begun here.
+        """
+        if not self._identity.exists():
+            return None
+        stores = read_json(self._identity)["cache"]
+        return [_numbers(stores[str(i)].get("blocks")) for i in range(len(stores))]
+
 
 def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[str, Any]:
     """Everything the trained weights depend on and that the configuration decides."""
@@ -73,6 +84,7 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
     return {
         "cache": {
             str(i): {"recipe": s.recipe, "sequences": len(s), "weight": s.weight}
+            | ({} if s.blocks is None else {"blocks": _ranges(s.blocks)})
             for i, s in enumerate(stores)
         },
         "data": {"pack": config.data.pack},
@@ -83,3 +95,20 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
         "student": config.student.model_dump(mode="json"),
         "train": {**train, "steps": steps},
     }
+
+
+def _ranges(blocks: tuple[int, ...]) -> str:
+    """Blocks 0 to 5 and 8 are "0-5,8"."""
+    ends = [i for i, b in enumerate(blocks) if i + 1 == len(blocks) or blocks[i + 1] != b + 1]
+    starts = [0, *(i + 1 for i in ends[:-1])]
+    return ",".join(
+        f"{blocks[a]}" if a == b else f"{blocks[a]}-{blocks[b]}"
+        for a, b in zip(starts, ends, strict=True)
+    )
+
+
+def _numbers(ranges: str | None) -> tuple[int, ...] | None:
+    if ranges is None:
+        return None
+    pairs = (part.partition("-")[::2] for part in ranges.split(","))
+    return tuple(b for first, last in pairs for b in range(int(first), int(last or first) + 1))

@@ -73,7 +73,7 @@ def train(config: Config, mesh: Mesh) -> Trained:
     # Over the export as well: a rank that had forgotten it was told, when done with the steps, and
     # one that was told a moment later would part, one exporting with the other gone.
     with told_to_stop() as told:
-        with reporter or contextlib.nullcontext():
+        with reporter or contextlib.nullcontext(), trainer.background or contextlib.nullcontext():
             end, figures = run_steps(run, trainer, mesh, start, reporter, told=told)
         if end.step == run.steps:
             finish(run, trainer, mesh, figures)
@@ -115,6 +115,8 @@ def run_steps(
                 saved = save(run, trainer, position, figures if evaluated else None)
     if saved < position.step:
         save(run, trainer, position, None)
+    if trainer.background is not None:
+        trainer.background.wait()
     if position.step < run.steps and mesh.rank == 0:
         log.info("told to stop: saved at step %d of %d", position.step, run.steps)
     return position, figures
@@ -172,6 +174,7 @@ def run_step(
             **{name: getattr(loss, name) for name in run.config.loss.changes},
             "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
             "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
+            **trainer.readings.step(sequences=batch_size, labels=ce_count, seconds=seconds),
         })  # fmt: skip
     return position
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megadistill.config import Config
 from megadistill.train.journal import Journal
+from megadistill.train.readings import readings_line
 from megadistill.train.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def step_line(record: dict[str, Any], steps: int) -> str:
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}{kd}  ce {record['ce_loss']:.4f}"
         f"  lr {record['lr']:.2e}  |g| {record['grad_norm']:.3f}"
         f"  {record['tokens_per_s'] / 1e3:.1f}k tok/s  data {record['data_s']:.3f} s"
-        f"  step {record['step_s']:.3f} s"
+        f"  step {record['step_s']:.3f} s{readings_line(record)}"
     )
 
 

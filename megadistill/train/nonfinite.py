@@ -71,7 +71,8 @@ class NonFinite:
 
     def _named(self, names: list[tuple[int, int]]) -> str:
         return " and ".join(
-            f"{', '.join(str(i) for k, i in sorted(names) if k == number)} of {store.name}"
+            f"{', '.join(str(store.number(i)) for k, i in sorted(names) if k == number)} of "
+            f"{store.name}"
             for number, store in enumerate(self._stores)
             if any(k == number for k, _ in names)
         )

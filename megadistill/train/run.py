@@ -25,12 +25,13 @@ from megadistill.parallel import Mesh
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import check_divergence
 from megadistill.train import checkpoint
-from megadistill.train.data import Sequences, local_copies, open_sources
+from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
 from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
 from megadistill.train.journal import read_records
+from megadistill.train.machine import check_machine
 from megadistill.train.trackers import check_trackers
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Run:
     evaluation: Evaluation | None
     folder: RunFolder
     steps: int
+    vocab_size: int  # ids that the data may hold; the student's rows above are padding
 
 
 def prepare(config: Config, mesh: Mesh) -> Run:
@@ -54,7 +56,10 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         raise ConfigError("student: there is nothing to train: set student.model")
     mesh.first(lambda: check_trackers(config, load=True))
     deepspeed_config(config, mesh.world)
-    stores = open_sources(config)
+    check_machine(config)
+    folder = RunFolder(config.train.out_dir)
+    # One rank looks: a cache that is being made may grow between two looks.
+    stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
     store = stores[0]
     if store.has_targets:
         for temperature in values(config.loss.temperature):
@@ -78,7 +83,13 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             f"{store.name}: generate it again with this run's data.tokenizer"
         )
     vocab_size = max(s.vocab_size for s in (store, evaluation and evaluation.sequences) if s)
-    check_fits(student_settings(config.student), vocab_size=vocab_size, seq_len=store.seq_len)
+    student = student_settings(config.student)
+    check_fits(student, vocab_size=vocab_size, seq_len=store.seq_len)
+    if student.vocab_size > vocab_size and mesh.rank == 0:
+        log.info(
+            "the student has %d rows, the data %d ids: the rows above are padding, which takes no "
+            "part in the softmax; the exported model has none", student.vocab_size, vocab_size,
+        )  # fmt: skip
     mesh.first(lambda: check_tokenizer(config, store.tokenizer["content"], store=store.name))
     order = Order(
         [len(s) for s in stores], block_size=[s.store.block_size for s in stores],
@@ -88,7 +99,17 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     steps = config.train.steps or math.ceil(
         (config.train.epochs or 1) * order.num_sequences / config.train.global_batch
     )
-    return Run(config, stores, order, evaluation, RunFolder(config.train.out_dir), steps)
+    return Run(config, stores, order, evaluation, folder, steps, vocab_size)
+
+
+def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] | None:
+    """The blocks to train on of each store: those the run was begun on, else those there are."""
+    if not config.cache.allow_incomplete:
+        return None
+    begun = folder.blocks()
+    if begun is None or len(begun) != len(config.cache.sources):  # another run, to be refused
+        return blocks_there(config)
+    return begun
 
 
 def build(run: Run, mesh: Mesh) -> Trainer:
@@ -101,9 +122,11 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     torch.manual_seed(config.train.seed)
     student = load_student(
         config.student, mesh, deepspeed_config=deepspeed_config(config, mesh.world),
-        seed=config.train.seed,
+        seed=config.train.seed, vocab_size=run.vocab_size,
     )  # fmt: skip
-    trainer = Trainer(student, config, mesh)
+    if config.train.activation_checkpointing:
+        student.checkpoint_activations()
+    trainer = Trainer(student, config, mesh, seq_len=run.stores[0].seq_len)
     student.check_head(name="student.model", device=mesh.device)
     if config.data.pack == "isolate":
         check_isolation(student, name="student.model", device=mesh.device)

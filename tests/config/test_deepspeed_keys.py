@@ -125,6 +125,13 @@ def test_our_lists_of_nested_keys_and_their_types_are_deepspeeds_models(deepspee
          "write offload_optimizer: {device: cpu}"),
         ({"zero_optimization": {"offload_param": {"device": "disk"}}},
          "zero_optimization.offload_param.device", "one of none, cpu, nvme"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+         "zero_optimization.offload_optimizer.ratio", "the optimizer here is torch's"),
+        ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow", "CPU Adam alone"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads",
+         "CPU Adam alone"),
+        ({"compile": {"deepcompile": True}}, "compile", "graphs break at every module"),
+        ({"checkpoint": {"writer": {}}}, "checkpoint.writer", "set train.save_in_background"),
         ({"wandb": 3}, "wandb", "expected a mapping, found 3"),
     ],
 )  # fmt: skip

@@ -226,3 +226,125 @@ def has_imported(mesh, name):
     import sys
 
     return name in sys.modules
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, `count` adds up the bytes that autograd keeps, each storage once, without weights."""
+
+    def __init__(self, model):
+        self.count, self._seen, self._kept = 0, set(), []
+        self._weights = {id(p) for p in model.parameters()}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if id(tensor) not in self._weights and storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._kept.append(storage)  # so that its place is nobody else's
+            self.count += storage.nbytes()
+        return tensor
+
+
+def one_backward(mesh, config):
+    """Loss, whole gradients by name, and the bytes that the forward kept, of one micro-batch."""
+    from deepspeed.utils import safe_get_full_grad
+
+    run = prepare(config, mesh)
+    trainer = build(run, mesh)
+    names = [(0, 2 * mesh.rank), (0, 2 * mesh.rank + 1)]
+    batch = micro_batch(run.stores, names, with_targets=True)
+    moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
+    with SavedBytes(trainer.student) as saved:
+        loss = trainer.backward(moved, config.loss, (30.0, 30.0), last=True).loss
+    gradients = {
+        n: safe_get_full_grad(p).numpy().copy() for n, p in trainer.student.named_parameters()
+    }
+    return float(loss.detach()), gradients, saved.count
+
+
+def half_precision(mesh, config, steps, *, resume=False):
+    """Training in float16 on a CPU, which is refused to users: slow, and no test of a GPU's.
+
+    For each step the loss scale before it and the norm of the gradient; saves after the last.
+    """
+    from dataclasses import replace
+
+    from deepspeed.accelerator import get_accelerator
+
+    plain = config.model_copy(update={"deepspeed": {}})
+    run = replace(prepare(plain, mesh), config=config)
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        trainer = build(run, mesh)
+    finally:
+        del accelerator.is_fp16_supported
+    position = checkpoint.Position(0, 0, 0)
+    if resume:
+        found = mesh.first(lambda: latest(run.folder.checkpoints))
+        checkpoint.load(trainer, found)
+        position = found.position
+    seen, pairs = [], 2 // mesh.world  # four sequences a step, two at a time
+    for step in range(position.step, position.step + steps):
+        scale = trainer.engine.optimizer.loss_scaler.cur_scale
+        for pair in range(pairs * mesh.rank, pairs * (mesh.rank + 1)):
+            names = [(0, 4 * step + 2 * pair), (0, 4 * step + 2 * pair + 1)]
+            batch = micro_batch(run.stores, names, with_targets=True)
+            moved = batch.on(trainer.student.model, mesh.device, pack="isolate")
+            last = pair == pairs * (mesh.rank + 1) - 1
+            trainer.backward(moved, config.loss, (50.0, 50.0), last=last)
+        seen.append((scale, trainer.step(1e-3)))
+    checkpoint.save(
+        trainer, run.folder.checkpoints, checkpoint.Position(position.step + steps, 0, 0), keep=9
+    )
+    scaler = trainer.engine.optimizer.loss_scaler
+    state = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)}
+    return seen, state, trainer.scales_losses
+
+
+def run_with_slow_saves(mesh, config, lines):
+    """Training whose first checkpoint cannot be written before so many lines of metrics are."""
+    from megadistill.train import background
+
+    file, written, write = Path(config.train.out_dir) / "metrics.jsonl", [], background._written
+
+    def wait(files):
+        if not written:
+            written.append(True)
+            until = time.monotonic() + 60
+            while len(file.read_text().splitlines()) < lines and time.monotonic() < until:
+                time.sleep(0.01)
+            named = len(checkpoint.checkpoints(file.parent / "checkpoints"))
+            written.append((len(file.read_text().splitlines()), named))
+        return write(files)
+
+    background._written = wait
+    try:
+        train(config, mesh)
+    finally:
+        background._written = write
+    return written[1]
+
+
+def run_with_a_full_disk(mesh, config):
+    """Training of which rank 1's second checkpoint cannot be written; how it ends."""
+    from megadistill.errors import StoreError
+    from megadistill.train import background
+
+    write, calls = background._written, []
+
+    def fail(files):
+        calls.append(1)
+        if mesh.rank == 1 and len(calls) == 2:
+            return str(StoreError(f"{files[0][0]}: cannot write: No space left on device"))
+        return write(files)
+
+    background._written = fail
+    try:
+        return message(mesh, config)
+    finally:
+        background._written = write

@@ -44,6 +44,8 @@ POINTS = {
     "while converting": (
         "deepspeed.checkpoint.ds_to_universal:merge_zero3_slices", "before", "rank 0",
     ),
+    "before the background has written": ("megadistill.train.background:_written", "before"),
+    "when the background has written": ("megadistill.train.background:_written", "after"),
 }  # fmt: skip
 
 

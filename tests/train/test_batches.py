@@ -52,7 +52,7 @@ def test_ranks_read_the_sequences_of_the_order(folders, weights, world):
         assert [b.names[i] for b, i in rows] == order.batch(step)
         for b, i in rows:
             store, sequence = b.names[i]
-            expected = stores[store].source[sequence]
+            expected = stores[store][sequence]
             assert np.array_equal(b.tokens_BT[i], expected["tokens"])
             found = b.targets.rows(i * len(expected["tokens"]), (i + 1) * len(expected["tokens"]))
             assert np.array_equal(found.ids, expected["targets"].ids)

@@ -76,7 +76,7 @@ def test_a_line_of_metrics_holds_what_the_contract_names(undisturbed):
     lines = metrics(undisturbed)
     assert set(lines[0]) == {
         "step", "loss", "kd_loss", "ce_loss", "lr", "grad_norm", "sequences", "tokens",
-        "tokens_per_s", "data_s", "step_s",
+        "tokens_per_s", "data_s", "step_s", "memory_used", "memory_total", "flops",
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert (lines[-1]["sequences"], lines[-1]["tokens"]) == (32, 512)

@@ -46,7 +46,9 @@ def test_targets_that_the_divergence_cannot_use_are_refused(tmp_path):
 def test_an_incomplete_cache_is_refused(tmp_path):
     make_store(tmp_path / "cache", blocks=2)
     refused(
-        make_config(tmp_path), "StoreError", r"cache\.dir: .* is incomplete, 16 of 24 sequences"
+        make_config(tmp_path),
+        "StoreError",
+        r"cache\.dir: .* is incomplete, 16 of 24 sequences: .*; or .* cache\.allow_incomplete=true",
     )
 
 

@@ -1,0 +1,45 @@
+"""Whether this machine can do what the `deepspeed` section asks for, before a model is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from megadistill.config import Config
+from megadistill.errors import ConfigError
+
+
+def check_machine(config: Config) -> None:
+    """ConfigError for a number format or an offload that this machine does not have."""
+    _check_precision(config)
+    _check_nvme(config)
+
+
+def _check_precision(config: Config) -> None:
+    asked = {n: bool((config.deepspeed.get(n) or {}).get("enabled")) for n in ("bf16", "fp16")}
+    if asked["fp16"] and not torch.cuda.is_available():
+        raise ConfigError(
+            "deepspeed.fp16.enabled: true, and there is no GPU here, expected one: float16 with "
+            "its loss scaler is for GPUs; set deepspeed.fp16.enabled=false and "
+            "deepspeed.bf16.enabled=true, or leave both out for float32"
+        )
+    if asked["bf16"] and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"deepspeed.bf16.enabled: true, and {torch.cuda.get_device_name()} has no bfloat16: "
+            "set deepspeed.bf16.enabled=false and deepspeed.fp16.enabled=true"
+        )
+
+
+def _check_nvme(config: Config) -> None:
+    zero = config.deepspeed.get("zero_optimization") or {}
+    if (zero.get("offload_param") or {}).get("device") == "nvme" and not _has_async_io():
+        raise ConfigError(
+            "deepspeed.zero_optimization.offload_param.device: nvme, and DeepSpeed cannot build "
+            "its async_io operator here: install libaio's headers (libaio-dev) and a C++ compiler, "
+            "or set it to cpu"
+        )
+
+
+def _has_async_io() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))

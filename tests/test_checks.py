@@ -165,8 +165,16 @@ def test_a_vocabulary_mismatch_between_teacher_and_student(check, place):
         a_cache()
     line = refused(check)
     assert line.startswith(
-        "student.model: ./student has a vocabulary of 500, the teacher ./teacher"
+        "student.model: ./student has a vocabulary of 500, the tokenizer ./teacher has 512 ids"
     )
+
+
+@pytest.mark.parametrize("check", [check_generate, check_train])
+def test_a_teacher_that_is_padded_further_than_the_student_is_fine(check, place):
+    settings("teacher", vocab_size=640)
+    if check is check_train:
+        a_cache()
+    check(config(), world=1)
 
 
 @pytest.mark.parametrize("check", [check_generate, check_train])

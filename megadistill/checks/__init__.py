@@ -45,7 +45,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
         found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
     student = vocabulary.student_if_there(config)
     if student is not None:
-        found.of(vocabulary.check_same_vocabulary, config, tokenizer, teacher, student)
+        found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
         found.of(models.check_seq_len, config, student)
     plan = make_plan(config, world=world, training=False)
     if writing:
@@ -98,7 +98,7 @@ def check_train(config: Config, *, world: int) -> None:
             teacher = None  # the cache's recipe says what it was made with
         if teacher is not None:
             tokenizer = vocabulary.tokenizer_if_there(config)
-            found.of(vocabulary.check_same_vocabulary, config, tokenizer, teacher, student)
+            found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
     found.of(folders.check_room, config, make_plan(config, world=world), training=True)
     found.raise_all()
 

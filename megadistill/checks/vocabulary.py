@@ -58,19 +58,19 @@ def student_if_there(config: Config) -> ModelFiles | None:
         return None
 
 
-def check_same_vocabulary(
-    config: Config, tokenizer: Any, teacher: ModelFiles | None, student: ModelFiles
-) -> None:
-    """The student has the teacher's ids (more are padding), and a tokenizer of the same ids."""
-    if teacher is not None and (student.vocab_size or 0) < (teacher.vocab_size or 0):
-        raise ConfigError(
-            f"student.model: {student.name} has a vocabulary of {student.vocab_size}, the teacher "
-            f"{teacher.name} one of {teacher.vocab_size}, and a target is about ids: choose a "
-            "student of the same family, or one with student.init=random and that vocab_size in "
-            "its config.json"
-        )
+def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -> None:
+    """The student has the tokenizer's ids (more are padding), and a tokenizer of the same ids."""
     if tokenizer is None or config.student is None:
         return
+    ids = 1 + max(tokenizer.get_vocab().values())
+    name = config.data.tokenizer or config.teacher.model
+    if student.vocab_size is not None and student.vocab_size < ids:
+        raise ConfigError(
+            f"student.model: {student.name} has a vocabulary of {student.vocab_size}, the "
+            f"tokenizer {name} has {ids} ids, and a target is about ids: choose a student of the "
+            f"same family, or one with student.init=random and vocab_size at least {ids} in its "
+            "config.json"
+        )
     own = _tokenizer_of(config.student, student)
     if own is None:
         return
@@ -81,7 +81,7 @@ def check_same_vocabulary(
         text = _example_of_difference(tokenizer, own)
         raise ConfigError(
             f"student.model: the tokenizer of {student.name} turns text into other ids than "
-            f"{config.data.tokenizer or config.teacher.model} does{text}: the student would learn "
+            f"{name} does{text}: the student would learn "
             "from targets that are about other tokens; give it the teacher's tokenizer"
         )
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megadistill.config import Config, LossConfig
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, TrainError
 from megadistill.parallel import Mesh
 from megadistill.student.head import LossTerms
 from megadistill.student.model import Student
@@ -133,10 +133,20 @@ class Trainer:
         """Clip and update; the norm of the gradient before clipping. Collective.
 
         A gradient that is not finite on any rank gives infinity on all, and updates nothing.
+        TrainError where float16's loss scaler has tried every scale in vain.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        try:
+            self.engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # DeepSpeed has no class for it
+                raise
+            raise TrainError(
+                "the gradient overflows float16 at the smallest loss scale, deepspeed.fp16."
+                f"min_loss_scale={self.engine.optimizer.loss_scale:g}: lower train.lr, or train in "
+                "bfloat16 (deepspeed.bf16.enabled=true, and without fp16)"
+            ) from None
         norm = float(self.engine.get_global_grad_norm())
         if self.ema is not None and math.isfinite(norm):
             self.ema.update()

@@ -57,6 +57,12 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     mesh.first(lambda: check_trackers(config, load=True))
     deepspeed_config(config, mesh.world)
     check_machine(config)
+    section = "activation_checkpointing"
+    if config.deepspeed.get(section) and mesh.rank == 0:
+        log.warning(
+            "deepspeed.%s is for models that call DeepSpeed's own function, and transformers' do "
+            "not: it changes nothing here; train.%s=true is what does", section, section,
+        )  # fmt: skip
     folder = RunFolder(config.train.out_dir)
     # One rank looks: a cache that is being made may grow between two looks.
     stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))

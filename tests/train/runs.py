@@ -348,3 +348,12 @@ def run_with_a_full_disk(mesh, config):
         return message(mesh, config)
     finally:
         background._written = write
+
+
+def half_precision_in_vain(mesh, config):
+    """The error that float16 ends with where its scale cannot come down as far as it must."""
+    try:
+        half_precision(mesh, config, 4)
+    except MegadistillError as error:
+        return str(error)
+    return "no error"

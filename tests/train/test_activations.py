@@ -1,8 +1,11 @@
 """Activation checkpointing under ZeRO-3: the same numbers, and less kept for the backward pass."""
 
+import logging
+
 import numpy as np
 import pytest
 
+from megadistill.train.run import prepare
 from tests.models import tiny_llama
 from tests.ranks import run_ranks
 from tests.train.stores import VOCAB, make_config
@@ -30,6 +33,16 @@ def test_losses_and_gradients_are_the_same_and_a_fifth_is_kept(config, world):
         for name, value in theirs.items():
             np.testing.assert_array_equal(gradients[name], value)
         assert kept < all_kept / 5
+
+
+def test_deepspeeds_own_section_is_said_to_change_nothing(config, caplog):
+    from types import SimpleNamespace
+
+    section = {"activation_checkpointing": {"cpu_checkpointing": True}}
+    mesh = SimpleNamespace(rank=0, world=1, first=lambda function: function())
+    with caplog.at_level(logging.WARNING):
+        prepare(config.model_copy(update={"deepspeed": section}), mesh)
+    assert "it changes nothing here; train.activation_checkpointing=true is what" in caplog.text
 
 
 def test_a_run_may_turn_it_on_or_off_between_its_parts(config):

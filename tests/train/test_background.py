@@ -74,5 +74,13 @@ def test_killed_while_it_is_written_the_run_goes_on_from_the_one_before(tmp_path
     assert result(out) == result(tmp_path / "whole")
 
 
+def test_told_to_stop_it_leaves_with_the_checkpoint_written(tmp_path):
+    train = SAVES | {"save_in_background": True, "save_every": None}
+    config = make_config(tmp_path, train=train)
+    done = run_ranks(2, "tests.train.runs:run_until_told", config=config, lines=3)
+    assert checkpoint.latest(run_checkpoints(config)).position.step == done[0] >= 3
+    assert run_ranks(2, RUN, config=config) == [8, 8]
+
+
 def run_checkpoints(config):
     return Path(config.train.out_dir) / "checkpoints"

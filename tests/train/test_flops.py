@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from megadistill.student.model import Student
 from megadistill.train.flops import Flops, peak_flops
-from megadistill.train.readings import Readings, memory
+from megadistill.train.readings import Readings, memory, readings_line
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -79,6 +79,13 @@ def test_of_experts_those_count_that_are_chosen():
 )  # fmt: skip
 def test_the_peak_is_that_of_the_very_device_or_none(device, tera):
     assert peak_flops(device) == (None if tera is None else tera * 1e12)
+
+
+def test_the_line_for_people_says_how_much_of_the_device_and_of_its_peak():
+    record = {"memory_used": 60 << 30, "memory_total": 80 << 30, "flops": 1e15, "mfu": 0.4123}
+    assert readings_line(record) == "  mem 60.0/80.0 GiB  mfu 41.2 %"
+    del record["mfu"]
+    assert readings_line(record) == "  mem 60.0/80.0 GiB"
 
 
 def test_on_a_cpu_memory_is_the_processs_and_there_is_no_utilisation():

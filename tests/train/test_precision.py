@@ -59,3 +59,14 @@ def test_the_loss_scaler_goes_on_where_a_checkpoint_left_it(tmp_path, before, af
         # At other numbers of ranks sums in float16 overflow at others of these scales.
         assert found[0][0] == scales[9] != 2.0**20
         assert state["cur_iter"] == last["cur_iter"] == 14
+
+
+def test_a_gradient_that_overflows_at_every_scale_ends_the_run_with_what_to_do(tmp_path):
+    half = {
+        "fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1,
+                 "min_loss_scale": 2**23}
+    }  # fmt: skip
+    config = make_config(tmp_path, deepspeed=half, train={"global_batch": 4, "micro_batch": 2})
+    for text in run_ranks(2, "tests.train.runs:half_precision_in_vain", config=config):
+        assert "overflows float16 at the smallest loss scale, " in text
+        assert "min_loss_scale=8.38861e+06: lower train.lr" in text

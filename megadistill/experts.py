@@ -13,7 +13,7 @@ from torch import nn
 
 
 def expert_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that route tokens to experts, which are their children. Empty for dense models."""
+    """The modules that route tokens to their experts; none in a dense model."""
     # transformers 4 has a list of modules there, 5 one module of stacked weights.
     return [m for m in model.modules() if isinstance(getattr(m, "experts", None), nn.Module)]
 

@@ -75,6 +75,7 @@ ARCHITECTURES = {
         }, experts=True),
         Architecture("gpt_oss", "experts with biases, attention sinks, windows", {
             **_GROUPED, **_HEAD, **_EXPERTS, **_WINDOWS, "num_local_experts": 4,
+            "max_position_embeddings": 131072,  # what its rotary scaling is made for
         }, attention="eager", experts=True, pack="concat"),
         Architecture("deepseek_v3", "latent attention, grouped experts, a dense first layer", {
             **_GROUPED, **_EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2,

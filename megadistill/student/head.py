@@ -40,6 +40,7 @@ class LossTerms(NamedTuple):
     ce_count: int  # positions with a label
     agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the targets'
     z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
+    router: torch.Tensor | float = 0.0  # of a mixture of experts: its share of the step's mean
 
 
 def fused_linear_distillation(

@@ -16,6 +16,7 @@ from typing import Any
 from megadistill.errors import ConfigError
 
 _MAX_HEADER = 1 << 28  # bytes; a safetensors header is some 100 bytes a tensor
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
 
@@ -133,6 +134,14 @@ def find_model(
         )
     settings = _read_json(folder / "config.json", key=key)
     return ModelFiles(key, name, revision, folder, settings, on_hub)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer.
+
+    transformers 5 makes one for a folder without: of the right class, with hardly a token in it.
+    """
+    return any((folder / name).is_file() for name in _TOKENIZER)
 
 
 def may_be_hub_id(name: str) -> bool:

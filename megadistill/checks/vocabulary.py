@@ -9,7 +9,7 @@ from typing import Any
 from megadistill.checks.models import find_section_model
 from megadistill.config import Config, StudentConfig
 from megadistill.errors import ConfigError
-from megadistill.model_files import ModelFiles, first_line, may_be_hub_id
+from megadistill.model_files import ModelFiles, first_line, has_tokenizer, may_be_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -
 
 def _tokenizer_of(student: StudentConfig, files: ModelFiles) -> Any:
     """The student's own tokenizer, or None where it has none (a config.json alone)."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not files.on_hub and not any((files.folder / name).is_file() for name in names):
+    if not files.on_hub and not has_tokenizer(files.folder):
         return None
     from transformers import AutoTokenizer
 

@@ -41,6 +41,7 @@ class LossTerms(NamedTuple):
     agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the targets'
     z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
     calibration_M3: torch.Tensor  # float64; the bins of calibration.py, zeros unless asked for
+    router: torch.Tensor | float = 0.0  # of a mixture of experts: its share of the step's mean
 
 
 def fused_linear_distillation(

@@ -12,6 +12,7 @@ Shapes: B sequences, T positions, N = B*T, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,15 @@ from torch import nn
 from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
+from megadistill.experts import gather_experts_together, router_loss, router_loss_weight
 from megadistill.parallel import Mesh
 from megadistill.pretrained import load_pretrained
 from megadistill.student.head import DistillationHead
 from megadistill.targets import SparseTargets
 from megadistill.teacher.head import logit_scale, soft_cap
+
+# Of the backbone: attention_dropout, resid_pdrop, hidden_dropout_prob; no classifier's.
+_DROPOUT = re.compile(r"^(?!classifier|summary).*(dropout|pdrop|dropout_prob)$")
 
 
 class Student(nn.Module):
@@ -36,6 +41,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.head_name = replace_head(model, vocab_size=vocab_size)
+        self.router_loss_weight = router_loss_weight(model)
 
     @property
     def config(self) -> Any:
@@ -52,16 +58,26 @@ class Student(nn.Module):
         labels_N: torch.Tensor | None = None,
         targets: SparseTargets | None = None,
         options: dict[str, Any] | None = None,
+        router_share: float | None = None,
         **inputs: Any,
     ) -> Any:
         """The `LossTerms` of a micro-batch; without labels what the model itself returns.
 
         inputs: of `attention.forward_inputs`. labels_N, targets, options: of `distillation_terms`.
+        router_share: one over the micro-batches of the step, to add the routers' loss where the
+        model has one. It is no sum over positions, so, as everywhere, it is that of each
+        micro-batch, and their mean: equal at every number of ranks.
         """
         if labels_N is None:
             return self.model(**inputs)
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        return self.head(hidden, labels_N, targets, **(options or {}))
+        output = self.model.base_model(**inputs)
+        terms = self.head(output.last_hidden_state, labels_N, targets, **(options or {}))
+        if router_share is None or not self.router_loss_weight:
+            return terms
+        router = router_share * router_loss(self.model, output.router_logits)
+        return terms._replace(
+            loss=terms.loss + self.router_loss_weight * router, router=router.detach().double()
+        )
 
     def checkpoint_activations(self) -> None:
         """Of each layer keep the input alone; the backward pass computes the rest again.
@@ -84,8 +100,11 @@ class Student(nn.Module):
         """
         inputs = forward_inputs(self.model, torch.arange(8)[None], [np.zeros(1)], device=device)
         labels_N = torch.arange(8, device=device)
+        was_training = self.training
+        self.eval()  # routers may be given noise while they train
         ours = self(labels_N, **inputs).ce_sum
         logits_NV = self(**inputs).logits.reshape(8, -1)[:, : self.head.vocab_size]
+        self.train(was_training)
         theirs = nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="sum")
         if not torch.isclose(ours, theirs, rtol=1e-2):
             raise ConfigError(
@@ -117,16 +136,24 @@ def replace_head(model: Any, *, vocab_size: int | None = None) -> str:
 
 
 def student_settings(config: StudentConfig) -> Any:
-    """The model's transformers configuration. ConfigError where there is none to be had."""
+    """The model's transformers configuration, without dropout.
+
+    Distillation has targets enough to learn from, and a run without draws is repeated at any number
+    of ranks. GPT-2 and its kin come with dropout of 0.1. ConfigError where there is none to be had.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(
+        settings = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"student.model: {config.model} cannot be read: {reason}") from error
+    for name, value in settings.to_dict().items():
+        if _DROPOUT.search(name) and isinstance(value, float):
+            setattr(settings, name, 0.0)
+    return settings
 
 
 def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
@@ -160,6 +187,7 @@ def load_student(
     import deepspeed
 
     settings, dtype = student_settings(config), parameter_dtype(deepspeed_config)
+    _import_class(settings)
     whole: list[nn.Module] = []  # rank 0 only; what `first` returns would travel to every rank
     mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
     with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
@@ -167,7 +195,20 @@ def load_student(
     # Weights that transformers 5 does not fill it does not tie either.
     model.tie_weights()
     _deal(model, whole.pop() if whole else None, mesh)
+    gather_experts_together(model)
     return Student(model, vocab_size=vocab_size)
+
+
+def _import_class(settings: Any) -> None:
+    """Import the model's module, which transformers does at first use, before zero.Init is entered.
+
+    That wraps the constructors of all modules and puts back what it saw when they were defined: of
+    a module defined inside, what decorated its constructor (transformers 5 does so with experts)
+    would be lost. Rank 0 has made the model already; the others would have failed.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
 
 
 def parameter_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:

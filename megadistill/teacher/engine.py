@@ -9,7 +9,10 @@ than `initialize`, because it keeps no training state. Its group has to be hande
 as `mpu` and as `tp_group`: alone it takes ranks 0 to tp-1 for the group of every rank. And its
 grain of 64 columns leaves ranks without columns on small models, so it is set to 1.
 `zero3` partitions the weights over all ranks and gathers them a layer at a time: forwards are
-collective, so all ranks must call `hidden` equally often.
+collective, so all ranks must call `hidden` equally often. Experts are gathered together: which of
+them a rank calls depends on its tokens, and ranks that gather different ones would wait for ever.
+
+Before either answers anything it is held against the model itself (`teacher/selfcheck.py`).
 
 Shape letters: B sequences, T positions, N = B*T, H hidden size.
 """
@@ -29,8 +32,10 @@ import torch
 
 from megadistill.attention import Pack, check_isolation, forward_inputs
 from megadistill.config import Config, TeacherConfig
+from megadistill.experts import gather_experts_together
 from megadistill.parallel import Mesh
 from megadistill.pretrained import load_pretrained
+from megadistill.teacher import selfcheck
 from megadistill.teacher.head import TeacherHead, check_head
 
 log = logging.getLogger(__name__)
@@ -62,23 +67,42 @@ def load_teacher(config: Config, mesh: Mesh, *, vocab_size: int) -> Teacher:
     """The configured teacher on this rank's share of the mesh. Collective over all ranks.
 
     vocab_size: ids that its distributions are over, see `TeacherHead.of`.
-    Raises ConfigError when the model cannot be loaded, TeacherError when it has no head.
+    Raises ConfigError when the model cannot be loaded, TeacherError when it has no head, or says
+    something else under its engine than by itself.
     """
     zero3 = config.teacher.engine == "zero3"
     build = _zero3 if zero3 else _tensor_parallel
     with _quiet():
-        engine, head = build(config.teacher, mesh, vocab_size)
-    if config.data.pack == "isolate":
-        check_isolation(engine.module, name="teacher.model", device=mesh.device)
-    return Teacher(
+        model = _pretrained(config.teacher, partition=zero3)
+        whole = selfcheck.own_log_probs(model, vocab_size=vocab_size) if mesh.tp > 1 else None
+        with selfcheck.named(model, mesh):
+            engine, head = build(config.teacher, mesh, model, vocab_size)
+    teacher = Teacher(
         engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3
     )
+    _check(teacher, model, whole, mesh)
+    if config.data.pack == "isolate":
+        check_isolation(engine.module, name="teacher.model", device=mesh.device)
+    return teacher
 
 
-def _tensor_parallel(config: TeacherConfig, mesh: Mesh, vocab_size: int) -> tuple[Any, TeacherHead]:
+def _check(teacher: Teacher, model: Any, whole_NV: torch.Tensor | None, mesh: Mesh) -> None:
+    """TeacherError where engine and head say something else than the model. Collective."""
+    if whole_NV is None:
+        whole_NV = selfcheck.own_log_probs_of(model, teacher.head, device=mesh.device)
+    with selfcheck.named(model, mesh):
+        hidden_NH = teacher.hidden(*selfcheck.probe(whole_NV.shape[1]))
+    ours_NV = torch.cat(
+        [teacher.head.log_probs(rows).clone() for rows in hidden_NH.split(teacher.head.chunk)]
+    )
+    selfcheck.compare(model, whole_NV, ours_NV, mesh)
+
+
+def _tensor_parallel(
+    config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int
+) -> tuple[Any, TeacherHead]:
     import deepspeed
 
-    model = _pretrained(config)
     head = TeacherHead.of(
         model, rank=mesh.tp_rank, ranks=mesh.tp, group=mesh.tp_group, device=mesh.device,
         vocab_size=vocab_size,
@@ -97,33 +121,40 @@ def _tensor_parallel(config: TeacherConfig, mesh: Mesh, vocab_size: int) -> tupl
     return engine, head
 
 
-def _zero3(config: TeacherConfig, mesh: Mesh, vocab_size: int) -> tuple[Any, TeacherHead]:
+def _zero3(
+    config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int
+) -> tuple[Any, TeacherHead]:
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
 
-    settings = {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "fp16": {"enabled": config.dtype == "float16"},
-    }
-    # While this object lives, from_pretrained partitions each weight as it reads it.
-    partition = HfDeepSpeedConfig(settings)
-    model = _pretrained(config)
-    del partition
     output = model.get_output_embeddings()
     parameters = [p for p in (output.weight, getattr(output, "bias", None)) if p is not None]
     with deepspeed.zero.GatheredParameters(parameters):
         head = TeacherHead.of(
             model, rank=0, ranks=1, group=None, device=mesh.device, vocab_size=vocab_size
         )
-    engine, *_ = deepspeed.initialize(model=model.base_model, config=settings)
+    gather_experts_together(model)
+    engine, *_ = deepspeed.initialize(model=model.base_model, config=_zero3_settings(config))
     engine.eval()
     return engine, head
 
 
-def _pretrained(config: TeacherConfig) -> Any:
+def _zero3_settings(config: TeacherConfig) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "fp16": {"enabled": config.dtype == "float16"},
+    }
+
+
+def _pretrained(config: TeacherConfig, *, partition: bool) -> Any:
+    """The model, on each rank whole, or partitioned over all ranks."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # While this object lives, from_pretrained partitions each weight as it reads it.
+    alive = HfDeepSpeedConfig(_zero3_settings(config)) if partition else None
     model = load_pretrained(config, key="teacher.model", dtype=getattr(torch, config.dtype))
+    del alive
     check_head(model)
     return model.eval().requires_grad_(False)
 

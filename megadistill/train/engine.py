@@ -119,7 +119,10 @@ class Trainer:
         gradients are not either, so that `step` updates nothing.
         """
         options = loss.model_dump(exclude={"curriculum"}) | {"normalizer": normalizer}
-        terms = self.engine(batch.labels_N, batch.targets, options, **batch.inputs)
+        share = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
+        terms = self.engine(
+            batch.labels_N, batch.targets, options, router_share=share, **batch.inputs
+        )
         # Infinity minus something may well have a finite gradient. Chosen without a look at the
         # value, for which an accelerator would have to be waited.
         undone = torch.where(terms.loss.detach().isfinite(), float(self.mesh.world), torch.nan)

@@ -17,6 +17,7 @@ from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
 from megadistill.config.curves import told, values
 from megadistill.errors import ConfigError
+from megadistill.model_files import has_tokenizer
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
 from megadistill.targets import divergence_name
@@ -103,6 +104,8 @@ def student_tokenizer(config: Config) -> Any:
 def _tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
+        return None
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # noqa: BLE001 - transformers 4 raises whatever comes up

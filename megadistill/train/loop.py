@@ -151,9 +151,9 @@ def run_step(
         _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
         for batch in share
     ]
-    kd_sum, ce_sum, z_sum = trainer.mesh.sum(torch.stack(sums).sum(0)).tolist()
+    kd_sum, ce_sum, z_sum, router = trainer.mesh.sum(torch.stack(sums).sum(0)).tolist()
     grad_norm = trainer.step(lr)
-    counted = math.isfinite(kd_sum + ce_sum + z_sum)
+    counted = math.isfinite(kd_sum + ce_sum + z_sum + router)
     applied = counted and math.isfinite(grad_norm)
     if not applied and not (counted and trainer.scales_losses):
         suspects = [b for b, s in zip(share, sums, strict=True) if not s.isfinite().all()]
@@ -166,6 +166,9 @@ def run_step(
     if reporter is not None:
         seconds = time.monotonic() - started
         losses = _losses(run, loss, kd_sum, kd_count, ce_sum, ce_count, z_sum)
+        if trainer.student.router_loss_weight:
+            losses["loss"] += trainer.student.router_loss_weight * router
+            losses["router_loss"] = router
         losses |= {"grad_norm": grad_norm}
         reporter.step({
             "step": position.step,
@@ -212,10 +215,11 @@ def _sums(
     *,
     last: bool,
 ) -> torch.Tensor:
-    """float64 [3]: this micro-batch's sums of kd, ce and z, its gradients added to the step's."""
+    """float64 [4]: this micro-batch's kd_sum, ce_sum, z_sum, router; its gradients are added."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
     terms = trainer.backward(moved, loss, normalizer, last=last)
-    return torch.stack([terms.kd_sum, terms.ce_sum, terms.z_sum]).cpu()
+    router = torch.as_tensor(terms.router).to(terms.kd_sum)
+    return torch.stack([terms.kd_sum, terms.ce_sum, terms.z_sum, router]).cpu()
 
 
 def _losses(

@@ -11,10 +11,10 @@ from tests.ranks import run_ranks
 VOCAB = 515  # no multiple of any tp
 
 
-def settings(model: str, **teacher) -> Config:
+def settings(model: str, *, pack: str = "isolate", **teacher) -> Config:
     return Config.model_validate(
         {
-            "data": {"source": "python-stdlib", "seq_len": 24},
+            "data": {"source": "python-stdlib", "seq_len": 24, "pack": pack},
             "teacher": {"model": model, "dtype": "float32", "micro_batch": 3, **teacher},
         }
     )
@@ -25,17 +25,24 @@ def batch() -> tuple[np.ndarray, list[np.ndarray]]:
     return tokens, [np.array([0, 5, 17]), np.array([0]), np.array([0, 23])]
 
 
-def plain_log_probs(model: str, vocab_size: int = VOCAB) -> torch.Tensor:
+def plain_log_probs(
+    model: str, *, vocab_size: int | None = None, inputs=None, pack: str = "isolate",
+    attention: str = "sdpa",
+) -> torch.Tensor:  # fmt: skip
     """Every document on its own through transformers: nothing to isolate, nothing of ours.
 
-    Of the first `vocab_size` ids, as if there were no others.
+    Of the first `vocab_size` ids, as if there were no others. pack="concat": every sequence is one
+    document.
     """
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokens, documents = batch()
+    reference = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    tokens, documents = inputs or batch()
     rows = []
     for row, starts in zip(tokens, documents, strict=True):
+        starts = starts if pack == "isolate" else [0]
         for first, last in zip(starts, [*starts[1:], 24], strict=True):
             with torch.no_grad():
                 rows.append(reference(torch.as_tensor(row[None, first:last])).logits[0])
@@ -97,4 +104,4 @@ def test_rows_above_the_tokenizers_ids_are_no_part_of_the_distribution(model, tp
     )  # fmt: skip
     found = torch.cat([slice_ for slice_, _ in results[:tp]], 1)
     assert found.shape[1] == 450
-    assert (found - plain_log_probs(model, 450)).abs().max() < 1e-5
+    assert (found - plain_log_probs(model, vocab_size=450)).abs().max() < 1e-5

@@ -77,6 +77,14 @@ class ModelFiles:
         found = [path.name for pattern in _OTHER_WEIGHTS for path in self.folder.glob(pattern)]
         return sorted(name for name in found if name != "training_args.bin")
 
+    def float8_tensor(self) -> str | None:
+        """A tensor of eight-bit floats among the weights that are here, or None."""
+        for file in self.weights():
+            for name, tensor in _header(file).items():
+                if name != "__metadata__" and str(tensor.get("dtype")).startswith("F8_"):
+                    return name
+        return None
+
     def parameters(self) -> tuple[int, bool] | None:
         """(number of parameters, whether counted); None where config.json does not tell.
 

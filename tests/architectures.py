@@ -8,6 +8,7 @@ logits far above rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ _GROUPED = {
 }  # fmt: skip
 _HEAD = {"head_dim": 8}
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+# transformers 4 gives Qwen2-MoE, and 4 and 5 give gpt-oss, no mask that keeps documents apart.
+_QWEN2_MOE_PACK = "concat" if version("transformers").startswith("4.") else "isolate"
 _EXPERTS = {"num_experts_per_tok": 2}
 
 ARCHITECTURES = {
@@ -69,7 +72,7 @@ ARCHITECTURES = {
         Architecture("qwen2_moe", "experts, a shared expert with a gate", {
             **_GROUPED, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16,
             "shared_expert_intermediate_size": 32,
-        }, experts=True),
+        }, experts=True, pack=_QWEN2_MOE_PACK),
         Architecture("qwen3_moe", "experts, norms of q and k", {
             **_GROUPED, **_HEAD, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16,
         }, experts=True),
@@ -93,10 +96,8 @@ def save_architecture(path: Path | str, model_type: str, *, seed: int = 0, **mor
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = ARCHITECTURES[model_type].settings | more
-    config = AutoConfig.for_model(
-        model_type, vocab_size=VOCAB, bos_token_id=None, eos_token_id=0, initializer_range=0.2,
-        **settings,
-    )  # fmt: skip
+    common = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 0}
+    config = AutoConfig.for_model(model_type, **common | {"initializer_range": 0.2} | settings)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

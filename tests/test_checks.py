@@ -130,6 +130,58 @@ def test_a_model_that_is_not_a_causal_language_model(kind, classes, place):
     assert refused(check_train, "teacher.model=./none").startswith("student.model: ./student is no")
 
 
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "bitsandbytes"])
+def test_a_quantised_model_is_refused_by_its_method(method, place):
+    quantisation = {"quant_method": method, "bits": 4}
+    settings("teacher", quantization_config=quantisation)
+    line = refused(check_generate)
+    said = f"./MODEL is quantised (quant_method {method} in its config.json), expected weights in "
+    assert line.startswith("teacher.model: " + said.replace("MODEL", "teacher"))
+    settings("student", quantization_config=quantisation)
+    a_cache()
+    line = refused(check_train, "teacher.model=./none")
+    assert line.startswith("student.model: " + said.replace("MODEL", "student"))
+
+
+def test_fp8_weights_whose_config_says_nothing_of_it(place):
+    """As transformers 5 saves a model that it has dequantised on loading."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = Path("teacher/model.safetensors")
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    weights[name + "_scale_inv"] = torch.ones(1, 1)
+    save_file(weights, file, metadata={"format": "pt"})
+    line = refused(check_generate)
+    assert line.startswith(f"teacher.model: ./teacher is quantised ({name} is of fp8), expected ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "said"),
+    [
+        ("mamba", {"state_size": 16}, "state_size"),
+        ("jamba", {"mamba_d_state": 16}, "mamba_d_state"),
+        ("rwkv", {"rescale_every": 6}, "rescale_every"),
+        ("minimax", {"layer_types": ["full_attention", "linear_attention"]},
+         "layer_types: linear_attention"),
+    ],
+)  # fmt: skip
+def test_models_that_carry_a_state_cannot_keep_documents_apart(kind, what, said, place):
+    settings("teacher", model_type=kind, architectures=None, **what)
+    line = refused(check_generate)
+    assert line.startswith(
+        f"data.pack: isolate, but teacher.model ./teacher ({kind}) carries a state from one "
+        f"document into the next ({said} in its config.json): set data.pack=concat"
+    )
+    check_generate(config("data.pack=concat"), world=1)
+    settings("student", model_type=kind, architectures=None, **what)
+    a_cache()
+    line = refused(check_train, "teacher.model=./none")
+    assert line.startswith(f"data.pack: isolate, but student.model ./student ({kind}) carries a")
+
+
 def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(place):
     settings(
         "teacher", model_type="own", architectures=["OwnModel"],

@@ -37,6 +37,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     teacher = found.of(models.check_model, config.teacher, "teacher.model", with_weights=True)
     if teacher is not None:
         found.of(models.check_seq_len, config, teacher)
+        found.of(models.check_pack, config, teacher)
         found.of(models.check_heads, config, teacher)
     own_tokenizer = config.data.tokenizer is not None
     there = own_tokenizer or teacher is not None  # else its absence is reported already
@@ -92,6 +93,7 @@ def check_train(config: Config, *, world: int) -> None:
     )
     if student is not None:
         found.of(models.check_seq_len, config, student)
+        found.of(models.check_pack, config, student)
         try:
             teacher = models.find_section_model(config.teacher, "teacher.model", fetch=False)
         except ConfigError:

@@ -29,6 +29,7 @@ def check_model(
     """The model's files; refused: no causal language model, weights that could run code, none."""
     model = find_section_model(section, key)
     _causal(model, trusted=section.trust_remote_code)
+    _not_quantised(model)
     if with_weights:
         _safetensors(model)
     if section.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
@@ -38,6 +39,48 @@ def check_model(
             f"installed: install it, or set {part}.attention=sdpa"
         )
     return model
+
+
+def _not_quantised(model: ModelFiles) -> None:
+    """Weights are floating-point numbers that DeepSpeed can shard, partition and train."""
+    found = model.get("quantization_config", "compression_config")
+    small = model.float8_tensor()
+    if not found and small is None:
+        return
+    # A folder that transformers wrote of a dequantised fp8 model has fp8 weights all the same, and
+    # says so nowhere in its config.json: it would be loaded without its scales.
+    what = f"{small} is of fp8"
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        what = f"quant_method {method} in its config.json"
+    raise ConfigError(
+        f"{model.key}: {model.name} is quantised ({what}), expected weights in bfloat16, float16 "
+        "or float32: give the model it was made from, or one whose weights were converted to "
+        "bfloat16 with their scales"
+    )
+
+
+# What models say in config.json that carry a state from one position to the next.
+_STATE_KEYS = (
+    "state_size", "ssm_state_size", "mamba_d_state", "ssm_cfg", "lru_width", "rescale_every",
+    "linear_conv_kernel_dim", "conv_L_cache",
+)  # fmt: skip
+_STATE_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
+
+
+def check_pack(config: Config, model: ModelFiles) -> None:
+    """Documents of a sequence can be kept apart: a state knows no borders between them."""
+    if config.data.pack != "isolate":
+        return
+    layers = [str(layer) for layer in model.get("layer_types", "layers_block_type") or ()]
+    key = next((key for key in _STATE_KEYS if model.get(key) is not None), None)
+    layer = next((layer for layer in layers if layer in _STATE_LAYERS), None)
+    if key or layer:
+        raise ConfigError(
+            f"data.pack: isolate, but {model.key} {model.name} ({model.settings.get('model_type')})"
+            f" carries a state from one document into the next ({key or 'layer_types: ' + layer} "
+            "in its config.json): set data.pack=concat, or use a transformer"
+        )
 
 
 def _causal(model: ModelFiles, *, trusted: bool) -> None:

@@ -204,7 +204,8 @@ def _import_class(settings: Any) -> None:
 
     That wraps the constructors of all modules and puts back what it saw when they were defined: of
     a module defined inside, what decorated its constructor (transformers 5 does so with experts)
-    would be lost. Rank 0 has made the model already; the others would have failed.
+    would be lost, and the next model of the kind would fail. (Not on rank 0, which has made the
+    whole model already.)
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

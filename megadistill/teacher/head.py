@@ -140,6 +140,7 @@ def _matmul(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, *, out: torch.Tens
 
 def logit_scale(config: Any) -> float:
     """What the model multiplies its logits by: Cohere multiplies, Granite divides."""
+    config = config.get_text_config()
     if getattr(config, "logit_scale", None) is not None:
         return float(config.logit_scale)
     if getattr(config, "logits_scaling", None) is not None:
@@ -149,7 +150,7 @@ def logit_scale(config: Any) -> float:
 
 def soft_cap(config: Any) -> float | None:
     """Gemma's bound on logits: softcap * tanh(logits / softcap)."""
-    return getattr(config, "final_logit_softcapping", None)
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def check_head(model: Any) -> None:

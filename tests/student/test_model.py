@@ -5,10 +5,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, Gemma2Config
 
+from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
-from megadistill.student.model import Student, check_fits, replace_head
+from megadistill.experts import expert_blocks, router_loss_weight
+from megadistill.student.model import Student, check_fits, replace_head, student_settings
+from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
+from tests.forked import Ranks
 from tests.ranks import run_ranks
-from tests.train.stores import make_config
+from tests.train.stores import make_config, make_store
 
 
 @pytest.mark.parametrize("init", ["pretrained", "random"])
@@ -67,3 +71,47 @@ def test_too_few_ids_or_too_little_context_is_refused():
         check_fits(settings, vocab_size=97, seq_len=32)
     with pytest.raises(ConfigError, match=r"data\.seq_len: 33 exceeds .* 32 positions"):
         check_fits(settings, vocab_size=96, seq_len=33)
+
+
+def test_a_student_has_no_dropout(tmp_path):
+    """GPT-2 comes with 0.1 in three places; its head was refused for the noise."""
+    folder = save_architecture(tmp_path, "gpt2")
+    assert AutoConfig.from_pretrained(folder).resid_pdrop == 0.1
+    settings = student_settings(StudentConfig(model=folder))
+    model = AutoModelForCausalLM.from_config(settings)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    Student(model.train()).check_head(name="student.model", device=torch.device("cpu"))
+    assert model.training
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_blocks_of_experts_are_found_where_there_are_any(name, tmp_path):
+    a = ARCHITECTURES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(name, vocab_size=64, **a.settings)
+        )
+    assert bool(expert_blocks(model)) == a.experts
+    assert router_loss_weight(model) == 0  # only where config.json says output_router_logits
+
+
+def train_mixtral(config):
+    """On a rank that has not met the architecture before: its module is imported on the way."""
+    import sys
+
+    from megadistill import parallel
+    from megadistill.train.loop import train
+
+    assert "transformers.models.mixtral.modeling_mixtral" not in sys.modules
+    with parallel.joined() as mesh:
+        train(config, mesh)
+    AutoModelForCausalLM.from_pretrained(config.student.model)(torch.arange(4)[None])
+
+
+def test_another_model_of_experts_can_be_made_beside_the_student(tmp_path):
+    """Their class, defined inside deepspeed.zero.Init, lost the decoration of its constructor."""
+    save_architecture(tmp_path / "model", "mixtral")
+    make_store(tmp_path / "cache", seed=1, vocab=VOCAB)
+    config = make_config(tmp_path, train={"steps": 2})
+    with Ranks(2, "tests.student.test_model:train_mixtral", config, folder=tmp_path / "n") as ranks:
+        assert ranks.wait(120) == [0, 0], ranks.said()

@@ -6,7 +6,7 @@ import torch
 
 from megadistill.targets import METHODS
 from megadistill.teacher.distributions import VocabularySlice
-from megadistill.teacher.head import TeacherHead
+from megadistill.teacher.head import TeacherHead, logit_scale, soft_cap
 from megadistill.teacher.select import select_targets
 from tests.allocation import AllocationWatch
 from tests.ranks import run_ranks
@@ -44,6 +44,14 @@ def test_log_probs_are_the_softmax_of_the_models_logits(dtype, settings, logits_
     found = head(weight, **settings).log_probs(hidden[:30], temperature=1.5)
     logits = logits_of(hidden[:30].double() @ weight.double().T)
     assert (found - torch.log_softmax(logits / 1.5, 1)).abs().max() < 1e-5
+
+
+def test_scale_and_soft_cap_are_those_of_the_text_model():
+    from transformers import CohereConfig, Gemma3Config, GraniteConfig
+
+    assert logit_scale(CohereConfig(logit_scale=0.25)) == 0.25
+    assert logit_scale(GraniteConfig(logits_scaling=8.0)) == 0.125
+    assert soft_cap(Gemma3Config(text_config={"final_logit_softcapping": 30.0})) == 30.0
 
 
 def test_chunks_give_the_targets_of_the_whole():

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 from megadistill.checks.folders import check_run_folder
+from megadistill.train.export import check_tokenizer, student_tokenizer
+from tests.architectures import save_architecture
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
@@ -29,6 +31,16 @@ def test_a_student_of_another_tokenizer_is_refused(tmp_path):
     config = make_config(tmp_path)
     tiny_tokenizer(tmp_path / "model", vocab_size=300)
     refused(config, "ConfigError", r"student\.model: .* has the tokenizer [0-9a-f]{16}, .* 0{16}")
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    """transformers 5 makes an empty one for a Qwen2, which was compared, refused, and exported."""
+    save_architecture(tmp_path / "model", "qwen2", vocab_size=96)
+    config = make_config(tmp_path)
+    check_tokenizer(config, "0" * 64, store="cache")
+    assert student_tokenizer(config) is None
+    tiny_tokenizer(tmp_path / "teacher", vocab_size=300)
+    assert len(student_tokenizer(config)) == 300
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):

@@ -78,7 +78,7 @@ def check_pack(config: Config, model: ModelFiles) -> None:
     if key or layer:
         raise ConfigError(
             f"data.pack: isolate, but {model.key} {model.name} ({model.settings.get('model_type')})"
-            f" carries a state from one document into the next ({key or 'layer_types: ' + layer} "
+            f" carries a state from one document into the next ({key or f'layer_types: {layer}'} "
             "in its config.json): set data.pack=concat, or use a transformer"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -379,6 +380,13 @@ def test_training_from_a_list_looks_at_each_and_leaves_urls_to_the_start(place):
     assert said.startswith("cache.dir: elsewhere does not exist, expected a cache")
     said = refused(check_train, "train.out_dir=s3://bucket/run")
     assert said.startswith("train.out_dir: a URL cannot be trained into")
+
+
+def test_training_with_a_tracker_whose_library_is_not_installed(place, monkeypatch):
+    a_cache()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # for Python: there is no such package
+    said = refused(check_train, "train.trackers=[wandb]")
+    assert said.startswith("train.trackers: wandb needs the package wandb, which is not installed")
 
 
 def test_training_without_a_student(place):

@@ -54,7 +54,9 @@ def read_run(path: str | Path, *, name: str | None = None) -> RunRecords:
 
 
 def read_runs(paths: list[str]) -> list[RunRecords]:
-    """Several runs, each called by as little of its path as tells it from the others."""
+    """Runs; several are called by as little of their paths as tells them from one another."""
+    if len(paths) == 1:
+        return [read_run(paths[0])]
     whole = [Path(path).resolve() for path in paths]
     twice = [path for path, real in zip(paths, whole, strict=True) if whole.count(real) > 1]
     if twice:

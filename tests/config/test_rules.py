@@ -36,6 +36,11 @@ def changed(*settings: str) -> dict:
         (["data.prompt_field=p", "data.source=null", "data.name=x"],
          "data.prompt_field: is set without data.completion_field"),
         (["data.completion_field=p"], "data.completion_field: is set without data.prompt_field"),
+        (["train.trackers=[wandb, tensorboard, wandb]"],
+         "train.trackers: wandb stands there twice: name each tracker once"),
+        (["train.trackers=[tensorbord]"], "train.trackers.0: expected one of tensorboard, wandb, "
+                                          "trackio, found 'tensorbord', did you mean tensorboard?"),
+        (["train.trackers=wandb"], "train.trackers: expected a list, found 'wandb'"),
         (["data.messages_field=m"], "python-stdlib has no columns: remove data.messages_field"),
         (["data.messages_field=m", "data.prompt_field=p", "data.completion_field=c",
           "data.source=null", "data.name=x"], "a chat or a prompt with its completion; keep one"),

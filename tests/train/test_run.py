@@ -105,6 +105,18 @@ def test_another_stage_of_zero_is_refused(tmp_path):
     refused(config, "ConfigError", r"deepspeed\.zero_optimization\.stage: 2, expected 3")
 
 
+def test_a_damaged_journal_is_refused_before_a_model_is_loaded(tmp_path):
+    config = make_config(tmp_path)
+    run_ranks(1, "tests.train.runs:claimed", config=config)
+    journal = tmp_path / "out" / "metrics.jsonl"
+    journal.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    (tmp_path / "model" / "model.safetensors").write_text("whoever loads this fails otherwise")
+    for found, text in run_ranks(2, MESSAGE, config=config):
+        assert found == "TrainError"
+        assert "metrics.jsonl: line 2 is no record of a step: found '{\"st', expected" in text
+    assert journal.read_text().count("\n") == 3
+
+
 def test_a_run_that_died_before_its_first_step_goes_on(tmp_path):
     """All it left is what it claims the folder with; the check before a run looks at it, too."""
     config = make_config(tmp_path, train={"steps": 1, "warmup_steps": 0})

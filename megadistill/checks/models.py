@@ -75,11 +75,12 @@ def check_pack(config: Config, model: ModelFiles) -> None:
     layers = [str(layer) for layer in model.get("layer_types", "layers_block_type") or ()]
     key = next((key for key in _STATE_KEYS if model.get(key) is not None), None)
     layer = next((layer for layer in layers if layer in _STATE_LAYERS), None)
-    if key or layer:
+    what = key or (layer and f"layer_types: {layer}")
+    if what:
         raise ConfigError(
             f"data.pack: isolate, but {model.key} {model.name} ({model.settings.get('model_type')})"
-            f" carries a state from one document into the next ({key or f'layer_types: {layer}'} "
-            "in its config.json): set data.pack=concat, or use a transformer"
+            f" carries a state from one document into the next ({what} in its config.json): set "
+            "data.pack=concat, or use a transformer"
         )
 
 

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.attention import forward_inputs
 from megadistill.cache.reader import open_cache
+from megadistill.config import Config
 from megadistill.data.order import Order
 from megadistill.data.packing import labels
 from megadistill.targets import concatenate
 from megadistill.train.schedule import learning_rate
 from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
+from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
 
@@ -129,6 +131,54 @@ def folder(tmp_path_factory):
 
 
 TRAIN = "tests.train.test_architectures:train_all"
+
+
+def generate_and_train_all(mesh, configs):
+    """A cache from each as the teacher, ten steps of the same as the student; sequences, steps."""
+    from megadistill.cache.build import build_cache
+    from megadistill.train.loop import train
+
+    done = {}
+    for name, config in configs.items():
+        built = build_cache(config, mesh)
+        done[name] = (built.sequences, train(config, mesh).done)
+    return done
+
+
+def whole_path_config(folder, name):
+    """A text, a tokenizer and the architecture as teacher (zero3) and as student."""
+    architecture, place = ARCHITECTURES[name], folder / name
+    save_architecture(place / "teacher", name, vocab_size=512)
+    # Apart: in a folder with a model, transformers 5 adds the special tokens of the architecture.
+    tiny_tokenizer(place / "tokenizer")
+    line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
+    (place / "text.jsonl").write_text("".join(line % i for i in range(40)))
+    return Config(
+        data={"files": [str(place / "text.jsonl")], "dir": str(place / "tokens"), "seq_len": 16,
+              "tokenizer": str(place / "tokenizer"), "block_size": 8, "pack": architecture.pack},
+        teacher={"model": str(place / "teacher"), "dtype": "float32", "engine": "zero3",
+                 "micro_batch": 4, "attention": architecture.attention},
+        cache={"dir": str(place / "cache")},
+        loss={"ce_weight": 1.0},
+        student={"model": str(place / "teacher"), "init": "random",
+                 "attention": architecture.attention},
+        train={"out_dir": str(place / "out"), "steps": STEPS, "global_batch": 8, "micro_batch": 4,
+               "lr": 1e-2, "warmup_steps": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.long
+def test_every_architecture_generates_a_cache_and_learns_from_it(tmp_path):
+    configs = {name: whole_path_config(tmp_path, name) for name in ARCHITECTURES}
+    results = run_ranks(2, "tests.train.test_architectures:generate_and_train_all", configs=configs)
+    for done in results:
+        assert set(done) == set(ARCHITECTURES)
+        for name, (sequences, steps) in done.items():
+            assert sequences > 8, name
+            assert steps == STEPS, name
+    for name, config in configs.items():
+        losses = [line["ce_loss"] for line in metrics(config)]  # the text is easily learned
+        assert losses[-1] < 0.9 * losses[0], name
 
 
 QUICK = ["gpt2", "phi", "cohere", "qwen3_moe"]

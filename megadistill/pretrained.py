@@ -15,6 +15,14 @@ from megadistill.config import StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
 
 
+def backbone(model: Any) -> Any:
+    """The part of a causal language model that ends in hidden states; `model` where it has none."""
+    if model.base_model is not model:
+        return model.base_model
+    decoder = getattr(model, "get_decoder", lambda: None)()  # Gemma 3 in transformers 4
+    return model if decoder is None else decoder
+
+
 def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype) -> Any:
     """The causal language model that `config` names, its weights in `dtype`.
 

@@ -24,7 +24,7 @@ from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.experts import gather_experts_together, router_loss, router_loss_weight
 from megadistill.parallel import Mesh
-from megadistill.pretrained import load_pretrained
+from megadistill.pretrained import backbone, load_pretrained
 from megadistill.student.head import DistillationHead
 from megadistill.targets import SparseTargets
 from megadistill.teacher.head import logit_scale, soft_cap
@@ -70,7 +70,7 @@ class Student(nn.Module):
         """
         if labels_N is None:
             return self.model(**inputs)
-        output = self.model.base_model(**inputs)
+        output = backbone(self.model)(**inputs)
         terms = self.head(output.last_hidden_state, labels_N, targets, **(options or {}))
         if router_share is None or not self.router_loss_weight:
             return terms
@@ -121,7 +121,7 @@ def replace_head(model: Any, *, vocab_size: int | None = None) -> str:
     """
     linear = model.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is linear), None)
-    if linear is None or not name or model.base_model is model:
+    if linear is None or not name or backbone(model) is model:
         raise ConfigError(
             f"student.model: {type(model).__name__} has no output projection over its vocabulary: "
             "a causal language model is needed"

@@ -34,7 +34,7 @@ from megadistill.attention import Pack, check_isolation, forward_inputs
 from megadistill.config import Config, TeacherConfig
 from megadistill.experts import gather_experts_together
 from megadistill.parallel import Mesh
-from megadistill.pretrained import load_pretrained
+from megadistill.pretrained import backbone, load_pretrained
 from megadistill.teacher import selfcheck
 from megadistill.teacher.head import TeacherHead, check_head
 
@@ -108,7 +108,7 @@ def _tensor_parallel(
         vocab_size=vocab_size,
     )  # fmt: skip
     engine = deepspeed.init_inference(
-        model.base_model,
+        backbone(model),
         dtype=getattr(torch, config.dtype),
         replace_with_kernel_inject=False,
         tensor_parallel={
@@ -133,7 +133,7 @@ def _zero3(
             model, rank=0, ranks=1, group=None, device=mesh.device, vocab_size=vocab_size
         )
     gather_experts_together(model)
-    engine, *_ = deepspeed.initialize(model=model.base_model, config=_zero3_settings(config))
+    engine, *_ = deepspeed.initialize(model=backbone(model), config=_zero3_settings(config))
     engine.eval()
     return engine, head
 

@@ -1,5 +1,6 @@
 """Every architecture people distil: the engine and our head say what the model itself says."""
 
+import contextlib
 from importlib.metadata import version
 
 import pytest
@@ -30,19 +31,31 @@ def configured(model_type: str, folder: str, *, tp: int, engine: str):
 def log_probs_of_all(mesh, folder: str, engine: str, model_types: list[str]) -> dict:
     """What the engine says of the batch, or its refusal, by architecture."""
     from megadistill.errors import TeacherError
-    from megadistill.teacher.engine import load_teacher
+    from megadistill.teacher import engine as teacher_engine
 
     found = {}
-    for name in model_types:
-        try:
-            teacher = load_teacher(
-                configured(name, folder, tp=mesh.tp, engine=engine), mesh, vocab_size=VOCAB
-            )
-            hidden = teacher.hidden(*small_batch())
-            found[name] = teacher.head.log_probs(hidden).clone()
-        except TeacherError as error:
-            found[name] = str(error)
+    with all_partitioned(teacher_engine):
+        for name in model_types:
+            config = configured(name, folder, tp=mesh.tp, engine=engine)
+            try:
+                teacher = teacher_engine.load_teacher(config, mesh, vocab_size=VOCAB)
+                hidden = teacher.hidden(*small_batch())
+                found[name] = teacher.head.log_probs(hidden).clone()
+            except TeacherError as error:
+                found[name] = str(error)
     return found
+
+
+@contextlib.contextmanager
+def all_partitioned(teacher_engine):
+    """ZeRO-3 that leaves no parameter whole; by default those of up to 100,000 elements are."""
+    settings = teacher_engine._zero3_settings
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    teacher_engine._zero3_settings = lambda config: settings(config) | {"zero_optimization": zero}
+    try:
+        yield
+    finally:
+        teacher_engine._zero3_settings = settings
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The operations of a step against torch's own count, and the peaks by device."""
 
+import gc
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,12 +91,12 @@ def test_the_line_for_people_says_how_much_of_the_device_and_of_its_peak():
 
 
 def test_on_a_cpu_memory_is_the_processs_and_there_is_no_utilisation():
+    gc.collect()
     before = memory(torch.device("cpu"))[0]
-    held = torch.ones(16 << 20)  # 64 MiB
+    held = torch.ones(128 << 20)  # 512 MiB; other tests' threads may give back some meanwhile
     used, total = memory(torch.device("cpu"))
-    assert 60 << 20 < used - before < 100 << 20
+    assert abs(used - before - held.nbytes) < 64 << 20
     assert used < total
-    assert held[0] == 1
     flops = Flops.of(Student(LlamaForCausalLM(LlamaConfig(**SIZES))), seq_len=48)
     readings = Readings(flops, device=torch.device("cpu"), world=1, dtype=torch.bfloat16)
     found = readings.step(sequences=4, labels=100, seconds=2.0)

@@ -31,7 +31,7 @@ def record(step, loss):
     return {
         "step": step, "loss": loss, "kd_loss": None, "ce_loss": loss, "grad_norm": 1.0, "lr": 1e-3,
         "sequences": 8 * step, "tokens": 128 * step, "tokens_per_s": 1e3, "data_s": 0.0,
-        "step_s": 0.1,
+        "step_s": 0.1, "memory_used": 1 << 30, "memory_total": 8 << 30, "flops": 1e12,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON ?= python3
-# A test that hangs fails with its stack, and the others go on. The slowest takes half a minute.
+# A test that hangs fails with its stack, and the others go on. The slowest takes a minute.
 HANGS = --timeout 600
 AREA ?=
 ARGS ?=

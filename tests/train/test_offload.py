@@ -54,7 +54,9 @@ def test_offloaded_it_trains_as_it_does_without(in_place, what, world):
     assert torch.isfinite(exported(torch.arange(6)[None]).logits).all()
 
 
-@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize(
+    "what", [w if w == "both" else pytest.param(w, marks=pytest.mark.long) for w in SETTINGS]
+)
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_offloaded_it_is_resumed_at_any_number_of_ranks(in_place, what, before, after):
     config = offloaded(in_place, what)

@@ -124,6 +124,7 @@ def test_a_disk_without_room_to_convert_is_one_line(one, tmp_path, monkeypatch):
         universal._convert(found.path, tmp_path / "room" / "step-000008")
 
 
+@pytest.mark.long
 def test_in_bfloat16_too_another_number_of_ranks_goes_on_alike(tmp_path):
     """Gradients added in bfloat16 had made it 1e-2 by then."""
     config = odd_config(tmp_path, steps=30, save_every=5)

@@ -223,16 +223,9 @@ def test_a_vocabulary_mismatch_between_teacher_and_student(check, place):
 
 
 @pytest.mark.parametrize("check", [check_generate, check_train])
-def test_a_teacher_that_is_padded_further_than_the_student_is_fine(check, place):
-    settings("teacher", vocab_size=640)
-    if check is check_train:
-        a_cache()
-    check(config(), world=1)
-
-
-@pytest.mark.parametrize("check", [check_generate, check_train])
-def test_a_student_with_more_rows_than_the_teacher_is_padded_and_fine(check, place):
-    settings("student", vocab_size=600)
+@pytest.mark.parametrize(("padded", "rows"), [("teacher", 640), ("student", 600)])
+def test_a_model_that_is_padded_further_than_the_other_is_fine(check, padded, rows, place):
+    settings(padded, vocab_size=rows)
     if check is check_train:
         a_cache()
     check(config(), world=1)

@@ -13,6 +13,21 @@ from megadistill.train.schedule import learning_rate
 from tests.student.reference import dense_terms
 
 
+def optimizer_and_order(config, model, cache):
+    """AdamW, with decay on matrices alone, and the order of the run that `config` says."""
+    settings = config.train
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": settings.weight_decay},
+         {"params": groups[1], "weight_decay": 0.0}], betas=settings.betas, lr=settings.lr,
+    )  # fmt: skip
+    order = Order(
+        [len(cache)], block_size=8, global_batch=settings.global_batch, seed=config.order.seed,
+        groups=config.order.groups, shuffle=config.order.shuffle,
+    )  # fmt: skip
+    return optimizer, order
+
+
 def plain_steps(config):
     """[loss, gradient norm] of each step, and the parameters, of the run that `config` says.
 
@@ -20,17 +35,8 @@ def plain_steps(config):
     """
     folder = config.student.model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
     settings, cache = config.train, open_cache(config.cache.dir)
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay},
-         {"params": others, "weight_decay": 0.0}], betas=settings.betas, lr=settings.lr,
-    )  # fmt: skip
-    order = Order(
-        [len(cache)], block_size=8, global_batch=settings.global_batch, seed=config.order.seed,
-        groups=config.order.groups, shuffle=config.order.shuffle,
-    )  # fmt: skip
+    optimizer, order = optimizer_and_order(config, model, cache)
     results = []
     for step in range(settings.steps):
         samples = [cache[i] for _, i in order.batch(step)]

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from megadistill.attention import forward_inputs
 from megadistill.cache.reader import open_cache
 from megadistill.config import Config
-from megadistill.data.order import Order
 from megadistill.data.packing import labels
 from megadistill.targets import concatenate
 from megadistill.train.schedule import learning_rate
 from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
 from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
+from tests.train.plain import optimizer_and_order
 from tests.train.stores import make_config, make_store
 
 STEPS, COMPARED = 10, 4
@@ -61,15 +61,7 @@ def plain_losses(config):
     model = AutoModelForCausalLM.from_pretrained(
         config.student.model, dtype=torch.float32, attn_implementation=config.student.attention
     ).eval()  # no dropout
-    groups = [[p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": settings.weight_decay},
-         {"params": groups[1], "weight_decay": 0.0}], betas=settings.betas, lr=settings.lr,
-    )  # fmt: skip
-    order = Order(
-        [len(cache)], block_size=8, global_batch=settings.global_batch, seed=config.order.seed,
-        groups=config.order.groups, shuffle=config.order.shuffle,
-    )  # fmt: skip
+    optimizer, order = optimizer_and_order(config, model, cache)
     results = []
     for step in range(COMPARED):
         samples = [cache[i] for _, i in order.batch(step)]

@@ -43,7 +43,12 @@ choose_accelerator()
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands. Made once by `start`."""
+    """Where this rank stands. Made once by `start`.
+
+    store: the process group's key-value store, counters and keys that every rank sees. Threads may
+    use it until the process ends, also when the process group is gone; where its server, rank 0, is
+    gone they get a DistError.
+    """
 
     rank: int
     world: int
@@ -53,6 +58,7 @@ class Mesh:
     device: torch.device
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    store: dist.Store
 
     @property
     def dp(self) -> int:
@@ -65,11 +71,6 @@ class Mesh:
     @property
     def dp_rank(self) -> int:
         return self.rank // self.tp
-
-    @property
-    def store(self) -> dist.Store:
-        """The process group's key-value store: counters and keys that every rank sees."""
-        return dist.distributed_c10d._get_default_store()
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
@@ -228,6 +229,7 @@ def start(
     return Mesh(
         rank=rank, world=world, local_rank=local_rank, hosts=hosts, tp=tp, device=device,
         tp_group=tp_groups[rank // tp], dp_group=dp_groups[rank % tp],
+        store=dist.distributed_c10d._get_default_store(),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ DeepSpeed's own writers (`deepspeed.checkpoint.writer`) are refused, see config/
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import threading
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megadistill.blocks.files import LOCAL
 from megadistill.errors import MegadistillError, TrainError
@@ -84,7 +86,9 @@ class Background:
         self, files: list[tuple[Path, io.BytesIO]], number: int, seal: Callable[[], None]
     ) -> None:
         keys = [f"megadistill/saved/{number}/{rank}" for rank in range(self._mesh.world)]
-        self._mesh.store.set(keys[self._mesh.rank], _written(files))
+        said = _written(files)
+        with contextlib.suppress(dist.DistError):  # rank 0 is gone: the watchdog stops this one
+            self._mesh.store.set(keys[self._mesh.rank], said)
         if self._mesh.rank == 0:
             try:
                 self._gather(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -103,6 +104,16 @@ def leave_late(folder: Path) -> int:
     return 0
 
 
+def count_after_leaving(folder: Path) -> int:
+    """As a thread that still writes a block, or a checkpoint, when its rank leaves."""
+    with parallel.joined() as mesh:
+        there(folder, mesh)
+    until_exists(folder / "go")
+    with contextlib.suppress(dist.DistError):  # rank 0 may be gone
+        mesh.store.add("late", 1)
+    return 0
+
+
 def end_a_child(folder: Path) -> int:
     """A forked child, as data loaders have them, is terminated: that concerns nobody else."""
     with parallel.joined() as mesh:
@@ -187,6 +198,12 @@ def test_nothing_is_taken_for_a_death_that_is_none(ranks, function):
     (begun.logs[0].parent / "go").touch()
     assert begun.wait(STOP_S) == [0, 0, 0], begun.said()
     assert "stop" not in begun.said()
+
+
+def test_a_thread_may_count_what_it_wrote_when_its_rank_has_left_the_others(ranks):
+    begun = ranks("count_after_leaving")
+    (begun.logs[0].parent / "go").touch()
+    assert begun.wait(STOP_S) == [0, 0, 0], begun.said()
 
 
 def test_a_sigterm_to_plain_python_ends_it_in_order(tmp_path):

@@ -1,8 +1,9 @@
-"""Train a student from a cache; or on the text of a token store, with loss.kd_weight=0.
+"""Train a student from a cache, or with the teacher beside it (teacher.mode=online).
 
     deepspeed [--hostfile hosts | --num_gpus N] launch/train.py [--config zero3.yaml] [a.b=c ...]
 
-Goes on where the run in train.out_dir stopped; on a finished run it does nothing.
+Goes on where the run in train.out_dir stopped; on a finished run it does nothing. With
+loss.kd_weight=0 it trains on the text of a token store (cache.dir) alone.
 """
 
 import sys
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> int:
 
     _, world, _ = parallel.rank_from_environment()
     check_train(config, world=world)
-    with parallel.joined(**config.parallel.model_dump()) as mesh:
+    tp = config.teacher.tp if config.teacher.mode == "online" else 1
+    with parallel.joined(tp=tp, **config.parallel.model_dump()) as mesh:
         train(config, mesh)
     return 0
 

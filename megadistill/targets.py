@@ -18,7 +18,9 @@ from megadistill.errors import ConfigError
 
 METHODS = ("varopt", "multinomial", "topk", "topp")
 SAMPLED = ("varopt", "multinomial")
-PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k")}
+DENSE = ("union", "exact")  # with the teacher beside the student, where nothing has to be kept
+PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k"),
+              "union": ("k",), "exact": ()}  # fmt: skip
 DIVERGENCES = (
     "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl",
 )  # fmt: skip
@@ -192,11 +194,11 @@ def check_divergence(
             "forward_kl, which alone weighs the true token by the mass it is given: set "
             "loss.divergence=forward_kl, or loss.ground_truth_residual=false"
         )
-    if ground_truth_residual and method in SAMPLED:
+    if ground_truth_residual and method in (*SAMPLED, *DENSE):
         raise ConfigError(
-            f"loss.ground_truth_residual: true with {method} targets, whose weights sum to 1 and "
-            "leave nothing for the true token: set loss.ground_truth_residual=false, or generate "
-            "with targets.method=topk"
+            f"loss.ground_truth_residual: true with {method} targets, which leave nothing out that "
+            "could be the true token's: set loss.ground_truth_residual=false, or "
+            "targets.method=topk"
         )
     if method in SAMPLED and kd_temperature != made_at:
         raise ConfigError(

@@ -37,7 +37,6 @@ from megadistill.data.order import Order
 from megadistill.parallel import Mesh
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.select import select_targets
-from megadistill.train.batches import Batches
 from megadistill.train.checkpoint import Position
 from megadistill.train.data import open_sources
 from megadistill.train.folder import RunFolder
@@ -74,7 +73,7 @@ def step_cost(sizes: StepSizes, mesh: Mesh, *, pairs: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"cache": [], "labels": []}
         with contextlib.ExitStack() as stack:
             sides = {
-                name: (run, stack.enter_context(_batches(run, mesh)), NonFinite(
+                name: (run, stack.enter_context(run.batches(mesh)), NonFinite(
                     run.config.train, mesh, run.stores, skipped=0
                 ))
                 for name, run in (("cache", cached), ("labels", labelled))
@@ -127,14 +126,6 @@ def _run(folder: Path, sizes: StepSizes, mesh: Mesh, *, kd_weight: float) -> Run
     )  # fmt: skip
     run_folder = RunFolder(config.train.out_dir)
     return Run(config, stores, order, None, run_folder, 10**6, sizes.vocab)
-
-
-def _batches(run: Run, mesh: Mesh) -> Batches:
-    return Batches(
-        run.stores, run.order, rank=mesh.rank, world=mesh.world,
-        micro_batch=run.config.train.micro_batch, with_targets=run.stores[0].has_targets,
-        first=0, last=run.steps,
-    )  # fmt: skip
 
 
 def _made(sizes: StepSizes) -> str:

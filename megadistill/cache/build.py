@@ -43,8 +43,9 @@ from megadistill.data.tokens import build_tokens
 from megadistill.disk import free_bytes
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
-from megadistill.targets import PARAMETERS, SparseTargets, concatenate
+from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
+from megadistill.teacher.select import selection
 
 log = logging.getLogger(__name__)
 
@@ -244,14 +245,12 @@ def _targets(
     )
     numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
     keys_N2 = np.stack([first + numbers, positions], 1)
-    method = config.targets
-    names = (*PARAMETERS[method.method], "min_entropy", "entropy", "nll", "method", "seed")
     targets = teacher.head.targets(
         hidden_NH[: len(keys_N2)],
         torch.as_tensor(labels_BT.reshape(-1), device=teacher.device),
         torch.as_tensor(keys_N2, device=teacher.device),
-        temperature=method.temperature,
-        **{name: getattr(method, name) for name in names},
+        temperature=config.targets.temperature,
+        **selection(config.targets),
     ).numpy()
     return [targets.rows(i * seq_len, (i + 1) * seq_len) for i in range(len(samples))]
 

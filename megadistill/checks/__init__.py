@@ -29,11 +29,35 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     known before the teacher has run for days.
     """
     found = _Mistakes()
+    found.of(_keeps_a_cache, config)
+    tokenizer = _check_asking(found, config, world, writing=writing)
+    if writing and config.cache.is_folder:
+        found.of(folders.check_cache_folder, config)
+    student = vocabulary.student_if_there(config)
+    if student is not None:
+        found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
+        found.of(models.check_seq_len, config, student)
+    plan = make_plan(config, world=world, training=False)
+    if writing:
+        found.of(folders.check_room, config, plan, training=False)
+    found.raise_all()
+    return plan
+
+
+def _keeps_a_cache(config: Config) -> None:
+    if config.teacher.mode == "online":
+        raise ConfigError(
+            "teacher.mode: online keeps no cache, the teacher answers while the student trains: "
+            "run launch/train.py, or set teacher.mode=cached"
+        )
+
+
+def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool) -> Any:
+    """What it takes to ask the teacher about the corpus; the tokenizer, where there is one."""
     found.of(models.check_ranks, config, world)
     found.of(folders.check_corpus, config)
     if writing:
         found.of(folders.check_store_folder, config.data.dir, "data.dir", "tokens")
-        found.of(folders.check_cache_folder, config)
     teacher = found.of(models.check_model, config.teacher, "teacher.model", with_weights=True)
     if teacher is not None:
         found.of(models.check_seq_len, config, teacher)
@@ -44,15 +68,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     tokenizer = found.of(vocabulary.find_tokenizer, config) if there else None
     if teacher is not None and tokenizer is not None:
         found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
-    student = vocabulary.student_if_there(config)
-    if student is not None:
-        found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
-        found.of(models.check_seq_len, config, student)
-    plan = make_plan(config, world=world, training=False)
-    if writing:
-        found.of(folders.check_room, config, plan, training=False)
-    found.raise_all()
-    return plan
+    return tokenizer
 
 
 def check_train(config: Config, *, world: int) -> None:
@@ -69,7 +85,9 @@ def check_train(config: Config, *, world: int) -> None:
 
     found = _Mistakes()
     found.of(check_machine, config)
-    for source in config.cache.sources:
+    online = config.teacher.mode == "online"
+    tokenizer = _check_asking(found, config, world, writing=True) if online else None
+    for source in [] if online else config.cache.sources:
         found.of(
             folders.check_cache_is_there,
             source.dir,
@@ -94,15 +112,20 @@ def check_train(config: Config, *, world: int) -> None:
     if student is not None:
         found.of(models.check_seq_len, config, student)
         found.of(models.check_pack, config, student)
-        try:
-            teacher = models.find_section_model(config.teacher, "teacher.model", fetch=False)
-        except ConfigError:
-            teacher = None  # the cache's recipe says what it was made with
-        if teacher is not None:
+        if not online and _teacher_is_there(config):
             tokenizer = vocabulary.tokenizer_if_there(config)
-            found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
+        found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
     found.of(folders.check_room, config, make_plan(config, world=world), training=True)
     found.raise_all()
+
+
+def _teacher_is_there(config: Config) -> bool:
+    """Whether its files are on this machine; a cache's recipe says what it was made with."""
+    try:
+        models.find_section_model(config.teacher, "teacher.model", fetch=False)
+    except ConfigError:
+        return False
+    return True
 
 
 class _Mistakes:

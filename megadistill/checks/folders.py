@@ -112,6 +112,8 @@ def _needs(config: Config, plan: Plan, *, training: bool) -> Iterator[tuple[str,
     """(key, folder, bytes still to come) for each disk, stores on one disk added up."""
     if training:
         yield "train.out_dir", config.train.out_dir, plan.run_bytes_to_come
+        if config.teacher.mode == "online":
+            yield "data.dir", config.data.dir, plan.token_bytes_to_come
         return
     first, second = plan.token_bytes_to_come, plan.cache_bytes_to_come
     one_disk = device_of(config.data.dir) == device_of(config.cache.folder)

@@ -15,7 +15,7 @@ from megadistill.config.curves import fractions, values
 from megadistill.config.deepspeed_keys import deepspeed_problems
 from megadistill.disk import is_url
 from megadistill.errors import ConfigError
-from megadistill.targets import PARAMETERS, check_divergence
+from megadistill.targets import DENSE, PARAMETERS, check_divergence
 
 if TYPE_CHECKING:
     from megadistill.config.schema import Config, LossConfig
@@ -47,7 +47,7 @@ def worst_bytes_per_position(config: Config) -> float:
         "multinomial": targets.draws,
         "topk": targets.k + 1,
         "topp": targets.k + 1,
-    }[targets.method]
+    }.get(targets.method, 0)
     return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
 
 
@@ -63,7 +63,8 @@ def _worst_bytes_a_sequence(config: Config) -> float:
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
     rules = (
-        _source, _fields, _folders, _teacher, _targets, _batch, _steps, _averages, _nvme, _trackers,
+        _source, _fields, _folders, _teacher, _online, _targets, _batch, _steps, _averages, _nvme,
+        _trackers,
     )  # fmt: skip
     for rule in rules:
         yield from rule(config)
@@ -184,10 +185,43 @@ def _teacher(config: Config) -> Iterator[Problem]:
         )
 
 
+def _online(config: Config) -> Iterator[Problem]:
+    targets, loss = config.targets, config.loss
+    if config.teacher.mode == "cached":
+        if targets.method in DENSE:
+            yield Problem(
+                ("targets.method", "teacher.mode"),
+                f"{targets.method} compares whole distributions, which no cache keeps: set "
+                "teacher.mode=online, or targets.method to one of "
+                f"{', '.join(m for m in PARAMETERS if m not in DENSE)}",
+            )
+        return
+    if config.student is None:
+        yield Problem(
+            ("teacher.mode", "student"),
+            "online puts the teacher beside a student, and there is none: set student.model, or "
+            "teacher.mode=cached to generate a cache",
+        )
+    elif not loss.learns_from_teacher:
+        yield Problem(
+            ("teacher.mode", "loss.kd_weight"),
+            "online with loss.kd_weight=0: the teacher would answer and nobody listen; set "
+            "loss.kd_weight=1, or teacher.mode=cached and cache.dir to the token store "
+            f"({config.data.dir})",
+        )
+    if targets.method in DENSE and targets.temperature != 1:
+        yield Problem(
+            ("targets.temperature", "targets.method"),
+            f"{targets.temperature:g} with targets.method={targets.method}, which has nothing made "
+            "beforehand: set loss.temperature, which softens both sides, and leave this one out",
+        )
+
+
 def _targets(config: Config) -> Iterator[Problem]:
     targets, loss, data = config.targets, config.loss, config.data
+    online = config.teacher.mode == "online"
     worst, fits = _worst_bytes_a_sequence(config), largest_block_size(config)
-    if data.block_size > fits:
+    if data.block_size > fits and not online:
         advice = f"set data.block_size to {fits} or less" if fits else "make data.seq_len smaller"
         yield Problem(
             (

@@ -139,7 +139,11 @@ class TeacherConfig(ModelConfig):
         default="tensor_parallel",
         description="every tp ranks hold a copy; or all ranks hold one and gather layer by layer",
     )
-    mode: Literal["cached"] = Field(default="cached", description="targets come from the cache")
+    mode: Literal["cached", "online"] = Field(
+        default="cached",
+        description="targets come from a cache, or from the teacher beside the student, which "
+        "`launch/train.py` then runs on the same ranks over the text of `data`",
+    )
     micro_batch: PositiveInt = Field(
         default=8, description="sequences of one forward pass of a rank"
     )
@@ -148,10 +152,12 @@ class TeacherConfig(ModelConfig):
 class TargetsConfig(Section):
     """What is kept of the teacher's distribution at each position."""
 
-    method: Literal["varopt", "multinomial", "topk", "topp"] = Field(
+    method: Literal["varopt", "multinomial", "topk", "topp", "union", "exact"] = Field(
         default="varopt",
         description="`varopt` and `multinomial` sample without bias; `topk` keeps the k most "
-        "probable ids, `topp` as many of them as have mass p",
+        "probable ids, `topp` as many of them as have mass p. With `teacher.mode: online` also "
+        "`exact`, the whole distribution, and `union`, the k most probable ids of the teacher and "
+        "the k of the student, at `loss.temperature`",
     )
     tau: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.06,
@@ -164,7 +170,7 @@ class TargetsConfig(Section):
     k: PositiveInt = Field(
         default=64,
         description="`topk`: entries of a position; `topp`: the most entries; the true token is "
-        "added where it is not among them",
+        "added where it is not among them; `union`: ids of each side",
     )
     p: Annotated[float, Field(gt=0, le=1), _Number] = Field(
         default=0.95, description="`topp`: the mass to keep"
@@ -299,8 +305,9 @@ class LossConfig(Section):
         "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl"
     ] = Field(
         default="forward_kl",
-        description="between the teacher's targets and the student; `topk` and `topp` serve all of "
-        "them, the tail as one bucket, `varopt` and `multinomial` only `forward_kl`",
+        description="between the teacher's targets and the student; `topk`, `topp` and `union` "
+        "serve all of them, the tail as one bucket, `exact` all of them without a tail, `varopt` "
+        "and `multinomial` only `forward_kl`",
     )
     beta: InnerShare = Field(
         default=0.5,

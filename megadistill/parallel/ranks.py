@@ -82,6 +82,14 @@ class Mesh:
         dist.broadcast_object_list(box, src=source, group=group, device=self.device)
         return box[0]
 
+    def gather(self, value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Everybody's `value`, in rank order, on every rank of the group (default: all ranks)."""
+        if dist.get_world_size(group) == 1:
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, value, group=group)
+        return everyone
+
     def once_a_group(self, function: Callable[[], Any]) -> Any:
         """function() on the first rank of each tp group; what it returned, or raised, on all of it.
 

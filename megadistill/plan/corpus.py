@@ -22,14 +22,15 @@ _UNPACKED = {".parquet": 2.5, ".gz": 3.5, ".bz2": 4.5, ".xz": 4.5, ".zst": 3.5}
 def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, str]:
     """(number of sequences, how it is known)."""
     data = config.data
-    if not config.cache.is_folder:
+    online = config.teacher.mode == "online"
+    if not config.cache.is_folder and not online:
         return _of_sources(config)
     with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
         known = _counted(config, BlockStore.open(data.dir))
         if known is not None:
             return known
     with contextlib.suppress(MegadistillError):
-        planned = BlockStore.open(config.cache.folder).num_sequences
+        planned = None if online else BlockStore.open(config.cache.folder).num_sequences
         if planned is not None and not os.path.isdir(data.dir):
             return planned, f"known: {config.cache.folder} is planned"
     tokens, how = _tokens(config, vocab_size)

@@ -71,12 +71,13 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     vocab_size = teacher.vocab_size if teacher is not None else None
     sequences, how = corpus.sequences(config, vocab_size=vocab_size)
     blocks = None if sequences is None else math.ceil(sequences / config.data.block_size)
-    a_position = assumptions.position(config.targets, vocab_size=vocab_size)
+    online = config.teacher.mode == "online"
+    a_position = None if online else assumptions.position(config.targets, vocab_size=vocab_size)
     a_sequence = token_store_bytes(config)
     token_bytes = None if sequences is None else sequences * a_sequence
     cache_bytes = (
         None
-        if sequences is None
+        if sequences is None or a_position is None
         else round(sequences * (a_sequence + a_position.bytes * config.data.seq_len))
     )
     index, parts = config.cache.share
@@ -92,10 +93,8 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         lines.append(("blocks", f"{_count(blocks)} of {config.data.block_size} sequences"))
     lines += [
         ("token store", _store_line(config.data.dir, token_bytes)),
-        ("targets", f"{config.targets.method}, {a_position.entries:.1f} entries a position "
-                    f"estimated, {a_position.most_entries:.0f} at most; {a_position.bytes:.1f} "
-                    f"bytes a position estimated, {a_position.most_bytes:.1f} at most"),
-        *_cache_lines(config, part_bytes),
+        ("targets", _targets_line(config, a_position)),
+        *([] if online else _cache_lines(config, part_bytes)),
         ("teacher", _model_line(teacher, config.teacher.model, memory)),
     ]  # fmt: skip
     student = _local_model(config, "student")
@@ -115,7 +114,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         token_bytes_to_come=_to_come(token_bytes, config.data.dir, blocks),
         cache_bytes=cache_bytes,
         cache_bytes_to_come=_to_come(part_bytes, config.cache.folder, part_blocks)
-        if config.cache.is_folder
+        if config.cache.is_folder and not online
         else None,
         run_bytes_to_come=run,
         teacher_memory=memory,
@@ -135,6 +134,16 @@ def _steps(config: Config, sequences: int | None) -> int | None:
     if train.steps is not None or train.epochs is None or sequences is None:
         return train.steps
     return max(1, round(train.epochs * sequences / train.global_batch))
+
+
+def _targets_line(config: Config, a_position: assumptions.Position | None) -> str:
+    if a_position is None:
+        return f"{config.targets.method}, from the teacher beside the student; nothing is kept"
+    return (
+        f"{config.targets.method}, {a_position.entries:.1f} entries a position estimated, "
+        f"{a_position.most_entries:.0f} at most; {a_position.bytes:.1f} bytes a position "
+        f"estimated, {a_position.most_bytes:.1f} at most"
+    )
 
 
 def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:

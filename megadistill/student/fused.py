@@ -31,13 +31,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megadistill.student.calibration import BINS, calibration_bins
-from megadistill.student.rows import Entries, Terms, distill_rows
+from megadistill.student.dense import distill_dense, union_entries
+from megadistill.student.rows import Entries, RowLosses, Terms, distill_rows
 from megadistill.targets import SparseTargets
+from megadistill.teacher.dense import DenseTargets
 
 MODES = ("forward", "recompute")
 # 256 MiB of float32 logits. At H = 1024, V = 32,768 on one core, N = 2048 positions took in their
 # three products 4.90 s in chunks of 256 rows, 4.70 s of 512, 4.67 s of 1024, and 5.00 s at once.
 BUFFER_ELEMENTS = 2**26
+# Whole distributions of a teacher are compared in ten such buffers, so each is smaller.
+DENSE_ELEMENTS = BUFFER_ELEMENTS // 8
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden_NH, weight_VH, bias_V
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -47,7 +51,7 @@ Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 class Chunks:
     """What is done with every chunk. All positions have a label."""
 
-    targets: SparseTargets | None
+    targets: SparseTargets | DenseTargets | None
     labels_N: torch.Tensor
     terms: Terms
     vocab_size: int  # rows of the weight that take part; the others are padding
@@ -160,7 +164,9 @@ def run_chunks(
 
     terms, softcap, targets = chunks.terms, chunks.softcap, chunks.targets
     logits, slopes = buffer(), None if softcap is None else buffer()
-    scratch = buffer() if targets is not None and terms.needs_scratch else None
+    dense = buffer() if isinstance(targets, DenseTargets) else None
+    whole = isinstance(targets, DenseTargets) and targets.k is None
+    scratch = buffer() if whole or (targets is not None and terms.needs_scratch) else None
     # d loss / d (hidden @ weight.T + bias) carries the logit scale once.
     factor *= chunks.logit_scale
     scaled = dataclasses.replace(
@@ -180,16 +186,14 @@ def run_chunks(
             z_CV.div_(softcap).tanh_()
             torch.square(z_CV, out=slope_CV).neg_().add_(1)
             z_CV.mul_(softcap)
-        labels_C, entries = chunks.labels_N[rows], None
+        labels_C = chunks.labels_N[rows]
         best_C = z_CV.argmax(1) if chunks.agreement or chunks.calibration else labels_C
-        if targets is not None:
-            entries = Entries.of(targets.rows(start, rows.stop), wide)
-            if chunks.agreement:
-                agreed += entries.top_id().eq(best_C).sum()
-        losses = distill_rows(
-            z_CV, entries, labels_C, scaled,
-            scratch_CV=None if scratch is None else scratch[:size, :vocab],
-        )  # fmt: skip
+        scratch_CV = None if scratch is None else scratch[:size, :vocab]
+        dense_CV = None if dense is None else dense[:size, :vocab]
+        part = None if targets is None else targets.rows(start, rows.stop)
+        losses, top_C = _losses(z_CV, part, labels_C, scaled, scratch_CV, dense_CV, chunks)
+        if top_C is not None:
+            agreed += top_C.eq(best_C).sum()
         kd += losses.kd.double().sum()
         ce += losses.ce.double().sum()
         z += losses.z.double().sum()
@@ -206,6 +210,32 @@ def run_chunks(
             grad_bias_V += all_CV.sum(0)
     sums = Sums(kd, ce, z, agreed, calibration_M3)
     return sums, (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+
+
+def _losses(
+    z_CV: torch.Tensor,
+    targets: SparseTargets | DenseTargets | None,
+    labels_C: torch.Tensor,
+    terms: Terms,
+    scratch_CV: torch.Tensor | None,
+    dense_CV: torch.Tensor | None,
+    chunks: Chunks,
+) -> tuple[RowLosses, torch.Tensor | None]:
+    """The losses of a chunk, and, where asked for, the teacher's most probable id of each row."""
+    if targets is None:
+        return distill_rows(z_CV, None, labels_C, terms), None
+    if isinstance(targets, SparseTargets):
+        entries = Entries.of(targets, z_CV.dtype)
+        top_C = entries.top_id() if chunks.agreement else None
+        return distill_rows(z_CV, entries, labels_C, terms, scratch_CV=scratch_CV), top_C
+    assert dense_CV is not None
+    log_p_CV = targets.log_probs(temperature=terms.temperature, out_CV=dense_CV)
+    top_C = log_p_CV.argmax(1) if chunks.agreement else None
+    if targets.k is None:
+        assert scratch_CV is not None
+        return distill_dense(z_CV, log_p_CV, labels_C, terms, scratch_CV=scratch_CV), top_C
+    entries = union_entries(z_CV, log_p_CV, targets.k)
+    return distill_rows(z_CV, entries, labels_C, terms, scratch_CV=scratch_CV), top_C
 
 
 def _logits(

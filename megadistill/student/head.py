@@ -16,6 +16,8 @@ from torch import nn
 
 from megadistill.student.divergences import Divergence
 from megadistill.student.fused import (
+    BUFFER_ELEMENTS,
+    DENSE_ELEMENTS,
     MODES,
     Chunks,
     FusedDistillation,
@@ -26,6 +28,7 @@ from megadistill.student.fused import (
 from megadistill.student.ragged import tail_on_truth, take_rows
 from megadistill.student.rows import Terms
 from megadistill.targets import SparseTargets, check_divergence
+from megadistill.teacher.dense import DenseTargets
 
 IGNORED = -100
 
@@ -47,7 +50,7 @@ class LossTerms(NamedTuple):
 def fused_linear_distillation(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets: SparseTargets | None,
+    targets: SparseTargets | DenseTargets | None,
     labels_N: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
@@ -62,7 +65,7 @@ def fused_linear_distillation(
 def distillation_terms(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets: SparseTargets | None,
+    targets: SparseTargets | DenseTargets | None,
     labels_N: torch.Tensor,
     *,
     divergence: str = "forward_kl",
@@ -91,8 +94,9 @@ def distillation_terms(
     hidden_NH, weight_VH, bias_V: one floating dtype. Logits are
     softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), without the tanh by default.
     targets: torch tensors on the same device, N rows, or None for hard labels alone; an empty row
-    adds to the cross-entropy only. labels_N: int64, the true next tokens; -100 drops a position
-    from both terms.
+    adds to the cross-entropy only. DenseTargets are compared in full, or over the union of what
+    both sides find most probable, by any divergence, at `temperature`. labels_N: int64, the true
+    next tokens; -100 drops a position from both terms.
     divergence: of `divergences.py`, where beta (jsd), alpha (skewed) and head_mass (adaptive) are
     explained. topk and topp serve all of them, the tail as one bucket; varopt and multinomial
     forward_kl. temperature: T. Another than the targets' own, for topk and topp only, is the coarse
@@ -110,9 +114,11 @@ def distillation_terms(
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError
     for shapes that do not fit and for ids outside the vocabulary.
     """
+    dense = isinstance(targets, DenseTargets)
+    made_at = targets.temperature if isinstance(targets, SparseTargets) else temperature
     if targets is not None:
         check_divergence(
-            targets.method, divergence, kd_temperature=temperature, made_at=targets.temperature,
+            targets.method, divergence, kd_temperature=temperature, made_at=made_at,
             ground_truth_residual=ground_truth_residual,
         )  # fmt: skip
     vocab = weight_VH.shape[0] if vocab_size is None else vocab_size
@@ -120,12 +126,17 @@ def distillation_terms(
     kept = (labels_N != IGNORED).nonzero()[:, 0]
     if len(kept) < len(labels_N):
         hidden_NH, labels_N = hidden_NH[kept], labels_N[kept]
-        targets = None if targets is None else take_rows(targets, kept)
+        if isinstance(targets, SparseTargets):
+            targets = take_rows(targets, kept)
+        elif targets is not None:
+            targets = targets.take(kept)
     _check_ids(targets, labels_N, vocab)
-    kd_count = 0 if targets is None else int((targets.counts > 0).sum())
     ce_count = len(labels_N)
-    if targets is not None and ground_truth_residual:
-        targets = tail_on_truth(targets, labels_N)
+    kd_count = ce_count if dense else 0
+    if isinstance(targets, SparseTargets):
+        kd_count = int((targets.counts > 0).sum())
+        if ground_truth_residual:
+            targets = tail_on_truth(targets, labels_N)
 
     if normalizer is None:
         normalizer = (kd_count, ce_count)
@@ -138,13 +149,14 @@ def distillation_terms(
         ce=ce_weight / ce_normalizer,
         z=z_loss / ce_normalizer,
         temperature=temperature,
-        made_at=temperature if targets is None else targets.temperature,
+        made_at=made_at,
         label_smoothing=label_smoothing,
         divergence=Divergence(divergence, beta, alpha, head_mass),
     )
+    buffer_elements = DENSE_ELEMENTS if dense else BUFFER_ELEMENTS
+    chunk = chunk_size or default_chunk(ce_count, len(weight_VH), buffer_elements)
     chunks = Chunks(
-        targets, labels_N, terms, vocab, chunk_size or default_chunk(ce_count, len(weight_VH)),
-        logit_scale, softcap, agreement, calibration,
+        targets, labels_N, terms, vocab, chunk, logit_scale, softcap, agreement, calibration,
     )  # fmt: skip
     mode = mode or choose_mode(hidden_NH, weight_VH, memory_budget)
     if mode not in MODES:
@@ -159,7 +171,7 @@ def distillation_terms(
 def _check_shapes(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets: SparseTargets | None,
+    targets: SparseTargets | DenseTargets | None,
     labels_N: torch.Tensor,
     vocab: int,
 ) -> None:
@@ -174,9 +186,16 @@ def _check_shapes(
         raise ValueError(f"{count} hidden states and {len(targets)} targets, expected equal")
 
 
-def _check_ids(targets: SparseTargets | None, labels_N: torch.Tensor, vocab: int) -> None:
+def _check_ids(
+    targets: SparseTargets | DenseTargets | None, labels_N: torch.Tensor, vocab: int
+) -> None:
     """A wrong id would read and write another position's logits, so this costs one look each."""
-    for name, ids in (("label", labels_N), ("target id", None if targets is None else targets.ids)):
+    if isinstance(targets, DenseTargets) and targets.vocab_size > vocab:
+        raise ValueError(
+            f"the teacher has {targets.vocab_size} ids, expected at most the head's {vocab}"
+        )
+    target_ids = targets.ids if isinstance(targets, SparseTargets) else None
+    for name, ids in (("label", labels_N), ("target id", target_ids)):
         if ids is not None and len(ids):
             low, high = (int(bound) for bound in torch.aminmax(ids))
             if low < 0 or high >= vocab:
@@ -212,7 +231,7 @@ class DistillationHead(nn.Module):
         self,
         hidden: torch.Tensor,
         labels_N: torch.Tensor | None = None,
-        targets: SparseTargets | None = None,
+        targets: SparseTargets | DenseTargets | None = None,
         **options: Any,
     ) -> torch.Tensor | LossTerms:
         """Logits as `lm_head` gives them (the model scales and caps), or the terms of the loss.

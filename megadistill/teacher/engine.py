@@ -63,10 +63,13 @@ class Teacher:
         return self.engine(**inputs).last_hidden_state.flatten(0, 1)
 
 
-def load_teacher(config: Config, mesh: Mesh, *, vocab_size: int) -> Teacher:
+def load_teacher(
+    config: Config, mesh: Mesh, *, vocab_size: int, whole_head: bool = False
+) -> Teacher:
     """The configured teacher on this rank's share of the mesh. Collective over all ranks.
 
-    vocab_size: ids that its distributions are over, see `TeacherHead.of`.
+    vocab_size: ids that its distributions are over, see `TeacherHead.of`. whole_head: every rank
+    has all of the head's rows, so that it can make whole distributions of hidden states by itself.
     Raises ConfigError when the model cannot be loaded, TeacherError when it has no head, or says
     something else under its engine than by itself.
     """
@@ -76,7 +79,7 @@ def load_teacher(config: Config, mesh: Mesh, *, vocab_size: int) -> Teacher:
         model = _pretrained(config.teacher, partition=zero3)
         whole = selfcheck.own_log_probs(model, vocab_size=vocab_size) if mesh.tp > 1 else None
         with selfcheck.named(model, mesh):
-            engine, head = build(config.teacher, mesh, model, vocab_size)
+            engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
     teacher = Teacher(
         engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3
     )
@@ -99,12 +102,13 @@ def _check(teacher: Teacher, model: Any, whole_NV: torch.Tensor | None, mesh: Me
 
 
 def _tensor_parallel(
-    config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int
+    config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int, whole_head: bool
 ) -> tuple[Any, TeacherHead]:
     import deepspeed
 
+    rank, ranks = (0, 1) if whole_head else (mesh.tp_rank, mesh.tp)
     head = TeacherHead.of(
-        model, rank=mesh.tp_rank, ranks=mesh.tp, group=mesh.tp_group, device=mesh.device,
+        model, rank=rank, ranks=ranks, group=mesh.tp_group, device=mesh.device,
         vocab_size=vocab_size,
     )  # fmt: skip
     engine = deepspeed.init_inference(
@@ -122,9 +126,11 @@ def _tensor_parallel(
 
 
 def _zero3(
-    config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int
+    config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int, whole_head: bool
 ) -> tuple[Any, TeacherHead]:
     import deepspeed
+
+    del whole_head  # it always is
 
     output = model.get_output_embeddings()
     parameters = [p for p in (output.weight, getattr(output, "bias", None)) if p is not None]

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from megadistill.config import TargetsConfig
 from megadistill.errors import TeacherError
-from megadistill.targets import METHODS, PER_POSITION, SparseTargets
+from megadistill.targets import METHODS, PARAMETERS, PER_POSITION, SparseTargets
 from megadistill.teacher.distributions import (
     FIXED_POINT,
     Distributions,
@@ -93,6 +94,12 @@ def select_targets(
     for keep_N in reversed(kept):
         chosen = spread(chosen, keep_N)
     return chosen
+
+
+def selection(config: TargetsConfig) -> dict[str, Any]:
+    """The keyword arguments of `select_targets` that a configuration decides, less temperature."""
+    names = (*PARAMETERS[config.method], "min_entropy", "entropy", "nll", "method", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from megadistill.config import Config
 from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
 from megadistill.targets import SparseTargets, concatenate
+from megadistill.teacher.dense import DenseTargets
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Sequences:
     has_targets: bool
     weight: float = 1.0  # passes over it in an epoch
     blocks: tuple[int, ...] | None = None  # of an unfinished store, ascending
+    online: dict[str, Any] | None = None  # the recipe of targets that the teacher gives beside it
 
     def __len__(self) -> int:
         if self.blocks is None:
@@ -64,7 +66,12 @@ class Sequences:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return self.store.recipe
+        return self.store.recipe if self.online is None else self.online
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the targets lie in the store."""
+        return self.has_targets and self.online is None
 
     @property
     def tokenizer(self) -> dict[str, Any]:
@@ -202,7 +209,7 @@ class MicroBatch:
     tokens_BT: np.ndarray
     documents: list[np.ndarray]
     labels_N: Any  # int64
-    targets: SparseTargets | None
+    targets: SparseTargets | DenseTargets | None
     kd_count: int
     ce_count: int
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -213,7 +220,10 @@ class MicroBatch:
             self,
             inputs=forward_inputs(model, self.tokens_BT, self.documents, pack=pack, device=device),
             labels_N=torch.as_tensor(self.labels_N, device=device),
-            targets=None if self.targets is None else self.targets.torch(device),
+            # What a teacher beside the student gave is on its device already.
+            targets=self.targets.torch(device)
+            if isinstance(self.targets, SparseTargets)
+            else self.targets,
         )
 
 

@@ -25,7 +25,7 @@ import torch
 from megadistill.blocks.copies import LocalCopies
 from megadistill.errors import ConfigError
 from megadistill.student.calibration import BINS, calibration_error
-from megadistill.targets import SAMPLED
+from megadistill.targets import SAMPLED, SparseTargets
 from megadistill.train.data import MicroBatch, micro_batch, open_sequences
 from megadistill.train.engine import Trainer
 
@@ -89,7 +89,7 @@ class Evaluation:
 def _teacher(batch: MicroBatch) -> torch.Tensor:
     """Sums of the teacher's nll and entropy over the valid positions, and their number."""
     targets = batch.targets
-    if targets is None or targets.nll is None or targets.entropy is None:
+    if not isinstance(targets, SparseTargets) or targets.nll is None or targets.entropy is None:
         return torch.zeros(3, dtype=torch.float64)
     valid_N = (batch.labels_N != -100) & (targets.counts > 0)
     notes = [targets.nll[valid_N], targets.entropy[valid_N], valid_N]

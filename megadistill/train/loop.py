@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from megadistill.config import Config, LossConfig
+from megadistill.data.tokens import build_tokens
 from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
@@ -53,6 +54,8 @@ def train(config: Config, mesh: Mesh) -> Trained:
     Raises ConfigError, StoreError, TrainError before a model is loaded, TrainError for numbers
     that are not finite. On SIGTERM it finishes the step, saves and returns.
     """
+    if config.teacher.mode == "online":
+        mesh.first(lambda: build_tokens(config))
     run = prepare(config, mesh)
     identity = run_identity(config, run.stores, run.steps)
     if mesh.first(lambda: run.folder.claim(identity)):
@@ -93,12 +96,7 @@ def run_steps(
     settings, position, saved, figures = run.config.train, start, start.step, None
     policy = NonFinite(settings, mesh, run.stores, skipped=start.skipped)
     lowest = mesh.first(lambda: checkpoint.lowest_loss(run.folder.checkpoints))
-    batches = Batches(
-        run.stores, run.order, rank=mesh.rank, world=mesh.world,
-        micro_batch=settings.micro_batch, with_targets=run.stores[0].has_targets,
-        first=start.step, last=run.steps,
-    )  # fmt: skip
-    with batches:
+    with run.batches(mesh, first=start.step) as batches:
         while position.step < run.steps:
             moved = run_step(run, trainer, batches, policy, position, reporter, told=told)
             if moved is None:
@@ -135,7 +133,10 @@ def run_step(
     """The step after `position`; where it leads, or None where all are to stop. Collective."""
     started = time.monotonic()
     share = next(batches)
-    data_s = time.monotonic() - started
+    data_s, teacher_s = time.monotonic() - started, {}
+    if trainer.teacher is not None:
+        share = trainer.teacher.answer(share)
+        teacher_s = {"teacher_s": time.monotonic() - started - data_s}
     counts = [
         sum(b.kd_count for b in share),
         sum(b.ce_count for b in share),
@@ -176,7 +177,7 @@ def run_step(
             **(losses if applied else {**dict.fromkeys(losses), "skipped": True}),
             **{name: getattr(loss, name) for name in run.config.loss.changes},
             "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
-            "tokens_per_s": tokens / seconds, "data_s": data_s, "step_s": seconds,
+            "tokens_per_s": tokens / seconds, "data_s": data_s, **teacher_s, "step_s": seconds,
             **trainer.readings.step(sequences=batch_size, labels=ce_count, seconds=seconds),
         })  # fmt: skip
     return position

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import logging
 
-import torch.distributed as dist
-
 from megadistill.config import TrainConfig
 from megadistill.errors import TrainError
 from megadistill.parallel import Mesh
@@ -42,7 +40,7 @@ class NonFinite:
         share: this rank's micro-batches; suspects: those of them with a loss that is not finite.
         TrainError where the policy, or its budget, says so.
         """
-        everyone = self._gather([_names(share), _names(suspects)])
+        everyone = self._mesh.gather([_names(share), _names(suspects)])
         of_losses = [name for _, names in everyone for name in names]
         what = "a loss is not finite" if of_losses else "the gradient is not finite"
         where = self._named(of_losses or [name for names, _ in everyone for name in names])
@@ -63,11 +61,6 @@ class NonFinite:
             log.warning(
                 "%s: skipped, %d of %d", line, self.skipped, self._config.skip_budget
             )  # fmt: skip
-
-    def _gather(self, mine: list[list[tuple[int, int]]]) -> list[list[list[tuple[int, int]]]]:
-        everyone: list[list[list[tuple[int, int]]]] = [[] for _ in range(self._mesh.world)]
-        dist.all_gather_object(everyone, mine)
-        return everyone
 
     def _named(self, names: list[tuple[int, int]]) -> str:
         return " and ".join(

@@ -25,6 +25,7 @@ from megadistill.parallel import Mesh
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import check_divergence
 from megadistill.train import checkpoint
+from megadistill.train.batches import Batches
 from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
 from megadistill.train.evaluate import Evaluation, open_evaluation
@@ -32,6 +33,7 @@ from megadistill.train.export import check_tokenizer, export, model_card, studen
 from megadistill.train.folder import RunFolder
 from megadistill.train.journal import read_records
 from megadistill.train.machine import check_machine
+from megadistill.train.online import OnlineTeacher, open_online
 from megadistill.train.trackers import check_trackers
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,14 @@ class Run:
     steps: int
     vocab_size: int  # ids that the data may hold; the student's rows above are padding
 
+    def batches(self, mesh: Mesh, *, first: int = 0) -> Batches:
+        """This rank's micro-batches of each step, from step `first` on."""
+        return Batches(
+            self.stores, self.order, rank=mesh.rank, world=mesh.world,
+            micro_batch=self.config.train.micro_batch, with_targets=self.stores[0].reads_targets,
+            first=first, last=self.steps,
+        )  # fmt: skip
+
 
 def prepare(config: Config, mesh: Mesh) -> Run:
     """Everything that can be found wrong without a model, found. Writes nothing."""
@@ -64,8 +74,11 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             "not: it changes nothing here; train.%s=true is what does", section, section,
         )  # fmt: skip
     folder = RunFolder(config.train.out_dir)
-    # One rank looks: a cache that is being made may grow between two looks.
-    stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
+    if config.teacher.mode == "online":
+        stores = open_online(config, mesh)
+    else:
+        # One rank looks: a cache that is being made may grow between two looks.
+        stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
     store = stores[0]
     if store.has_targets:
         for temperature in values(config.loss.temperature):
@@ -119,7 +132,10 @@ def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] |
 
 
 def build(run: Run, mesh: Mesh) -> Trainer:
-    """The student in its engine, and what only a loaded model can tell. Collective."""
+    """The student in its engine, and what only a loaded model can tell; then the teacher beside it.
+
+    Collective.
+    """
     config = run.config
     assert config.student is not None
     if config.train.deterministic:
@@ -136,6 +152,8 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     student.check_head(name="student.model", device=mesh.device)
     if config.data.pack == "isolate":
         check_isolation(student, name="student.model", device=mesh.device)
+    if config.teacher.mode == "online":
+        trainer.teacher = OnlineTeacher(config, mesh, run.stores[0])
     return trainer
 
 

@@ -81,7 +81,7 @@ def changed(*settings: str) -> dict:
          "forward_kl only: set loss.divergence=forward_kl, or generate with targets.method=topk"),
         (["loss.divergence=tvd", "targets.method=multinomial"], "tvd cannot be computed from mult"),
         (["loss.ground_truth_residual=true"],
-         "loss.ground_truth_residual: true with varopt targets, whose weights sum to 1"),
+         "loss.ground_truth_residual: true with varopt targets, which leave nothing out"),
         (["loss.ground_truth_residual=true", "targets.method=topk", "loss.divergence=reverse_kl"],
          "loss.ground_truth_residual: true with loss.divergence=reverse_kl, expected forward_kl"),
         (["loss.temperature=2"], "the only one varopt targets can serve: set loss.temperature=1.0"),

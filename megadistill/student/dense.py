@@ -1,0 +1,70 @@
+"""The divergence from a teacher's whole distribution, or over what both sides find most probable.
+
+exact  every id is a bucket of its own. The gradient of a row's logits is slope - q * sum(slope), as
+       in rows.py, without a tail
+union  the k most probable ids of the teacher and the k of the student, each once, and the rest as
+       one bucket, which `rows.distill_rows` compares ("subset distillation"). An id that both have
+       is one bucket: counted twice, its mass would be added twice, and the two distributions over
+       the list would not sum to 1
+
+Shapes: C positions of a chunk, V vocabulary, K ids of one side, M = 2 * K, E entries of the chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megadistill.student.divergences import Buckets, divergence_terms
+from megadistill.student.rows import Entries, RowLosses, Terms, distill_rows
+
+
+def distill_dense(
+    z_CV: torch.Tensor,
+    log_p_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    terms: Terms,
+    *,
+    scratch_CV: torch.Tensor,
+) -> RowLosses:
+    """As `distill_rows`, against log_p_CV, the teacher's log-probabilities at terms.temperature.
+
+    z_CV: logits, overwritten with the gradient; scratch_CV: the same shape.
+    """
+    losses = distill_rows(scratch_CV.copy_(z_CV), None, labels_C, terms)
+    log_q_CV = torch.log_softmax(z_CV / terms.temperature, 1)
+    # Divergences keep their last column for a tail, and here is none.
+    log_p_CB, log_q_CB = (
+        torch.nn.functional.pad(log, (0, 1), value=-torch.inf) for log in (log_p_CV, log_q_CV)
+    )
+    buckets = Buckets(log_p_CB.exp(), log_q_CB.exp(), log_p_CB, log_q_CB)
+    value_CB, slope_CB = divergence_terms(terms.divergence, buckets)
+    sum_C1 = slope_CB.sum(1, keepdim=True)
+    gradient_CV = slope_CB[:, :-1].sub_(buckets.q[:, :-1] * sum_C1)
+    torch.add(scratch_CV, gradient_CV, alpha=terms.kd / terms.temperature, out=z_CV)
+    return dataclasses.replace(losses, kd=value_CB.sum(1))
+
+
+def union_entries(z_CV: torch.Tensor, log_p_CV: torch.Tensor, k: int) -> Entries:
+    """The ids that either side has among its k most probable, with the teacher's probabilities.
+
+    log_p_CV is overwritten.
+    """
+    C, V = z_CV.shape
+    k = min(k, V)
+    both_CM = torch.cat([side_CV.topk(k, 1).indices for side_CV in (log_p_CV, z_CV)], 1)
+    both_CM = both_CM.sort(1).values
+    first_CM = torch.ones_like(both_CM, dtype=torch.bool)
+    first_CM[:, 1:] = both_CM[:, 1:] != both_CM[:, :-1]
+    row_E, _ = first_CM.nonzero(as_tuple=True)
+    id_E = both_CM[first_CM]
+    slot_E = (first_CM.cumsum(1) - 1)[first_CM]
+    listed_C = first_CM.sum(1)
+    weight_E = log_p_CV[row_E, id_E].exp()
+    log_p_CV[row_E, id_E] = -torch.inf
+    tail_C = log_p_CV.logsumexp(1).exp()
+    return Entries(
+        row_E, id_E, slot_E, weight_E, tail_C, listed_C, int(listed_C.max()) if C else 0,
+        sampled=False,
+    )  # fmt: skip

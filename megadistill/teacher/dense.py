@@ -1,0 +1,66 @@
+"""Whole distributions, kept as what they are made of: the teacher's hidden states, and its head.
+
+For a student that has the teacher beside it. A position costs the teacher's width instead of its
+vocabulary; the distributions are made a chunk at a time where the student's logits of the same
+chunk are (student/fused.py), so that neither side's [N, V] ever exists.
+
+Shapes: N positions, C of a chunk, H the teacher's hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megadistill.teacher.head import TeacherHead
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """What the teacher says of N positions, in full.
+
+    hidden_NH  its last hidden states, in its own dtype
+    head       its output projection, of the whole vocabulary, on the device of hidden_NH
+    k          None: whole distributions are compared. Else those over the k most probable ids of
+               the teacher and the k of the student, and what is left as one bucket (`union`)
+    """
+
+    hidden_NH: torch.Tensor
+    head: TeacherHead
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head.vocabulary.ranks > 1:
+            raise ValueError("the head holds a slice of the vocabulary, expected all of it")
+
+    def __len__(self) -> int:
+        return len(self.hidden_NH)
+
+    @property
+    def method(self) -> str:
+        """The word for it in a configuration."""
+        return "exact" if self.k is None else "union"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.vocabulary.size
+
+    def rows(self, start: int, stop: int) -> DenseTargets:
+        """Positions start to stop."""
+        return self.take(slice(start, stop))
+
+    def take(self, rows: Any) -> DenseTargets:
+        """The positions that `rows` picks, a slice or an index tensor."""
+        return dataclasses.replace(self, hidden_NH=self.hidden_NH[rows])
+
+    def log_probs(self, *, temperature: float, out_CV: torch.Tensor) -> torch.Tensor:
+        """Write the log-probabilities of all positions; ids that the teacher lacks get -inf."""
+        ours_CV, others_CV = out_CV.split([self.vocab_size, out_CV.shape[1] - self.vocab_size], 1)
+        others_CV.fill_(-torch.inf)
+        chunk = self.head.chunk
+        for part_CH, part_CV in zip(self.hidden_NH.split(chunk), ours_CV.split(chunk), strict=True):
+            part_CV.copy_(self.head.log_probs(part_CH, temperature=temperature))
+        return out_CV

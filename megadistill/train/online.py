@@ -1,0 +1,100 @@
+"""The teacher beside the student: it answers a step's micro-batches before the student sees them.
+
+Teacher and student stand on the same ranks. Every rank has micro-batches of its own, and the ranks
+of a tensor-parallel group hold one teacher together: so they pool their micro-batches, the teacher
+answers for all, and each rank keeps what is its own. Under `zero3`, whose forwards are collective,
+all ranks ask equally often, as they have equally many micro-batches.
+
+What is kept until the student's turn is small: sparse targets, or of methods that compare whole
+distributions the teacher's hidden states, [N, H] of the step's positions on this rank.
+
+Nothing is remembered from step to step, so a run resumes, at any number of ranks, as one from a
+cache does. Draws have the keys of a cache: (sequence, position), in every epoch the same.
+
+Shapes: B sequences, T positions, N = B*T, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megadistill.cache.recipe import cache_recipe
+from megadistill.config import Config
+from megadistill.parallel import Mesh
+from megadistill.targets import DENSE, SparseTargets
+from megadistill.teacher.dense import DenseTargets
+from megadistill.teacher.engine import Teacher, load_teacher
+from megadistill.teacher.select import selection
+from megadistill.train.data import MicroBatch, Sequences, open_sequences
+
+# Of a cache's recipe: what changes a cache's bytes at most by rounding, and notes of the teacher's.
+_FREE = ("attention", "engine", "entropy", "micro_batch", "nll", "tp")
+
+
+class OnlineTeacher:
+    """The teacher of a run, loaded and ready. DeepSpeed wants it made after the student."""
+
+    def __init__(self, config: Config, mesh: Mesh, sequences: Sequences) -> None:
+        """Collective. sequences: the store whose numbers the keys are of."""
+        self._dense = config.targets.method in DENSE
+        self._teacher: Teacher = load_teacher(
+            config, mesh, vocab_size=sequences.vocab_size, whole_head=self._dense
+        )
+        self._config, self._mesh, self._sequences = config, mesh, sequences
+
+    def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with targets, and their kd_count. Collective over all ranks.
+
+        TeacherError, naming the sequence, where the teacher says what is no distribution.
+        """
+        return [self._answered(batch) for batch in share]
+
+    @torch.no_grad()
+    def _answered(self, batch: MicroBatch) -> MicroBatch:
+        mesh, size = self._mesh, len(batch.labels_N)
+        pooled = mesh.gather((batch.tokens_BT, batch.documents), group=mesh.tp_group)
+        tokens_BT = np.concatenate([tokens for tokens, _ in pooled])
+        documents = [starts for _, each in pooled for starts in each]
+        rows = self._config.teacher.micro_batch
+        hidden_NH = torch.cat([
+            self._teacher.hidden(tokens_BT[i : i + rows], documents[i : i + rows])
+            for i in range(0, len(tokens_BT), rows)
+        ])  # fmt: skip
+        mine = slice(mesh.tp_rank * size, (mesh.tp_rank + 1) * size)
+        if self._dense:
+            k = self._config.targets.k if self._config.targets.method == "union" else None
+            targets: Any = DenseTargets(hidden_NH[mine].clone(), self._teacher.head, k)
+            return replace(batch, targets=targets, kd_count=batch.ce_count)
+        targets = self._select(batch, hidden_NH).rows(mine.start, mine.stop)
+        labels_N = torch.as_tensor(batch.labels_N, device=targets.counts.device)
+        count = int(((labels_N != -100) & (targets.counts > 0)).sum())
+        return replace(batch, targets=targets, kd_count=count)
+
+    def _select(self, batch: MicroBatch, hidden_NH: torch.Tensor) -> SparseTargets:
+        """The targets of all that the group pooled; every rank of it takes part in every row."""
+        T, device = batch.tokens_BT.shape[1], self._teacher.device
+        numbers = np.array([self._sequences.number(i) for _, i in batch.names])
+        keys_N2 = np.stack([np.repeat(numbers, T), np.tile(np.arange(T), len(numbers))], 1)
+        pooled = self._mesh.gather((batch.labels_N, keys_N2), group=self._mesh.tp_group)
+        labels_N, keys_N2 = (np.concatenate(each) for each in zip(*pooled, strict=True))
+        settings = selection(self._config.targets) | {"entropy": False, "nll": False}
+        return self._teacher.head.targets(
+            hidden_NH, torch.as_tensor(labels_N, device=device),
+            torch.as_tensor(keys_N2, device=device),
+            temperature=self._config.targets.temperature, **settings,
+        )  # fmt: skip
+
+
+def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
+    """The token store, as sequences whose targets the teacher gives when they are needed.
+
+    Collective; rank 0 reads the teacher's files, since what it is, is part of what the run is.
+    """
+    store = open_sequences(config.data.dir, key="data.dir", with_targets=False)
+    recipe = mesh.first(lambda: cache_recipe(config, store.recipe))
+    kept = {name: value for name, value in recipe.items() if name not in _FREE}
+    return [replace(store, has_targets=True, online=kept)]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import multiprocessing as mp
 import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 
 class Ranks:
@@ -25,9 +26,7 @@ class Ranks:
     def __init__(self, world: int, function: str, *arguments: Any, folder: Path) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.forked_preload"])
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(world)]
         self.processes = [

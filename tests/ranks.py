@@ -10,9 +10,10 @@ import atexit
 import importlib
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from typing import Any
+
+from tests.ports import free_port
 
 _POOLS: dict[int, RankPool] = {}
 
@@ -34,9 +35,7 @@ def run_ranks(world: int, function: str, *, tp: int = 1, **arguments: Any) -> li
 
 class RankPool:
     def __init__(self, world: int) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(world):

@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.ports import free_port
+
 
 def available() -> bool:
     """Whether a server can be started here: Debian's openssh-server and pdsh, as root."""
@@ -29,9 +31,7 @@ class SshServer:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         folder.chmod(0o700)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = port = s.getsockname()[1]
+        self.port = port = free_port()
         for key in ("host_key", "user_key"):
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True

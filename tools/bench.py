@@ -5,6 +5,8 @@
     python tools/bench.py writer  [--teacher DIR] [--tokens DIR] [--pairs 15] [--blocks 2] [--json]
     python tools/bench.py head    [--positions N] [--hidden H] [--vocab_size V] [--entries K ...]
     deepspeed --num_gpus 2 tools/bench.py step [--hidden H] [--layers L] [--seq_len T] [--pairs 15]
+    deepspeed --num_gpus 2 tools/bench.py online [--config demo.yaml] [--pairs 15]
+    python tools/bench.py subset  [--positions N] [--vocab_size V] [--entries K ...]
     python tools/bench.py angle   [--teacher DIR] [--tokens DIR] [--student DIR] [--bytes 13]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
@@ -12,6 +14,8 @@ codec    positions a second and core for encoding and decoding, per method
 writer   seconds of generating with the writer on over those with it off, in pairs
 head     seconds and memory of fused distillation and cross-entropy over plain cross-entropy
 step     seconds of a training step from a cache over one on hard labels, in pairs
+online   seconds of a step with the teacher beside the student over one from a cache
+subset   seconds of other losses on given logits over the union of both sides' most probable ids
 angle    degrees between the gradients of sparse and full distillation, while a student learns
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
@@ -38,6 +42,7 @@ USUAL = {
 DEFAULTS = {
     "head": {"vocab_size": [131_072], "positions": 2048},
     "step": {"vocab_size": [32_000], "hidden": 512, "seq_len": 512},
+    "subset": {"vocab_size": [152_000], "positions": 256},
 }
 
 
@@ -59,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--vocab_size", type=count, nargs="+")
-    parser.add_argument("--positions", type=count, help="default: 4096; head: 2048")
+    parser.add_argument("--positions", type=count, help="default: 4096; head: 2048; subset: 256")
     parser.add_argument("--hidden", type=count, help="hidden size; default: 1024; step: 512")
     parser.add_argument("--layers", type=count, default=4, help="of step's student")
     parser.add_argument("--entries", type=count, nargs="+", default=[8, 64], help="of a position")
@@ -69,6 +74,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--entropy", type=amount, default=1.9, help="nats to sharpen it to; 0: leave it"
     )
+    parser.add_argument("--config", default="demo.yaml", help="online: of training from a cache")
     parser.add_argument("--pairs", type=count, default=15, help="runs of each of two sides")
     parser.add_argument("--blocks", type=count, default=2, help="blocks of a run")
     parser.add_argument("--student", default="runs/demo/student_init", help="its config.json")
@@ -139,6 +145,27 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [row] if mesh.rank == 0 else []
 
 
+def online(args: argparse.Namespace) -> list[dict[str, Any]]:
+    import torch
+
+    from megadistill import parallel
+    from megadistill.bench.online import online_cost
+    from megadistill.config import load_config
+
+    config = load_config(args.config, [f"parallel.cpu_threads={torch.get_num_threads()}"])
+    with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:
+        rows = list(online_cost(config, mesh, rounds=args.pairs))
+        return rows if mesh.rank == 0 else []
+
+
+def subset(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megadistill.bench.subset import SubsetSizes, subset_cost
+
+    for entries in args.entries:
+        sizes = SubsetSizes(args.positions, args.vocab_size[0], entries)
+        yield subset_cost(sizes, rounds=args.pairs)
+
+
 def angle(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from megadistill.bench.angle import Plan, Pupil, Teacher, angles
 
@@ -155,6 +182,8 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = 
     "writer": writer,
     "head": head,
     "step": step,
+    "online": online,
+    "subset": subset,
     "angle": angle,
 }
 

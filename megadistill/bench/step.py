@@ -22,8 +22,10 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,9 +41,11 @@ from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.select import select_targets
 from megadistill.train.checkpoint import Position
 from megadistill.train.data import open_sources
+from megadistill.train.engine import Trainer
 from megadistill.train.folder import RunFolder
 from megadistill.train.loop import run_step
 from megadistill.train.nonfinite import NonFinite
+from megadistill.train.online import OnlineTeacher
 from megadistill.train.run import Run, build
 
 BLOCK = 16  # sequences
@@ -70,25 +74,7 @@ def step_cost(sizes: StepSizes, mesh: Mesh, *, pairs: int) -> dict[str, Any]:
         cached = _run(folder, sizes, mesh, kd_weight=1.0)
         trainer = build(cached, mesh)
         labelled = _run(folder, sizes, mesh, kd_weight=0.0)
-        seconds: dict[str, list[float]] = {"cache": [], "labels": []}
-        with contextlib.ExitStack() as stack:
-            sides = {
-                name: (run, stack.enter_context(run.batches(mesh)), NonFinite(
-                    run.config.train, mesh, run.stores, skipped=0
-                ))
-                for name, run in (("cache", cached), ("labels", labelled))
-            }  # fmt: skip
-            at = Position(0, 0, 0)
-            for number in range(-1, pairs):  # the first pair warms up
-                names = ("cache", "labels") if number % 2 else ("labels", "cache")
-                for name in names:
-                    run, batches, policy = sides[name]
-                    mesh.barrier()
-                    started = time.perf_counter()
-                    run_step(run, trainer, batches, policy, at, None, told=threading.Event())
-                    mesh.barrier()
-                    if number >= 0:
-                        seconds[name].append(time.perf_counter() - started)
+        seconds = timed_steps(trainer, {"cache": cached, "labels": labelled}, mesh, rounds=pairs)
     finally:
         mesh.barrier()
         if mesh.rank == 0:
@@ -102,6 +88,42 @@ def step_cost(sizes: StepSizes, mesh: Mesh, *, pairs: int) -> dict[str, Any]:
         "labels_s": statistics.median(seconds["labels"]),
         "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
     }  # fmt: skip
+
+
+def timed_steps(
+    trainer: Trainer,
+    runs: dict[str, Run],
+    mesh: Mesh,
+    *,
+    rounds: int,
+    teachers: Mapping[str, OnlineTeacher] = MappingProxyType({}),
+    reporter: Any = None,
+) -> dict[str, list[float]]:
+    """The seconds of `rounds` steps of each run, all of one engine. Collective.
+
+    They take turns, and begin with another one from round to round. A round before these warms up.
+    teachers: of the runs that have one beside them. reporter: gets each step's line, under the name
+    of its run.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    at, names = Position(0, 0, 0), list(runs)
+    with contextlib.ExitStack() as stack:
+        batches = {name: stack.enter_context(run.batches(mesh)) for name, run in runs.items()}
+        for number in range(-1, rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                run, trainer.teacher = runs[name], teachers.get(name)
+                policy = NonFinite(run.config.train, mesh, run.stores, skipped=0)
+                mesh.barrier()
+                started = time.perf_counter()
+                run_step(
+                    run, trainer, batches[name], policy, at,
+                    None if reporter is None else reporter(name), told=threading.Event(),
+                )  # fmt: skip
+                mesh.barrier()
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def _run(folder: Path, sizes: StepSizes, mesh: Mesh, *, kd_weight: float) -> Run:

@@ -18,6 +18,8 @@ import torch
 
 from megadistill.student.divergences import Buckets, divergence_terms
 from megadistill.student.rows import Entries, RowLosses, Terms, distill_rows
+from megadistill.student.softmax import begin
+from megadistill.teacher.distributions import BLOCK
 
 
 def distill_dense(
@@ -46,25 +48,45 @@ def distill_dense(
     return dataclasses.replace(losses, kd=value_CB.sum(1))
 
 
-def union_entries(z_CV: torch.Tensor, log_p_CV: torch.Tensor, k: int) -> Entries:
+def union_entries(z_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> Entries:
     """The ids that either side has among its k most probable, with the teacher's probabilities.
 
-    log_p_CV is overwritten.
+    teacher_CV: its logits, or log-probabilities; overwritten.
     """
     C, V = z_CV.shape
-    k = min(k, V)
-    both_CM = torch.cat([side_CV.topk(k, 1).indices for side_CV in (log_p_CV, z_CV)], 1)
+    both_CM = torch.cat([_best(side_CV, min(k, V)) for side_CV in (teacher_CV, z_CV)], 1)
     both_CM = both_CM.sort(1).values
     first_CM = torch.ones_like(both_CM, dtype=torch.bool)
     first_CM[:, 1:] = both_CM[:, 1:] != both_CM[:, :-1]
-    row_E, _ = first_CM.nonzero(as_tuple=True)
-    id_E = both_CM[first_CM]
-    slot_E = (first_CM.cumsum(1) - 1)[first_CM]
-    listed_C = first_CM.sum(1)
-    weight_E = log_p_CV[row_E, id_E].exp()
-    log_p_CV[row_E, id_E] = -torch.inf
-    tail_C = log_p_CV.logsumexp(1).exp()
+    listed_C, slot_CM = first_CM.sum(1), first_CM.cumsum(1) - 1
+    row_E, id_E = first_CM.nonzero()[:, 0], both_CM[first_CM]
+    score_E = teacher_CV[row_E, id_E]
+    teacher_CV[row_E, id_E] = -torch.inf
+    # Each once, and the rest by a log-sum-exp of its own: one minus the listed may be below zero.
+    score_CM = torch.full_like(both_CM, -torch.inf, dtype=teacher_CV.dtype)
+    score_CM[first_CM] = score_E
+    tail_C = begin(teacher_CV).logsumexp_C
+    norm_C = torch.logaddexp(score_CM.logsumexp(1), tail_C)
     return Entries(
-        row_E, id_E, slot_E, weight_E, tail_C, listed_C, int(listed_C.max()) if C else 0,
-        sampled=False,
+        row_E, id_E, slot_CM[first_CM], (score_E - norm_C[row_E]).exp(), (tail_C - norm_C).exp(),
+        listed_C, int(listed_C.max()) if C else 0, sampled=False,
     )  # fmt: skip
+
+
+def _best(values_CV: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 [C, k]: the columns of the k largest values of each row, in any order.
+
+    They lie in the k blocks whose own maxima are largest, so that only these are looked into: one
+    pass through the row in place of torch.topk's several.
+    """
+    V = values_CV.shape[1]
+    if 2 * k * BLOCK > V:
+        return values_CV.topk(k, 1, sorted=False).indices
+    whole = V - V % BLOCK
+    top_CB = values_CV[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    blocks_CK = top_CB.topk(k, 1, sorted=False).indices
+    columns_V = torch.arange(V, device=values_CV.device)
+    inside_CM = (blocks_CK[:, :, None] * BLOCK + columns_V[:BLOCK]).flatten(1)
+    columns_CM = torch.cat([inside_CM, columns_V[whole:].expand(len(values_CV), -1)], 1)
+    best_CK = values_CV.gather(1, columns_CM).topk(k, 1, sorted=False).indices
+    return columns_CM.gather(1, best_CK)

@@ -22,7 +22,7 @@ from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
 from megadistill.teacher.select import select_targets
-from tests.models import teacher_and_text
+from tests.models import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
 from tests.teacher.test_variance import multinomial_variance, varopt_variance
 
@@ -293,3 +293,53 @@ def stepped(mesh, folder: str):
         return step.step_cost(sizes, mesh, pairs=2), seen
     finally:
         Trainer.backward, tempfile.tempdir = backward, None
+
+
+def online_rows(mesh, config):
+    from megadistill.bench.online import online_cost
+
+    return list(online_cost(config, mesh, rounds=2))
+
+
+def test_a_step_with_the_teacher_beside_it_is_timed_against_one_from_the_cache(corpus, tmp_path):
+    tiny_llama(tmp_path / "student", vocab_size=512, hidden_size=32, intermediate_size=48)
+    asked = config(corpus).model_dump(mode="json")
+    asked["teacher"]["dtype"] = "float32"
+    asked["cache"]["dir"] = str(tmp_path / "cache")
+    asked["student"], asked["order"] = {"model": str(tmp_path / "student")}, {}
+    asked["train"] |= {"out_dir": str(tmp_path / "out"), "steps": 9, "global_batch": 4,
+                       "micro_batch": 2}  # fmt: skip
+    asked = Config.model_validate(asked)
+    run_ranks(2, "tests.cache.test_build:build", config=asked)
+    rows, others = run_ranks(2, "tests.bench.test_bench:online_rows", config=asked)
+    assert [row["method"] for row in rows] == ["varopt", "topk", "union", "exact"] == [
+        row["method"] for row in others
+    ]  # fmt: skip
+    for row in rows:
+        assert row["least"] <= row["ratio"] <= row["most"]
+        assert 0 < row["teacher"] < 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_losses_on_given_logits_that_are_timed_have_the_same_gradient():
+    from megadistill.bench.subset import listed, union, whole
+
+    generator = torch.Generator().manual_seed(0)
+    student_CV, noise_CV = torch.randn(2, 9, 3000, generator=generator)
+    teacher_CV = student_CV + noise_CV
+    ours_CV = union(student_CV.clone(), teacher_CV.clone(), 20)
+    torch.testing.assert_close(ours_CV, listed(student_CV, teacher_CV, 20), rtol=1e-3, atol=1e-6)
+    every_CV = union(student_CV.clone(), teacher_CV.clone(), 3000)
+    torch.testing.assert_close(every_CV, whole(student_CV, teacher_CV), rtol=1e-3, atol=1e-6)
+
+
+def test_the_subset_bench_prints_a_row_for_each_number_of_entries():
+    found = subprocess.run(
+        [sys.executable, str(TOOL), "subset", "--pairs", "2", "--positions", "4", "--vocab_size",
+         "500", "--entries", "3", "5", "--json"], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["data"].split(", ")[-1] for row in rows] == [
+        "3 ids of each side", "5 ids of each side",
+    ]  # fmt: skip
+    assert all(row["whole_least"] <= row["whole_over_union"] <= row["whole_most"] for row in rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from tests.chaos.harness import (
     make_corpus,
     markers,
 )
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.launcher, pytest.mark.long]
 PARTS, KILLS = 5, 4
@@ -133,12 +133,10 @@ class LaunchedChaos(Chaos):
 
 
 def command(world: int, notes: Path, argv: list[str]) -> list[str]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     return [
         str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(world),
-        "--master_port", str(port), str(Path(__file__).parent / "noted.py"), str(notes), *argv,
+        "--master_port", str(free_port()), str(Path(__file__).parent / "noted.py"), str(notes),
+        *argv,
     ]  # fmt: skip
 
 

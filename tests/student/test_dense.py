@@ -129,6 +129,17 @@ def test_no_id_is_in_a_union_twice_and_its_weights_are_the_teachers():
     torch.testing.assert_close(entries.sum(entries.weight_E) + entries.tail_C, torch.ones(N))
 
 
+@pytest.mark.parametrize("vocab", [640, 1000, 1023])
+def test_the_best_of_a_long_row_are_found_in_its_blocks_and_in_what_is_left_over(vocab):
+    from megadistill.student.dense import _best
+
+    values_CV = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab))
+    values_CV[0, -1], values_CV[1, 0], values_CV[2] = 99.0, 99.0, 0.0
+    found = values_CV.gather(1, _best(values_CV, 3)).sort(1).values
+    assert torch.equal(found, values_CV.topk(3, 1).values.sort(1).values)
+    assert all(len(set(row)) == 3 for row in _best(values_CV, 3).tolist())
+
+
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     hidden_NH, weight_VH, _, labels_N = case(seed=4)
     head = TeacherHead(weight_VH.detach(), VocabularySlice(0, V))

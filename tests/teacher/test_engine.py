@@ -61,12 +61,15 @@ def engine_log_probs(mesh, model: str, engine: str, vocab_size: int = VOCAB):
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def model(request, tmp_path_factory):
     return tiny_llama(
-        tmp_path_factory.mktemp("teacher"), vocab_size=VOCAB, tie_word_embeddings=request.param
-    )
+        tmp_path_factory.mktemp("teacher"), vocab_size=VOCAB, num_key_value_heads=4,
+        tie_word_embeddings=request.param,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tp"), [(1, 1), (2, 2), (4, 2)], ids=["1x1", "1x2", "2x2 (dp x tp)"]
+    ("ranks", "tp"),
+    [(1, 1), (2, 1), (2, 2), (4, 2), (4, 1), (4, 4)],
+    ids=["1x1", "2x1", "1x2", "2x2", "4x1", "1x4 (dp x tp)"],
 )
 def test_tensor_parallel_log_probs_are_those_of_plain_transformers(model, ranks, tp):
     results = run_ranks(

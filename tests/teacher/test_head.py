@@ -102,3 +102,50 @@ def test_no_position_with_a_label_is_no_work_and_empty_rows():
     targets = head(weight).targets(hidden, labels * 0 - 100, keys, method="varopt", tau=0.05)
     assert len(targets) == N
     assert int(targets.offsets[-1]) == 0
+
+
+def sent(mesh, vocab, method, **parameters):
+    """Bytes that one rank hands to each other one of its group, of N positions."""
+    from megadistill.teacher import distributions
+
+    generator = torch.Generator().manual_seed(0)
+    weight_VH = torch.randn(vocab, H, generator=generator)
+    first, last = vocab * mesh.tp_rank // mesh.tp, vocab * (mesh.tp_rank + 1) // mesh.tp
+    slice_ = VocabularySlice(first, last - first, mesh.tp_group if mesh.tp > 1 else None)
+    ours = TeacherHead(weight_VH[first:last], slice_, chunk_bytes=4 * slice_.size * 100)
+    hidden, _, _, keys = parts()
+    labels, bytes_sent = torch.randint(0, vocab, (N,), generator=generator), []
+    gather = distributions.dist.all_gather
+
+    def counting(parts, tensor, group):
+        bytes_sent.append(tensor.nbytes)
+        return gather(parts, tensor, group=group)
+
+    distributions.dist.all_gather = counting
+    try:
+        ours.targets(hidden, labels, keys, method=method, **parameters)
+    finally:
+        distributions.dist.all_gather = gather
+    return sum(bytes_sent)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_what_a_position_sends_grows_with_the_entries_and_not_with_the_vocabulary(tp):
+    """A rank sends its candidates, 16 bytes each, and a few sums: K * tp in all."""
+    ask = "tests.teacher.test_head:sent"
+
+    def bytes_of(vocab, k):
+        found = run_ranks(tp, ask, tp=tp, vocab=vocab, method="topk", k=k)
+        assert len(set(found)) == 1
+        return found[0] / N
+
+    few, many = bytes_of(1500, 8), bytes_of(1500, 24)
+    assert many - few == 16 * 16
+    assert bytes_of(6000, 8) == few
+    assert few <= 16 * 8 + 64
+    small, large = (
+        run_ranks(tp, ask, tp=tp, vocab=v, method="varopt", tau=0.1) for v in (1500, 6000)
+    )
+    assert (
+        max(large) / N <= max(small) / N + 8 * 11
+    )  # as many more points as are drawn of a flatter one

@@ -90,6 +90,34 @@ def test_every_layout_of_the_teacher_trains_alike(pair, exact, ranks, tp, engine
         np.testing.assert_allclose(series(found, column), series(exact, column), rtol=1e-5)
 
 
+def weights_after(mesh, config):
+    """The student's weights after the run, as this rank sees them whole."""
+    import threading
+
+    from megadistill.data.tokens import build_tokens
+    from megadistill.train.checkpoint import Position
+    from megadistill.train.loop import run_steps
+    from megadistill.train.run import build, prepare
+    from tests.train.runs import masters
+
+    mesh.first(lambda: build_tokens(config) and None)
+    run = prepare(config, mesh)
+    mesh.first(lambda: run.folder.path.mkdir(parents=True))
+    trainer = build(run, mesh)
+    end, _ = run_steps(run, trainer, mesh, Position(0, 0, 0), None, told=threading.Event())
+    assert end.step == config.train.steps
+    return masters(trainer.student)
+
+
+@pytest.mark.parametrize(("tp", "engine"), [(2, "tensor_parallel"), (1, "zero3")])
+def test_all_ranks_have_equal_weights_after_twenty_steps_beside_a_teacher(pair, tp, engine):
+    config = settings(pair, f"twenty-{engine}", teacher={"tp": tp, "engine": engine},
+                      train={"steps": 20, "lr": 1e-2})  # fmt: skip
+    found = run_ranks(4, f"{HERE}:weights_after", tp=tp, config=config)
+    for other in found[1:]:
+        assert all(np.array_equal(other[name], value) for name, value in found[0].items())
+
+
 def test_it_is_what_a_plain_torch_loop_does(pair, exact):
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,67 @@
+"""A step with the teacher beside the student against one from a cache, for the demo's pair.
+
+One student's engine, one teacher; the ways to learn take turns. `teacher` is the teacher's share of
+an online step: its forward passes, and making the targets, on this rank.
+
+Shapes: none.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from megadistill.bench.step import timed_steps
+from megadistill.config import Config
+from megadistill.parallel import Mesh
+from megadistill.train.online import OnlineTeacher
+from megadistill.train.run import build, prepare
+
+METHODS = ("varopt", "topk", "union", "exact")
+
+
+def online_cost(config: Config, mesh: Mesh, *, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each method, on every rank. Collective. config: of training from a cache."""
+    cached = prepare(config, mesh)
+    trainer = build(cached, mesh)
+    runs, teachers = {"cache": cached}, {}
+    for method in METHODS:
+        asked = online(config, method)
+        runs[method] = prepare(asked, mesh)
+        teachers[method] = OnlineTeacher(asked, mesh, runs[method].stores[0])
+    notes: dict[str, _Notes] = {name: _Notes() for name in runs}
+    seconds = timed_steps(
+        trainer, runs, mesh, rounds=rounds, teachers=teachers, reporter=notes.__getitem__
+    )
+    for method in METHODS:
+        ratios = [a / b for a, b in zip(seconds[method], seconds["cache"], strict=True)]
+        yield {
+            "data": f"{mesh.world} ranks, teacher.engine={config.teacher.engine}",
+            "method": method,
+            "rounds": rounds,
+            "online_s": statistics.median(seconds[method]),
+            "cache_s": statistics.median(seconds["cache"]),
+            "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+            "teacher": statistics.median(notes[method].shares[1:]),
+        }  # fmt: skip
+
+
+def online(config: Config, method: str) -> Config:
+    """The same run with the teacher beside the student."""
+    return config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update={"mode": "online"}),
+            "targets": config.targets.model_copy(update={"method": method}),
+        }
+    )
+
+
+class _Notes:
+    """Takes the lines of steps, as a reporter does, and keeps the teacher's share of each."""
+
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.shares.append(line.get("teacher_s", 0.0) / line["step_s"])

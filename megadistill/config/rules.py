@@ -184,6 +184,14 @@ def _teacher(config: Config) -> Iterator[Problem]:
             "all ranks by itself; set teacher.tp=1, or teacher.engine=tensor_parallel",
         )
 
+    if teacher.offload and teacher.engine == "tensor_parallel" and teacher.mode == "cached":
+        yield Problem(
+            ("teacher.offload", "teacher.engine"),
+            f"{teacher.offload} with teacher.engine=tensor_parallel and teacher.mode=cached, where "
+            "the teacher is never idle: set teacher.engine=zero3 teacher.tp=1, which fetches a "
+            "layer at a time, or leave it out",
+        )
+
 
 def _online(config: Config) -> Iterator[Problem]:
     targets, loss = config.targets, config.loss

@@ -139,6 +139,11 @@ class TeacherConfig(ModelConfig):
         default="tensor_parallel",
         description="every tp ranks hold a copy; or all ranks hold one and gather layer by layer",
     )
+    offload: Literal["cpu"] | None = Field(
+        default=None,
+        description="`cpu`: the weights lie in host memory; `zero3` fetches each layer's when its "
+        "turn comes, `tensor_parallel`, with `mode: online` only, all of them while it answers",
+    )
     mode: Literal["cached", "online"] = Field(
         default="cached",
         description="targets come from a cache, or from the teacher beside the student, which "

@@ -51,6 +51,23 @@ class Teacher:
     pack: Pack
     lockstep: bool
 
+    @contextlib.contextmanager
+    def awake(self, *, offload: bool) -> Iterator[None]:
+        """Inside, the weights are on the device; with `offload` they are in host memory outside.
+
+        The head stays: whole distributions are made of it when the student steps.
+        """
+        if not offload or self.lockstep:  # ZeRO-3 fetches a layer at a time, by itself
+            yield
+            return
+        self.engine.module.to(self.device)
+        try:
+            yield
+        finally:
+            self.engine.module.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the student is to have
+
     @torch.no_grad()
     def hidden(self, tokens_BT: np.ndarray, documents: Sequence[np.ndarray]) -> torch.Tensor:
         """[N, H]: the last hidden states of B sequences, position after position.
@@ -145,9 +162,14 @@ def _zero3(
 
 
 def _zero3_settings(config: TeacherConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3}
+    if config.offload is not None:
+        zero["offload_param"] = {
+            "device": config.offload, "pin_memory": torch.cuda.is_available(),
+        }  # fmt: skip
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": zero,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "fp16": {"enabled": config.dtype == "float16"},
     }

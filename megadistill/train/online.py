@@ -51,7 +51,8 @@ class OnlineTeacher:
 
         TeacherError, naming the sequence, where the teacher says what is no distribution.
         """
-        return [self._answered(batch) for batch in share]
+        with self._teacher.awake(offload=self._config.teacher.offload is not None):
+            return [self._answered(batch) for batch in share]
 
     @torch.no_grad()
     def _answered(self, batch: MicroBatch) -> MicroBatch:

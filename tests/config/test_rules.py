@@ -63,6 +63,8 @@ def changed(*settings: str) -> dict:
         (["deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: d}"],
          "device is nvme, from where DeepSpeed does not bring the optimizer's state back"),
         (["teacher.engine=zero3", "teacher.tp=2"], "teacher.tp: 2 with teacher.engine=zero3"),
+        (["teacher.engine=tensor_parallel", "teacher.offload=cpu"],
+         "teacher.offload: cpu with teacher.engine=tensor_parallel and teacher.mode=cached"),
         (["targets.method=topk", "targets.k=4096"],
          "data.block_size: a block of 256 sequences of 2048 tokens can take 16"),
         (["targets.method=topp", "targets.k=4096"], "2048 tokens can take 16"),

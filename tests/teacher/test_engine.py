@@ -49,10 +49,10 @@ def plain_log_probs(
     return torch.log_softmax(torch.cat(rows).float()[:, :vocab_size], 1)
 
 
-def engine_log_probs(mesh, model: str, engine: str, vocab_size: int = VOCAB):
+def engine_log_probs(mesh, model: str, engine: str, vocab_size: int = VOCAB, **options):
     from megadistill.teacher.engine import load_teacher
 
-    config = settings(model, tp=mesh.tp, engine=engine)
+    config = settings(model, tp=mesh.tp, engine=engine, **options)
     teacher = load_teacher(config, mesh, vocab_size=vocab_size)
     shard = sum(p.numel() for p in teacher.engine.module.parameters())
     return teacher.head.log_probs(teacher.hidden(*batch())).clone(), shard
@@ -88,9 +88,10 @@ def test_tensor_parallel_log_probs_are_those_of_plain_transformers(model, ranks,
         assert results[0][1] < 0.75 * whole
 
 
-def test_zero3_log_probs_are_those_of_plain_transformers(model):
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}], ids=["", "offloaded"])
+def test_zero3_log_probs_are_those_of_plain_transformers(model, options):
     results = run_ranks(
-        2, "tests.teacher.test_engine:engine_log_probs", model=model, engine="zero3"
+        2, "tests.teacher.test_engine:engine_log_probs", model=model, engine="zero3", **options
     )
     expected = plain_log_probs(model)
     for found, _ in results:

@@ -78,12 +78,12 @@ def test_exact_is_training_on_lists_of_every_id(exact, every_id):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tp", "engine"),
-    [(1, 1, "tensor_parallel"), (2, 2, "tensor_parallel"), (4, 2, "tensor_parallel"),
-     (2, 1, "zero3")],
+    ("ranks", "tp", "engine", "offload"),
+    [(1, 1, "tensor_parallel", None), (2, 2, "tensor_parallel", "cpu"),
+     (4, 2, "tensor_parallel", None), (2, 1, "zero3", None)],
 )  # fmt: skip
-def test_every_layout_of_the_teacher_trains_alike(pair, exact, ranks, tp, engine):
-    teacher = {"tp": tp, "engine": engine}
+def test_every_layout_of_the_teacher_trains_alike(pair, exact, ranks, tp, engine, offload):
+    teacher = {"tp": tp, "engine": engine, "offload": offload}
     config = settings(pair, f"{engine}{ranks}{tp}", teacher=teacher, train={"steps": STEPS})
     found = train(config, ranks, tp)
     for column in ("loss", "kd_loss", "grad_norm"):
@@ -111,7 +111,8 @@ def weights_after(mesh, config):
 
 @pytest.mark.parametrize(("tp", "engine"), [(2, "tensor_parallel"), (1, "zero3")])
 def test_all_ranks_have_equal_weights_after_twenty_steps_beside_a_teacher(pair, tp, engine):
-    config = settings(pair, f"twenty-{engine}", teacher={"tp": tp, "engine": engine},
+    teacher = {"tp": tp, "engine": engine, "offload": "cpu" if engine == "zero3" else None}
+    config = settings(pair, f"twenty-{engine}", teacher=teacher,
                       train={"steps": 20, "lr": 1e-2})  # fmt: skip
     found = run_ranks(4, f"{HERE}:weights_after", tp=tp, config=config)
     for other in found[1:]:

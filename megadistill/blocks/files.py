@@ -63,6 +63,15 @@ class Files:
             finally:
                 os.close(handle)
 
+    def allocate(self, path: Path, size: int) -> None:
+        """Make a file of so many bytes that must not exist yet, and take the room for them."""
+        with told("write", path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                os.posix_fallocate(handle, 0, size)
+            finally:
+                os.close(handle)
+
     def fsync(self, path: Path) -> None:
         """Wait until the file's bytes are on the disk, whoever wrote them."""
         self._fsync(path, os.O_RDONLY)

@@ -61,7 +61,10 @@ def _half_precision(config: Config) -> bool:
 
 
 def run_bytes(config: Config, model: ModelFiles | None) -> int | None:
-    """Checkpoints (one more than are kept, while it is written) and the exported models."""
+    """Checkpoints (one more than are kept, while it is written) and the exported models.
+
+    While a model is exported its weights lie there twice, where that checkpoint was.
+    """
     found = None if model is None else model.parameters()
     if found is None:
         return None

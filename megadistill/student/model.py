@@ -2,7 +2,7 @@
 
 Every rank makes the model from its configuration under `deepspeed.zero.Init`, so that no more than
 one module is ever whole, and rank 0's weights are dealt out parameter by parameter. Rank 0 alone
-reads the files, into host memory (2 GB a billion parameters in bfloat16). Compared with
+reads the files: mapped, not copied, where they are in the type that is trained in. Compared with
 transformers' own loading under ZeRO-3 this costs that memory, and gives the same weights for random
 and pretrained models, at every number of ranks, in both major versions of transformers, without a
 switch that lives on and would partition the teacher too.
@@ -23,6 +23,7 @@ from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.experts import gather_experts_together, router_loss, router_loss_weight
+from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
 from megadistill.pretrained import backbone, load_pretrained
 from megadistill.student.head import DistillationHead
@@ -189,12 +190,13 @@ def load_student(
     settings, dtype = student_settings(config), parameter_dtype(deepspeed_config)
     _import_class(settings)
     whole: list[nn.Module] = []  # rank 0 only; what `first` returns would travel to every rank
-    mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
-    with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
-        model: Any = _from_config(config, settings, dtype)
-    # Weights that transformers 5 does not fill it does not tie either.
-    model.tie_weights()
-    _deal(model, whole.pop() if whole else None, mesh)
+    with given_back():
+        mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
+        with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
+            model: Any = _from_config(config, settings, dtype)
+        # Weights that transformers 5 does not fill it does not tie either.
+        model.tie_weights()
+        _deal(model, whole.pop() if whole else None, mesh)
     gather_experts_together(model)
     return Student(model, vocab_size=vocab_size)
 

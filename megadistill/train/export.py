@@ -1,12 +1,15 @@
 """The trained student as a folder that transformers loads: weights, tokenizer, model card.
 
-Parameters are gathered one at a time and copied to rank 0's host memory, so that no accelerator
-ever holds the whole model. The folder is written under another name and renamed when complete.
+Parameters are gathered one at a time and copied into a file that rank 0 has mapped, so that neither
+an accelerator nor the host's memory ever holds the whole model; from there they are written as
+safetensors. On the disk the model takes twice its size until then. The folder is written under
+another name and renamed when complete.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
 from megadistill.config.curves import told, values
 from megadistill.errors import ConfigError
+from megadistill.host_memory import given_back
 from megadistill.model_files import has_tokenizer
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
@@ -24,6 +28,9 @@ from megadistill.targets import divergence_name
 from megadistill.train.padding import without_padding
 
 log = logging.getLogger(__name__)
+
+SHARD_SIZE = "5GB"  # what the hub takes without a complaint
+_ALIGNMENT = 64  # bytes
 
 CARD = """---
 library_name: transformers
@@ -41,20 +48,56 @@ A causal language model trained with megadistill {version}.
 {figures}"""
 
 
-def gathered(student: Student, mesh: Mesh) -> dict[str, torch.Tensor]:
-    """The model's parameters and buffers on rank 0, in host memory; {} elsewhere. Collective."""
+def gathered(student: Student, mesh: Mesh, *, file: Path | None = None) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers on rank 0; {} elsewhere. Collective.
+
+    file: on rank 0 the parameters lie in this file, mapped; by default in host memory. Raises
+    StoreError on all ranks where the disk has no room for it.
+    """
     import deepspeed
 
+    places = _Places(student, file)
+    if file is not None:
+        mesh.first(places.allocate)
     state: dict[str, torch.Tensor] = {}
     for name, parameter in student.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             if mesh.rank == 0:
-                state[name] = parameter.detach().to("cpu", copy=True)
+                state[name] = places.copy(name, parameter.detach())
     if mesh.rank == 0:
         # Tied weights go by one of their names; buffers that are not saved stay out.
         saved = student.model.state_dict(keep_vars=True).keys()
         state |= {n: b.cpu() for n, b in student.model.named_buffers() if n in saved}
     return state
+
+
+class _Places:
+    """Where each parameter goes: one file after another of its bytes, or memory of its own."""
+
+    def __init__(self, student: Student, file: Path | None) -> None:
+        self._file, self._size = file, 0
+        self._starts: dict[str, int] = {}
+        for name, p in student.model.named_parameters():
+            self._starts[name] = self._size
+            size = getattr(p, "ds_numel", p.numel()) * p.element_size()
+            self._size += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._mapped: mmap.mmap | None = None
+
+    def allocate(self) -> None:
+        """Take the room on the disk: a mapped file that finds none when it is written kills."""
+        assert self._file is not None
+        LOCAL.allocate(self._file, self._size)
+        with self._file.open("r+b") as file:
+            self._mapped = mmap.mmap(file.fileno(), self._size)
+
+    def copy(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if self._mapped is None:
+            return value.to("cpu", copy=True)
+        # A storage of its own for each: of one that is shared transformers would copy every part.
+        place = torch.frombuffer(
+            self._mapped, dtype=value.dtype, count=value.numel(), offset=self._starts[name]
+        )
+        return place.view(value.shape).copy_(value)
 
 
 def export(
@@ -69,13 +112,15 @@ def export(
 
     tokenizer: to save beside it, or None. Collective; raises StoreError where writing fails.
     """
-    state = gathered(student, mesh)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    weights = folder.with_name(f".{folder.name}.weights")
+    mesh.first(lambda: LOCAL.unlink(weights))  # of a run that died here
+    state: dict[str, torch.Tensor] = {}
 
     def write() -> None:
-        temporary = folder.with_name(f".{folder.name}.partial")
         LOCAL.remove_tree(temporary)
         with without_padding(student, state) as cut:
-            student.model.save_pretrained(temporary, state_dict=cut)
+            student.model.save_pretrained(temporary, state_dict=cut, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         LOCAL.write_new(temporary / "README.md", card().encode())
@@ -86,7 +131,14 @@ def export(
         LOCAL.replace(temporary, folder)
         LOCAL.fsync_dir(folder.parent)
 
-    mesh.first(write)
+    try:
+        with given_back():
+            state = gathered(student, mesh, file=weights)
+        mesh.first(write)
+    finally:
+        state.clear()
+        if mesh.rank == 0:
+            LOCAL.unlink(weights)
 
 
 def student_tokenizer(config: Config) -> Any:

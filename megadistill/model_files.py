@@ -72,6 +72,21 @@ class ModelFiles:
         """Its safetensors files, as far as they are on this machine."""
         return sorted(self.folder.glob("*.safetensors"))
 
+    def incomplete_weights(self) -> str | None:
+        """What is missing of the safetensors files in its folder, or None."""
+        files = {file.name: file for file in self.weights()}
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index, key=self.key).get("weight_map", {}).values()))
+            missing = [name for name in names if name not in files]
+            if missing:
+                return f"{len(missing)} of {len(names)} files, {missing[0]} the first"
+        for name, file in files.items():
+            size, expected = file.stat().st_size, _expected_size(file)
+            if size < expected:
+                return f"the end of {name}, which has {size:,} of {expected:,} bytes"
+        return None
+
     def other_weights(self) -> list[str]:
         """Names of weights in other formats, which may run code when they are read."""
         found = [path.name for pattern in _OTHER_WEIGHTS for path in self.folder.glob(pattern)]
@@ -212,6 +227,15 @@ def _read_json(path: Path, *, key: str | None = None) -> dict[str, Any]:
 
 def _elements(file: Path) -> int:
     return sum(_products(_header(file)))
+
+
+def _expected_size(file: Path) -> int:
+    """The bytes that a safetensors file has by its own header."""
+    header = _header(file)
+    with file.open("rb") as stream:
+        start = 8 + struct.unpack("<Q", stream.read(8))[0]
+    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    return start + max(ends, default=0)
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -199,6 +199,46 @@ def test_weights_that_are_not_safetensors(place):
     assert "teacher.model: ./teacher has its weights as pytorch_model.bin, which can run" in line
 
 
+def test_a_model_that_lacks_one_of_its_files(place):
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    Path("teacher/model.safetensors.index.json").write_text(json.dumps(index))
+    line = refused(check_generate)
+    assert (
+        "teacher.model: ./teacher lacks 1 of 2 files, model-2.safetensors the first: copy" in line
+    )
+
+
+def test_a_model_of_which_a_file_was_cut_short(place):
+    path = Path("student/model.safetensors")
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size - 1)
+    a_cache()
+    line = refused(check_train)
+    assert f"lacks the end of model.safetensors, which has {size - 1:,} of {size:,} bytes" in line
+
+
+def test_models_that_memory_surely_does_not_hold(place, monkeypatch):
+    from megadistill.checks import memory
+
+    monkeypatch.setattr(memory, "_available", lambda: 500_000)
+    line = refused(check_generate)
+    assert "teacher.model: a rank of 1 needs 545.2 KiB for the teacher" in line, line
+    assert "teacher.tp" in line
+    check_generate(config("teacher.tp=2"), world=2)
+    monkeypatch.setattr(memory, "_available", lambda: 700_000)
+    a_cache()
+    line = refused(check_train)
+    assert "student.model: a rank of 1 needs" in line
+    assert "offload_optimizer.device=cpu" in line
+    check_train(config(), world=16)
+    line = refused(
+        check_train, "teacher.mode=online", "teacher.engine=zero3", "targets.method=exact", world=4
+    )
+    assert "for the teacher and" in line
+    assert "for the student, without activations, and has 683.6 KiB" in line
+
+
 def test_a_model_without_weights_serves_a_random_student_only(place):
     Path("student/model.safetensors").unlink()
     a_cache()

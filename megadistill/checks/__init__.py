@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megadistill.checks import folders, models, vocabulary
+from megadistill.checks.memory import check_memory
 from megadistill.config import Config
 from megadistill.errors import ConfigError, MegadistillError
+from megadistill.model_files import ModelFiles
 from megadistill.plan import Plan, make_plan
 from megadistill.train.trackers import check_trackers
 
@@ -37,6 +39,8 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     if student is not None:
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
         found.of(models.check_seq_len, config, student)
+    if found.teacher is not None:
+        found.of(check_memory, config, teacher=found.teacher, student=None, world=world)
     plan = make_plan(config, world=world, training=False)
     if writing:
         found.of(folders.check_room, config, plan, training=False)
@@ -63,6 +67,7 @@ def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool
         found.of(models.check_seq_len, config, teacher)
         found.of(models.check_pack, config, teacher)
         found.of(models.check_heads, config, teacher)
+        found.teacher = teacher
     own_tokenizer = config.data.tokenizer is not None
     there = own_tokenizer or teacher is not None  # else its absence is reported already
     tokenizer = found.of(vocabulary.find_tokenizer, config) if there else None
@@ -115,6 +120,7 @@ def check_train(config: Config, *, world: int) -> None:
         if not online and _teacher_is_there(config):
             tokenizer = vocabulary.tokenizer_if_there(config)
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
+        found.of(check_memory, config, teacher=found.teacher, student=student, world=world)
     found.of(folders.check_room, config, make_plan(config, world=world), training=True)
     found.raise_all()
 
@@ -129,10 +135,11 @@ def _teacher_is_there(config: Config) -> bool:
 
 
 class _Mistakes:
-    """The mistakes so far, one line each."""
+    """The mistakes so far, one line each; and the teacher, where one was found."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.teacher: ModelFiles | None = None
 
     def of(self, check: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What `check` returns; None, and its mistake noted, where it raises one of ours."""

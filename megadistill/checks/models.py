@@ -120,6 +120,11 @@ def _safetensors(model: ModelFiles) -> None:
             return
         others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     elif model.weights():
+        missing = model.incomplete_weights()
+        if missing:
+            raise ConfigError(
+                f"{model.key}: {model.name} lacks {missing}: copy or download it again"
+            )
         return
     else:
         others = model.other_weights()

@@ -22,23 +22,38 @@ def teacher_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     found = None if model is None else model.parameters()
     if model is None or found is None or not model.hidden_size or not model.layers:
         return None
-    parameters, width = found[0], _WIDTH[config.teacher.dtype]
     tokens = config.teacher.micro_batch * config.data.seq_len
-    live = tokens * model.hidden_size * 16 * width
+    live = tokens * model.hidden_size * 16 * _WIDTH[config.teacher.dtype]
+    return teacher_weights(config, found[0], model.layers, world) + live + HEAD_CHUNK
+
+
+def teacher_weights(config: Config, parameters: int, layers: int, world: int) -> int:
+    """Bytes a rank of the teacher's weights alone: its share, under zero3 two whole layers too."""
+    size = parameters * _WIDTH[config.teacher.dtype]
     if config.teacher.engine == "zero3":
-        weights = parameters * width // world + 2 * parameters * width // model.layers
-    else:
-        weights = parameters * width // config.teacher.tp
-    return weights + live + HEAD_CHUNK
+        share = 0 if config.teacher.offload else size // world
+        return share + 2 * size // layers
+    return size // config.teacher.tp
 
 
 def student_memory(config: Config, model: ModelFiles | None, world: int) -> int | None:
     """Bytes a rank to train on `world` ranks; None where the model's size is not known."""
-    found = None if model is None else model.parameters()
-    if model is None or found is None or not model.hidden_size or not model.layers:
+    states = student_states(config, model, world)
+    if model is None or states is None or not model.hidden_size or not model.layers:
         return None
-    parameters = found[0]
     width = 2 if _half_precision(config) else 4
+    tokens = config.train.micro_batch * config.data.seq_len
+    again = config.train.activation_checkpointing
+    values = model.layers + 17 if again else 17 * model.layers  # of a token and hidden unit
+    return states + tokens * model.hidden_size * values * width
+
+
+def student_states(config: Config, model: ModelFiles | None, world: int) -> int | None:
+    """Bytes a rank of all but the activations; None where the model's size is not known."""
+    found = None if model is None else model.parameters()
+    if model is None or found is None or not model.layers:
+        return None
+    parameters, width = found[0], 2 if _half_precision(config) else 4
     zero = config.deepspeed.get("zero_optimization") or {}
     stage = int(zero.get("stage", 3))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -48,12 +63,8 @@ def student_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     gradients = parameters * (4 if bfloat16 else width) // (world if stage >= 2 else 1)
     states = parameters * (12 if width == 2 else 8) // (world if stage >= 1 else 1)
     gathered = 2 * parameters * width // model.layers if stage >= 3 else 0
-    tokens = config.train.micro_batch * config.data.seq_len
     average = 4 * parameters // world if config.train.ema else 0
-    again = config.train.activation_checkpointing
-    values = model.layers + 17 if again else 17 * model.layers  # of a token and hidden unit
-    activations = tokens * model.hidden_size * values * width
-    return weights + gradients + (0 if offloaded else states) + average + gathered + activations
+    return weights + gradients + (0 if offloaded else states) + average + gathered
 
 
 def _half_precision(config: Config) -> bool:

@@ -13,10 +13,10 @@ collective, so all ranks must call `hidden` equally often. Experts are gathered 
 them a rank calls depends on its tokens, and ranks that gather different ones would wait for ever.
 
 No rank holds a whole model. Weights are mapped from the files, and each rank copies its share, a
-module (tensor_parallel) or a parameter (zero3) at a time. Loading 3.2 GB of a Llama on two ranks took
-1.5 GB of memory on each under tensor_parallel and 2.0 GB under zero3, two layers at work included.
-A checkpoint in another type than `teacher.dtype` has to be converted: tensor_parallel then holds it
-whole in host memory while it loads.
+module (tensor_parallel) or a parameter (zero3) at a time. Loading 3.2 GB of a Llama on two ranks
+took 1.5 GB of memory on each under tensor_parallel and 2.0 GB under zero3, two layers at work and a
+copy of the head included. A checkpoint in another type than `teacher.dtype` has to be converted:
+tensor_parallel then holds it whole in host memory while it loads.
 
 Before either answers anything it is held against the model itself (`teacher/selfcheck.py`).
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from megadistill.config.find import DEFAULT, find_config
 from megadistill.config.load import load_config
 from megadistill.config.messages import all_keys
-from megadistill.config.rules import default_groups, worst_bytes_per_position
+from megadistill.config.rules import worst_bytes_per_position
 from megadistill.config.schema import (
     CacheConfig,
     Config,
@@ -26,6 +26,7 @@ from megadistill.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
+from megadistill.config.training_rules import default_groups
 from megadistill.config.yaml_reader import write_yaml
 
 __all__ = [

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from megadistill.config.find import DEFAULT, find_config, shown
 from megadistill.config.messages import KeyPath, all_keys, dotted, message
-from megadistill.config.rules import Problem, problems
+from megadistill.config.problem import Problem
+from megadistill.config.rules import problems
 from megadistill.config.schema import Config
 from megadistill.config.suggest import closest, did_you_mean
 from megadistill.config.yaml_reader import read_yaml

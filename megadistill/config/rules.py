@@ -1,4 +1,6 @@
-"""Rules that concern more than one key. Pure: nothing here looks at the disk or at a model.
+"""Rules that concern more than one key, less those of training (training_rules.py).
+
+Pure: nothing here looks at the disk or at a model.
 
 A rule yields the keys it looked at with its message, so that the loader can leave out the rules
 about keys that are already reported as wrong.
@@ -9,10 +11,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from megadistill.config.curves import fractions, values
 from megadistill.config.deepspeed_keys import deepspeed_problems
+from megadistill.config.problem import Problem
+from megadistill.config.training_rules import TRAINING
 from megadistill.disk import is_url
 from megadistill.errors import ConfigError
 from megadistill.targets import DENSE, PARAMETERS, check_divergence
@@ -20,23 +24,7 @@ from megadistill.targets import DENSE, PARAMETERS, check_divergence
 if TYPE_CHECKING:
     from megadistill.config.schema import Config, LossConfig
 
-MAX_GROUPS = 64
 MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
-
-
-class Problem(NamedTuple):
-    """A mistake. `keys`: what it is about, the first of them the one to name."""
-
-    keys: tuple[str, ...]
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.keys[0]}: {self.message}"
-
-
-def default_groups(global_batch: int) -> int:
-    """The largest divisor of `global_batch` that is at most 64."""
-    return max(g for g in range(1, MAX_GROUPS + 1) if global_batch % g == 0)
 
 
 def worst_bytes_per_position(config: Config) -> float:
@@ -62,11 +50,7 @@ def _worst_bytes_a_sequence(config: Config) -> float:
 
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
-    rules = (
-        _source, _fields, _folders, _teacher, _online, _targets, _batch, _steps, _averages, _nvme,
-        _trackers,
-    )  # fmt: skip
-    for rule in rules:
+    for rule in (_source, _fields, _folders, _teacher, _online, _targets, *TRAINING):
         yield from rule(config)
     for path, message in deepspeed_problems(config.deepspeed):
         yield Problem((".".join(("deepspeed", *path)),), message)
@@ -217,6 +201,12 @@ def _online(config: Config) -> Iterator[Problem]:
             "loss.kd_weight=1, or teacher.mode=cached and cache.dir to the token store "
             f"({config.data.dir})",
         )
+    if targets.method in DENSE and targets.positions == "entropy":
+        yield Problem(
+            ("targets.positions", "targets.method"),
+            f"entropy with targets.method={targets.method}, which compares all positions: set "
+            "targets.positions=all, or a method that lists ids",
+        )
     if targets.method in DENSE and targets.temperature != 1:
         yield Problem(
             ("targets.temperature", "targets.method"),
@@ -284,128 +274,4 @@ def _loss(loss: LossConfig) -> Iterator[Problem]:
             ("loss.curriculum", "loss.ce_weight"),
             f"{loss.curriculum} with loss.ce_weight={loss.ce_weight}, expected a number above 0, "
             "its weight in the last phase: set it, or set loss.curriculum=null",
-        )
-
-
-def _batch(config: Config) -> Iterator[Problem]:
-    if config.student is None:
-        return
-    train, groups = config.train, config.order.groups
-    if train.global_batch % train.micro_batch:
-        yield Problem(
-            ("train.global_batch", "train.micro_batch"),
-            f"{train.global_batch} is not a multiple of train.micro_batch ({train.micro_batch}): "
-            f"set train.micro_batch to a divisor of {train.global_batch}, for example "
-            f"{max(d for d in range(1, train.micro_batch) if train.global_batch % d == 0)}",
-        )
-    if config.order.shuffle == "shuffle" and train.global_batch % groups:
-        yield Problem(
-            ("order.groups", "train.global_batch"),
-            f"{groups} does not divide train.global_batch ({train.global_batch}), and a batch "
-            "takes equal shares of every group: leave order.groups out, or set it to "
-            f"{default_groups(train.global_batch)}",
-        )
-
-
-def _averages(config: Config) -> Iterator[Problem]:
-    if config.student is None:
-        return
-    train = config.train
-    if train.keep_best and config.eval.cache is None:
-        yield Problem(
-            ("train.keep_best", "eval.cache"),
-            "there is no held-out loss to be lowest without eval.cache: set it, or leave "
-            "train.keep_best out",
-        )
-    if train.use_ema and not train.ema:
-        yield Problem(
-            ("train.use_ema", "train.ema"), "there is no average to use: set train.ema=true"
-        )
-
-
-def _nvme(config: Config) -> Iterator[Problem]:
-    """Parameters may lie there; the optimizer not.
-
-    Tried with DeepSpeed 0.19.8 and torch's AdamW on 1 and 2 ranks: with the optimizer on NVMe
-    training is right, and a checkpoint is not. It copies the files that were swapped out and brings
-    back none of the moments (losses of the next steps were off by 4), and its universal checkpoint
-    fails, since what it should convert is empty.
-    """
-    zero = _mapping(config.deepspeed, "zero_optimization")
-    optimizer, parameters = _mapping(zero, "offload_optimizer"), _mapping(zero, "offload_param")
-    if optimizer.get("device") == "nvme":
-        key = "deepspeed.zero_optimization.offload_optimizer"
-        yield Problem(
-            (key,),
-            "device is nvme, from where DeepSpeed does not bring the optimizer's state back when a "
-            "run is resumed, expected cpu or none: set it to cpu (offload_param may be on nvme)",
-        )
-    if parameters.get("device") != "nvme":
-        return
-    key = "deepspeed.zero_optimization.offload_param"
-    if config.train.ema:
-        yield Problem(
-            ("train.ema", key),
-            "needs the weights in memory, and offload_param.device is nvme: set it to cpu, or "
-            "leave train.ema out",
-        )
-    if not parameters.get("nvme_path"):
-        yield Problem(
-            (key,), "device is nvme without nvme_path: set it to a folder on a local disk"
-        )
-
-
-def _mapping(section: dict[str, Any], key: str) -> dict[str, Any]:
-    """What `key` holds; nothing where that is no mapping, which another rule reports."""
-    found = section.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def _trackers(config: Config) -> Iterator[Problem]:
-    names = config.train.trackers
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        yield Problem(
-            ("train.trackers",), f"{', '.join(twice)} stands there twice: name each tracker once"
-        )
-
-
-def _steps(config: Config) -> Iterator[Problem]:
-    if config.student is None:
-        return
-    train = config.train
-    keys = ("train", "train.steps", "train.epochs")
-    if train.steps is not None and train.epochs is not None:
-        yield Problem(
-            keys,
-            f"steps ({train.steps}) and epochs ({train.epochs:g}) are both set: keep one, for "
-            "example with train.steps=null",
-        )
-    if train.steps is None and train.epochs is None:
-        yield Problem(
-            keys,
-            "how long to train is not said: set train.steps (optimizer steps) or train.epochs "
-            "(passes over the cache)",
-        )
-    if train.steps is not None and train.warmup_steps >= train.steps:
-        yield Problem(
-            ("train.warmup_steps", "train.steps"),
-            f"{train.warmup_steps} leaves nothing of train.steps ({train.steps}): set "
-            "train.warmup_steps to less, a tenth of the steps for example",
-        )
-    if train.decay_steps is not None and train.schedule != "wsd":
-        yield Problem(
-            ("train.decay_steps", "train.schedule"),
-            f"is read with train.schedule=wsd only, and the schedule is {train.schedule}: remove "
-            "it, or set train.schedule=wsd",
-        )
-    elif (
-        train.decay_steps is not None
-        and train.steps is not None
-        and train.warmup_steps < train.steps < train.warmup_steps + train.decay_steps
-    ):
-        yield Problem(
-            ("train.decay_steps", "train.warmup_steps", "train.steps"),
-            f"{train.decay_steps} and train.warmup_steps ({train.warmup_steps}) together exceed "
-            f"train.steps ({train.steps}): make them fit",
         )

@@ -24,7 +24,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megadistill.config.curves import curve_of, value_at, values
-from megadistill.config.rules import default_groups, problems
+from megadistill.config.rules import problems
+from megadistill.config.training_rules import default_groups
 from megadistill.disk import is_url
 from megadistill.errors import ConfigError
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 
 from megadistill.config import Config, LossConfig
-from megadistill.data.tokens import build_tokens
 from megadistill.parallel import Mesh, told_to_stop
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
@@ -32,6 +31,7 @@ from megadistill.train.engine import Trainer
 from megadistill.train.folder import run_identity
 from megadistill.train.metrics import Reporter
 from megadistill.train.nonfinite import NonFinite
+from megadistill.train.online import tokenise
 from megadistill.train.run import Run, build, finish, prepare
 from megadistill.train.schedule import learning_rate
 
@@ -55,7 +55,7 @@ def train(config: Config, mesh: Mesh) -> Trained:
     that are not finite. On SIGTERM it finishes the step, saves and returns.
     """
     if config.teacher.mode == "online":
-        mesh.first(lambda: build_tokens(config))
+        tokenise(config, mesh)
     run = prepare(config, mesh)
     identity = run_identity(config, run.stores, run.steps)
     if mesh.first(lambda: run.folder.claim(identity)):

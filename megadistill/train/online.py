@@ -24,6 +24,7 @@ import torch
 
 from megadistill.cache.recipe import cache_recipe
 from megadistill.config import Config
+from megadistill.data.tokens import build_tokens
 from megadistill.parallel import Mesh
 from megadistill.targets import DENSE, SparseTargets
 from megadistill.teacher.dense import DenseTargets
@@ -88,6 +89,15 @@ class OnlineTeacher:
             torch.as_tensor(keys_N2, device=device),
             temperature=self._config.targets.temperature, **settings,
         )  # fmt: skip
+
+
+def tokenise(config: Config, mesh: Mesh) -> None:
+    """Make what is missing of the token store, on rank 0. Collective."""
+
+    def work() -> None:
+        build_tokens(config)
+
+    mesh.first(work)
 
 
 def open_online(config: Config, mesh: Mesh) -> list[Sequences]:

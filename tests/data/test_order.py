@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.config.rules import default_groups
+from megadistill.config.training_rules import default_groups
 from megadistill.data.hashing import permutation
 from megadistill.data.order import Order, rank_rows
 from megadistill.errors import ConfigError

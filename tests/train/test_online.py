@@ -94,13 +94,13 @@ def weights_after(mesh, config):
     """The student's weights after the run, as this rank sees them whole."""
     import threading
 
-    from megadistill.data.tokens import build_tokens
     from megadistill.train.checkpoint import Position
     from megadistill.train.loop import run_steps
+    from megadistill.train.online import tokenise
     from megadistill.train.run import build, prepare
     from tests.train.runs import masters
 
-    mesh.first(lambda: build_tokens(config) and None)
+    tokenise(config, mesh)
     run = prepare(config, mesh)
     mesh.first(lambda: run.folder.path.mkdir(parents=True))
     trainer = build(run, mesh)
@@ -171,10 +171,10 @@ def test_through_a_cache_it_is_the_same_within_what_the_codec_rounds(pair, every
 
 def answered(mesh, config):
     """This rank's rows of the first two steps: (sequence, its targets), as the teacher answers."""
-    from megadistill.data.tokens import build_tokens
+    from megadistill.train.online import tokenise
     from megadistill.train.run import build, prepare
 
-    mesh.first(lambda: build_tokens(config) and None)
+    tokenise(config, mesh)
     run = prepare(config, mesh)
     teacher = build(run, mesh).teacher
     found = []
@@ -261,12 +261,12 @@ def test_a_run_is_its_teacher(pair, exact):
 
 
 def largest_allocation(mesh, config):
-    from megadistill.data.tokens import build_tokens
     from megadistill.train.data import micro_batch
+    from megadistill.train.online import tokenise
     from megadistill.train.run import build, prepare
     from tests.allocation import AllocationWatch
 
-    mesh.first(lambda: build_tokens(config) and None)
+    tokenise(config, mesh)
     run = prepare(config, mesh)
     trainer = build(run, mesh)
     head = trainer.teacher._teacher.head
@@ -296,6 +296,8 @@ def test_no_tensor_of_positions_by_vocabulary_exists(pair, method):
     ({"loss": {"kd_weight": 0.0, "ce_weight": 1.0}}, "teacher.mode: online with loss.kd_weight=0"),
     ({"targets": {"method": "exact", "temperature": 2.0}},
      "targets.temperature: 2 with targets.method=exact"),
+    ({"targets": {"method": "union", "positions": "entropy", "min_entropy": 0.5}},
+     "targets.positions: entropy with targets.method=union"),
     ({"targets": {"method": "varopt"}, "loss": {"divergence": "jsd"}},
      "jsd cannot be computed from varopt targets"),
     ({"loss": {"ground_truth_residual": True}},

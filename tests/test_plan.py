@@ -195,7 +195,7 @@ def test_raised_max_samples_is_estimated_from_the_documents_that_are_there(place
 
 
 def test_a_position_takes_what_was_measured_of_teachers_of_1_to_5_nats():
-    from megadistill.config.schema import TargetsConfig
+    from megadistill.config import TargetsConfig
 
     # Entries of varopt at tau = 0.06; the estimate is for 2 nats.
     for measured in (5.3, 6.1, 6.6, 7.9, 10.6, 12.9, 14.0):
@@ -258,7 +258,7 @@ def test_a_part_of_a_cache_needs_room_for_its_own_blocks(place):
     ],
 )
 def test_bytes_follow_from_the_entries_as_the_codec_was_measured(settings, measured):
-    from megadistill.config.schema import TargetsConfig
+    from megadistill.config import TargetsConfig
 
     estimate = position(TargetsConfig(**settings), vocab_size=128_256)
     entries, size = measured
@@ -270,6 +270,6 @@ def test_bytes_follow_from_the_entries_as_the_codec_was_measured(settings, measu
 
 
 def test_topp_of_everything_is_k():
-    from megadistill.config.schema import TargetsConfig
+    from megadistill.config import TargetsConfig
 
     assert position(TargetsConfig(method="topp", p=1, k=64), vocab_size=None).entries == 65

@@ -42,7 +42,7 @@ import torch
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.ranking import IdRanking, rank_ids
-from megadistill.config.schema import TeacherConfig
+from megadistill.config import TeacherConfig
 from megadistill.errors import StoreError
 from megadistill.pretrained import load_pretrained
 from megadistill.student.head import fused_linear_distillation

@@ -16,7 +16,7 @@ import torch
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.ranking import IdRanking, rank_ids
-from megadistill.config.schema import TeacherConfig
+from megadistill.config import TeacherConfig
 from megadistill.errors import StoreError
 from megadistill.pretrained import load_pretrained
 

@@ -3,33 +3,32 @@
     config = load_config("demo.yaml", ["train.lr=3e-4"])
     config.teacher.model, config.train.lr, ...
 
-schema.py has the keys, rules.py what concerns several of them, deepspeed_keys.py what DeepSpeed
-may be told, load.py the way from a file to a checked Config.
+generating.py, training.py and schema.py have the keys, rules.py and training_rules.py what concerns
+several of them, deepspeed_keys.py what DeepSpeed may be told, load.py the way from a file to a
+checked Config.
 """
 
 from __future__ import annotations
 
 from megadistill.config.find import DEFAULT, find_config
+from megadistill.config.generating import CacheConfig, DataConfig, TargetsConfig, TeacherConfig
 from megadistill.config.load import load_config
 from megadistill.config.messages import all_keys
 from megadistill.config.rules import worst_bytes_per_position
-from megadistill.config.schema import (
-    CacheConfig,
-    Config,
-    DataConfig,
+from megadistill.config.schema import Config, ParallelConfig
+from megadistill.config.training import (
+    ALL_TERMS_FROM,
     EvalConfig,
     LossConfig,
     OrderConfig,
-    ParallelConfig,
     StudentConfig,
-    TargetsConfig,
-    TeacherConfig,
     TrainConfig,
 )
 from megadistill.config.training_rules import default_groups
 from megadistill.config.yaml_reader import write_yaml
 
 __all__ = [
+    "ALL_TERMS_FROM",
     "DEFAULT",
     "CacheConfig",
     "Config",

@@ -22,7 +22,8 @@ from megadistill.errors import ConfigError
 from megadistill.targets import DENSE, PARAMETERS, check_divergence
 
 if TYPE_CHECKING:
-    from megadistill.config.schema import Config, LossConfig
+    from megadistill.config.schema import Config
+    from megadistill.config.training import LossConfig
 
 MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from megadistill.attention import check_isolation
-from megadistill.config import Config
+from megadistill.config import ALL_TERMS_FROM, Config
 from megadistill.config.curves import values
-from megadistill.config.schema import ALL_TERMS_FROM
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh

@@ -1,0 +1,232 @@
+"""The sections that make a cache: text, teacher, targets, and where they lie."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from megadistill.config.fields import (
+    ModelConfig,
+    Number,
+    Part,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    Share,
+    Text,
+    WeightFloat,
+)
+from megadistill.disk import is_url
+from megadistill.errors import ConfigError
+
+
+class DataConfig(Section):
+    """Text in, sequences of tokens out."""
+
+    source: Literal["python-stdlib"] | None = Field(
+        default=None,
+        description="a corpus every machine has: the running interpreter's standard library",
+    )
+    files: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="local parquet, jsonl, arrow or text files; patterns allowed"
+    )
+    name: Text | None = Field(default=None, description="a dataset on the Hugging Face hub")
+    config: Text | None = Field(default=None, description="the hub dataset's configuration")
+    split: Text = Field(default="train", description="the split to read")
+    revision: Text | None = Field(
+        default=None, description="the hub dataset's branch, tag or commit"
+    )
+    streaming: bool = Field(
+        default=False,
+        description="read without downloading the whole set first; needs `max_samples`",
+    )
+    max_samples: PositiveInt | None = Field(default=None, description="documents to read at most")
+    text_field: Text = Field(default="text", description="the column that holds the text")
+    messages_field: Text | None = Field(
+        default=None, description="the column that holds a chat, for the tokenizer's chat template"
+    )
+    prompt_field: Text | None = Field(
+        default=None, description="the column of prompts, together with `completion_field`"
+    )
+    completion_field: Text | None = Field(
+        default=None, description="the column of completions; only these are learned from"
+    )
+    shuffle: bool = Field(default=False, description="shuffle the documents, by `data.seed`")
+    seed: Seed = Field(default=0, description="seed of the shuffling")
+    dir: Text = Field(default="runs/tokens", description="the token store")
+    seq_len: PositiveInt = Field(default=2048, description="tokens of a sequence")
+    block_size: PositiveInt = Field(
+        default=256, description="sequences of a block, the unit of work, commit and resume"
+    )
+    tokenizer: Text | None = Field(
+        default=None, description="a folder or a hub id; default: the teacher's tokenizer"
+    )
+    pack: Literal["isolate", "concat"] = Field(
+        default="isolate",
+        description="whether attention and positions stay within a document, or cross",
+    )
+    workers: PositiveInt | None = Field(
+        default=None, description="tokenising processes; default: one a core, at most 16"
+    )
+
+
+class TeacherConfig(ModelConfig):
+    """The model that is learned from, and how it runs."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="type of weights and activations"
+    )
+    tp: PositiveInt = Field(
+        default=1, description="ranks that hold one copy of the teacher together"
+    )
+    engine: Literal["tensor_parallel", "zero3"] = Field(
+        default="tensor_parallel",
+        description="every tp ranks hold a copy; or all ranks hold one and gather layer by layer",
+    )
+    offload: Literal["cpu"] | None = Field(
+        default=None,
+        description="`cpu`: the weights lie in host memory; `zero3` fetches each layer's when its "
+        "turn comes, `tensor_parallel`, with `mode: online` only, all of them while it answers",
+    )
+    mode: Literal["cached", "online"] = Field(
+        default="cached",
+        description="targets come from a cache, or from the teacher beside the student, which "
+        "`launch/train.py` then runs on the same ranks over the text of `data`",
+    )
+    micro_batch: PositiveInt = Field(
+        default=8, description="sequences of one forward pass of a rank"
+    )
+
+
+class TargetsConfig(Section):
+    """What is kept of the teacher's distribution at each position."""
+
+    method: Literal["varopt", "multinomial", "topk", "topp", "union", "exact"] = Field(
+        default="varopt",
+        description="`varopt` and `multinomial` sample without bias; `topk` keeps the k most "
+        "probable ids, `topp` as many of them as have mass p. With `teacher.mode: online` also "
+        "`exact`, the whole distribution, and `union`, the k most probable ids of the teacher and "
+        "the k of the student, at `loss.temperature`",
+    )
+    tau: Annotated[float, Field(gt=0, le=1), Number] = Field(
+        default=0.06,
+        description="`varopt`: ids of at least this probability are kept, the rest is sampled in "
+        "steps of it; at most ceil(1/tau) + 1 entries a position",
+    )
+    draws: Annotated[int, Field(gt=0, le=65_535), Number] = Field(
+        default=50, description="`multinomial`: draws with replacement at a position"
+    )
+    k: PositiveInt = Field(
+        default=64,
+        description="`topk`: entries of a position; `topp`: the most entries; the true token is "
+        "added where it is not among them; `union`: ids of each side",
+    )
+    p: Annotated[float, Field(gt=0, le=1), Number] = Field(
+        default=0.95, description="`topp`: the mass to keep"
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="the teacher's softmax temperature")
+    seed: Seed = Field(default=0, description="seed of the sampling")
+    positions: Literal["all", "loss_mask", "entropy"] = Field(
+        default="all",
+        description="which positions get targets: all, only completions, or those where the "
+        "teacher's entropy is at least `min_entropy`",
+    )
+    min_entropy: PositiveFloat | None = Field(
+        default=None, description="`positions: entropy`: in nats, at `temperature`"
+    )
+    entropy: bool = Field(default=True, description="keep the teacher's entropy, a byte a position")
+    nll: bool = Field(
+        default=True,
+        description="keep minus the teacher's log-probability of the true token, a byte a position",
+    )
+
+
+class CacheSource(Section):
+    """One of several caches to train from."""
+
+    dir: Text = Field(description="the cache: a folder or a URL")
+    weight: PositiveFloat = Field(default=1.0, description="passes over it in an epoch")
+
+
+def _source(value: Any) -> Any:
+    return {"dir": value} if isinstance(value, str) else value
+
+
+# The tags end up in the places of pydantic's errors, where what has brackets is no key.
+CacheDir = Annotated[
+    Annotated[Text, Tag("[text]")]
+    | Annotated[
+        list[Annotated[CacheSource, BeforeValidator(_source)]], Field(min_length=1), Tag("[list]")
+    ],
+    Discriminator(lambda value: "[list]" if isinstance(value, list) else "[text]"),
+]
+
+
+class CacheConfig(Section):
+    """Where the targets lie."""
+
+    dir: CacheDir = Field(
+        default="runs/cache",
+        description="the cache, a folder; to train from, also a URL (`sftp://`, `s3://`, `gs://`, "
+        "`hf://`, `file://`), or a list of these, or of `{dir: ..., weight: ...}` with the passes "
+        "over each in an epoch",
+    )
+    local_dir: Text | None = Field(
+        default=None,
+        description="where shards of caches at URLs are kept; default: `~/.cache/megadistill`",
+    )
+    local_limit: PositiveFloat = Field(
+        default=50.0, description="GiB of such shards to keep at most, of all caches together"
+    )
+    min_free: WeightFloat = Field(
+        default=0.5,
+        description="GiB of disk to leave free; looked at before a run starts and after each block",
+    )
+    reserve: Share = Field(
+        default=0.5,
+        description="share of the bytes still to come that must be free: where less is, generating "
+        "stops cleanly and can go on later; 0: do not watch, nor refuse a disk that is too small",
+    )
+    allow_incomplete: bool = Field(
+        default=False,
+        description="train on the blocks that an unfinished cache has when the run begins; the run "
+        "keeps to them, also when it is resumed and there are more by then",
+    )
+    part: Part | None = Field(
+        default=None,
+        description="`I/N`: generate only the blocks b with b mod N = I; the parts, in folders of "
+        "their own, are merged with tools/merge_and_inspect.py",
+    )
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): the blocks b with b mod n = i are to be generated."""
+        index, _, parts = (self.part or "0/1").partition("/")
+        return int(index), int(parts)
+
+    @property
+    def sources(self) -> list[CacheSource]:
+        """What to train from; a single cache is a list of one."""
+        return [CacheSource(dir=self.dir)] if isinstance(self.dir, str) else self.dir
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether there is one cache, in a folder, which can be generated into."""
+        return isinstance(self.dir, str) and not is_url(self.dir)
+
+    @property
+    def folder(self) -> str:
+        """The one folder that is generated into. ConfigError for a list or a URL."""
+        if not isinstance(self.dir, str):
+            raise ConfigError(
+                f"cache.dir: a list of {len(self.dir)} caches is to train from, and generating "
+                "writes one: set cache.dir to one folder"
+            )
+        if is_url(self.dir):
+            raise ConfigError(
+                "cache.dir: a URL is to train from, and generating writes to a folder: set "
+                "cache.dir to one, then copy it with tools/copy_cache.py"
+            )
+        return self.dir

@@ -1,0 +1,230 @@
+"""The sections that train a student: the model, its loss, the order, the run, its evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megadistill.config.curves import curve_of, value_at, values
+from megadistill.config.fields import (
+    CountInt,
+    InnerShare,
+    ModelConfig,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Text,
+    WeightFloat,
+)
+
+
+class StudentConfig(ModelConfig):
+    """The model that learns. Without this section there is nothing to train."""
+
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="start from the model's weights, or from its config.json alone",
+    )
+
+
+CURVES = ("kd_weight", "ce_weight", "label_smoothing", "temperature")  # of LossConfig
+ALL_TERMS_FROM = 0.6  # of a run, under curriculum: three_phase
+
+
+class LossConfig(Section):
+    """What is minimised: kd_weight x distillation + ce_weight x cross-entropy on true tokens.
+
+    In place of a number stand points `[[0, 1.0], [0.5, 1.0], [1, 0.2]]`: the value at fractions of
+    the run, straight lines between them, two points at one fraction for a jump.
+    """
+
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl"
+    ] = Field(
+        default="forward_kl",
+        description="between the teacher's targets and the student; `topk`, `topp` and `union` "
+        "serve all of them, the tail as one bucket, `exact` all of them without a tail, `varopt` "
+        "and `multinomial` only `forward_kl`",
+    )
+    beta: InnerShare = Field(
+        default=0.5,
+        description="`jsd`: share of the teacher in the mixture that both are compared with",
+    )
+    alpha: InnerShare = Field(
+        default=0.1,
+        description="`skewed_kl`: KL(teacher, alpha teacher + (1 - alpha) student); "
+        "`skewed_reverse_kl`: KL(student, alpha student + (1 - alpha) teacher)",
+    )
+    head_mass: InnerShare = Field(
+        default=0.5,
+        description="`adaptive_kl`: the teacher's mass whose gap weighs forward against reverse KL",
+    )
+    kd_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
+        default=1.0, description="weight of the distillation loss"
+    )
+    ce_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
+        default=0.0, description="weight of the cross-entropy on true tokens"
+    )
+    label_smoothing: curve_of(ShareBelowOne) = Field(  # type: ignore[valid-type]
+        default=0.0,
+        description="share of the cross-entropy's label that is spread over the vocabulary",
+    )
+    z_loss: WeightFloat = Field(
+        default=0.0,
+        description="weight of the squared log-sum-exp of the logits, which keeps them from "
+        "drifting; 1e-4 is usual",
+    )
+    ground_truth_residual: bool = Field(
+        default=False,
+        description="put the mass that `topk` and `topp` leave out on the true token; "
+        "`forward_kl` only",
+    )
+    temperature: curve_of(PositiveFloat) = Field(  # type: ignore[valid-type]
+        default=1.0,
+        description="softmax temperature of the distillation loss; the targets' own, or for `topk` "
+        "and `topp` another: a coarse divergence over the listed ids and the tail, softened",
+    )
+    memory_budget: WeightFloat | None = Field(
+        default=None,
+        description="GiB that the head's gradients may take from the forward to the backward pass; "
+        "above it they are recomputed, at a fourth matrix product; default: they are kept",
+    )
+    curriculum: Literal["three_phase"] | None = Field(
+        default=None,
+        description="`three_phase`: the teacher's targets alone until 0.3 of the run, with its "
+        "attention and features until 0.6 (a cache has none), then the true tokens as well",
+    )
+
+    def at(self, done: float) -> LossConfig:
+        """The loss when `done` of the run, 0 to 1, is behind: numbers in place of points."""
+        now = {name: value_at(getattr(self, name), done) for name in CURVES}
+        if self.curriculum == "three_phase" and done < ALL_TERMS_FROM:
+            now["ce_weight"] = 0.0
+        return self.model_copy(update=now | {"curriculum": None})
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the distillation loss has a weight at any time of the run."""
+        return any(values(self.kd_weight))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The keys whose value changes over the run."""
+        preset = ("ce_weight",) if self.curriculum else ()
+        return tuple(n for n in CURVES if n in preset or isinstance(getattr(self, n), tuple))
+
+
+class OrderConfig(Section):
+    """Which sequences form global batch g: the same at every number of ranks."""
+
+    shuffle: Literal["shuffle", "sequential"] = Field(
+        default="shuffle", description="deal permuted blocks into groups, or take blocks in order"
+    )
+    groups: PositiveInt = Field(
+        default=64,
+        description="groups a batch takes equal shares of; default: the largest divisor of "
+        "`train.global_batch` that is at most 64",
+    )
+    seed: Seed = Field(default=0, description="seed of the order")
+
+
+class TrainConfig(Section):
+    """The training run: AdamW with warm-up and decay."""
+
+    out_dir: Text = Field(
+        default="runs/train", description="metrics, checkpoints and the trained model"
+    )
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps; or set `epochs`")
+    epochs: PositiveFloat | None = Field(
+        default=None, description="passes over the cache; or set `steps`"
+    )
+    global_batch: PositiveInt = Field(default=64, description="sequences of a step, over all ranks")
+    micro_batch: PositiveInt = Field(default=8, description="sequences of one pass of a rank")
+    lr: PositiveFloat = Field(default=1e-4, description="learning rate at its peak")
+    min_lr_ratio: Share = Field(
+        default=0.1, description="the last learning rate, as a share of `lr`"
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine", description="after warm-up: cosine decay; stable, then decay; or constant"
+    )
+    warmup_steps: CountInt = Field(
+        default=0, description="steps over which the learning rate rises"
+    )
+    decay_steps: PositiveInt | None = Field(
+        default=None,
+        description="`wsd`: steps of the decay at the end; default: a fifth of the steps",
+    )
+    weight_decay: WeightFloat = Field(default=0.1, description="AdamW's, on matrices only")
+    betas: tuple[ShareBelowOne, ShareBelowOne] = Field(default=(0.9, 0.95), description="AdamW's")
+    grad_clip: WeightFloat = Field(default=1.0, description="largest gradient norm; 0: not clipped")
+    save_every: PositiveInt | None = Field(
+        default=None, description="steps between checkpoints; default: at the end only"
+    )
+    save_in_background: bool = Field(
+        default=False,
+        description="write checkpoints while training goes on, from a copy in host memory: 12 "
+        "bytes a parameter over all ranks, 16 with `ema`",
+    )
+    eval_every: PositiveInt | None = Field(
+        default=None, description="steps between held-out evaluations; default: at the end only"
+    )
+    keep: PositiveInt = Field(default=2, description="checkpoints to keep, the newest")
+    keep_best: bool = Field(
+        default=False,
+        description="keep that of the lowest held-out loss as well, and export it to `model_best/`",
+    )
+    ema: bool = Field(
+        default=False,
+        description="keep a moving average of the weights: 4 bytes a parameter over all ranks",
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1), Number] = Field(
+        default=0.9999, description="its decay; at first less, (1 + t) / (10 + t) after t steps"
+    )
+    use_ema: bool = Field(
+        default=False, description="evaluate and export the average instead of the weights"
+    )
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="at a loss or gradient that is not finite: stop with an error, or leave the "
+        "step out on all ranks; both name the sequences",
+    )
+    skip_budget: CountInt = Field(
+        default=10, description="`non_finite: skip`: steps to leave out at most in the whole run"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[],
+        description="where rank 0's figures go besides `metrics.jsonl` and `eval.jsonl`, each "
+        "through its own library (`pip install` it)",
+    )
+    project: Text = Field(
+        default="megadistill", description="`wandb`, `trackio`: the project the run belongs to"
+    )
+    run_name: Text | None = Field(
+        default=None,
+        description="`wandb`, `trackio`: the run's name; default: the last two parts of `out_dir`",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep only each layer's input and compute the rest again in the backward pass: "
+        "a third more arithmetic, and the memory of one layer's activations in place of all",
+    )
+    seed: Seed = Field(default=0, description="seed of random weights")
+    deterministic: bool = Field(
+        default=False, description="repeatable to the bit on a GPU too, at some cost in speed"
+    )
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    cache: Text | None = Field(
+        default=None, description="a `topk` cache of held-out text, a folder or a URL"
+    )
+    max_sequences: PositiveInt | None = Field(
+        default=None, description="sequences to evaluate at most; default: all"
+    )

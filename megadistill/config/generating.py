@@ -40,7 +40,8 @@ class DataConfig(Section):
     )
     streaming: bool = Field(
         default=False,
-        description="read without downloading the whole set first; needs `max_samples`",
+        description="read without downloading the whole set first; needs `max_samples`, or, with "
+        "`teacher.mode: online`, `train.steps`, and as much is read as they need",
     )
     max_samples: PositiveInt | None = Field(default=None, description="documents to read at most")
     text_field: Text = Field(default="text", description="the column that holds the text")

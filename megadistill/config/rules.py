@@ -74,12 +74,14 @@ def _source(config: Config) -> Iterator[Problem]:
             f"{' and '.join(given)} are set, expected one corpus: keep one, for example with "
             f"{others}",
         )
-    if data.streaming and data.max_samples is None:
+    if data.streaming and data.max_samples is None and not config.reads_on:
+        online = config.teacher.mode == "online"
         yield Problem(
-            ("data.streaming", "data.max_samples"),
+            ("data.streaming", "data.max_samples", *(("train.steps",) if online else ())),
             "a streamed dataset has no known end (FineWeb holds 15 trillion tokens, years of "
             "tokenising): set data.max_samples to the number of documents to read, for example "
-            "data.max_samples=1000000, or data.streaming=false to download a small one whole",
+            "data.max_samples=1000000, or data.streaming=false to download a small one whole"
+            + (", or train.steps, and as much is read as they need" if online else ""),
         )
 
 

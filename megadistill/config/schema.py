@@ -61,6 +61,17 @@ class Config(Section):
         "those that would contradict ours are refused",
     )
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether the corpus has no known end, and as much of it is read as training needs."""
+        endless = self.data.streaming and self.data.max_samples is None
+        return endless and self.teacher.mode == "online" and self.train.steps is not None
+
+    @property
+    def sequences_needed(self) -> int:
+        """Of all steps; 0 without train.steps."""
+        return (self.train.steps or 0) * self.train.global_batch
+
     @model_validator(mode="after")
     def _as_a_whole(self, info: ValidationInfo) -> Config:
         if "groups" not in self.order.model_fields_set:

@@ -37,10 +37,14 @@ BATCH_CHARACTERS = 128 * 1024
 BATCH_UNITS = 1024
 
 
-def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
+def build_tokens(
+    config: Config, *, blocks: int | None = None, progress: bool | None = None
+) -> BlockStore:
     """The token store of `config.data`, made or continued as far as needed.
 
-    A complete store is returned as it is. `progress`: a bar; by default where there is a terminal.
+    A complete store is returned as it is. `blocks`: so many are enough, of a corpus whose end is
+    nowhere near; the store is complete only where the corpus ended before. `progress`: a bar; by
+    default where there is a terminal.
     Raises DataError for a corpus that is missing, empty or shorter than a sequence (nothing is
     written), ConfigError for its tokenizer, RecipeError and StoreError for what is at `data.dir`.
     """
@@ -53,6 +57,8 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
         if _occupied(data.dir):
             store = BlockStore.create(data.dir, **settings)
             if covers(store, data) and store.complete():
+                return store
+            if blocks is not None and set(range(blocks)) <= set(store.committed()):
                 return store
             _lock(store, stack)
         number, cursor = _continue(store, data)
@@ -67,6 +73,8 @@ def build_tokens(config: Config, *, progress: bool | None = None) -> BlockStore:
                     store = BlockStore.create(data.dir, **settings)
                     _lock(store, stack)
                 _commit(store, block)
+                if blocks is not None and len(store.committed()) >= blocks and not ahead:
+                    return store
                 if ahead and covers(store, data):
                     break  # a gap is closed
         if store is None or not covers(store, data):

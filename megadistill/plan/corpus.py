@@ -33,6 +33,9 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
         planned = None if online else BlockStore.open(config.cache.folder).num_sequences
         if planned is not None and not os.path.isdir(data.dir):
             return planned, f"known: {config.cache.folder} is planned"
+    if config.reads_on:
+        whole = -(-config.sequences_needed // data.block_size) * data.block_size
+        return whole, "as many as train.steps need"
     tokens, how = _tokens(config, vocab_size)
     return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
 

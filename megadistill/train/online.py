@@ -16,12 +16,14 @@ Shapes: B sequences, T positions, N = B*T, H hidden size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from megadistill.blocks import BlockStore
 from megadistill.cache.recipe import cache_recipe
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
@@ -95,9 +97,16 @@ def tokenise(config: Config, mesh: Mesh) -> None:
     """Make what is missing of the token store, on rank 0. Collective."""
 
     def work() -> None:
-        build_tokens(config)
+        build_tokens(config, blocks=_blocks_needed(config))
 
     mesh.first(work)
+
+
+def _blocks_needed(config: Config) -> int | None:
+    """Blocks to read of a corpus without a known end; None for all there are."""
+    if not config.reads_on:
+        return None
+    return math.ceil(config.sequences_needed / config.data.block_size)
 
 
 def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
@@ -105,7 +114,10 @@ def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
 
     Collective; rank 0 reads the teacher's files, since what it is, is part of what the run is.
     """
-    store = open_sequences(config.data.dir, key="data.dir", with_targets=False)
+    needed, blocks = _blocks_needed(config), None
+    if needed is not None and not BlockStore.open(config.data.dir).complete():
+        blocks = tuple(range(needed))
+    store = open_sequences(config.data.dir, key="data.dir", with_targets=False, blocks=blocks)
     recipe = mesh.first(lambda: cache_recipe(config, store.recipe))
     kept = {name: value for name, value in recipe.items() if name not in _FREE}
     return [replace(store, has_targets=True, online=kept)]

@@ -244,6 +244,47 @@ def test_resumed_at_any_number_of_ranks_it_goes_on_with_the_next_sample(pair, ex
     np.testing.assert_allclose(series(found, "loss"), series(exact, "loss"), rtol=1e-5)
 
 
+def test_of_a_stream_as_much_is_read_as_the_steps_need(pair, tmp_path):
+    """The same training as over the whole text in order; resumed at another number of ranks."""
+    from megadistill.blocks import BlockStore
+
+    order = {"shuffle": "sequential"}
+    whole = train(settings(pair, "in_order", order=order), 2)
+    tokens = tmp_path / "tokens"
+    streamed = settings(pair, "streamed", order=order, train={"save_every": 3, "keep": 9},
+                        data={"streaming": True, "dir": str(tokens)})  # fmt: skip
+    found = train(streamed, 2)
+    columns = ("loss", "kd_loss", "grad_norm")
+    np.testing.assert_allclose(series(found, *columns), series(whole, *columns), rtol=1e-6)
+    store = BlockStore.open(tokens)
+    assert store.committed() == list(range(STEPS))  # a step takes a block
+    assert not store.complete()
+    shutil.rmtree(f"{streamed.train.out_dir}/model")
+    for step in (9, STEPS):
+        shutil.rmtree(f"{streamed.train.out_dir}/checkpoints/step-{step:06d}")
+    shutil.rmtree(tokens)  # it comes again
+    again = train(streamed, 1)
+    np.testing.assert_allclose(series(again, *columns), series(whole, *columns), rtol=1e-5)
+    assert BlockStore.open(tokens).committed() == store.committed()
+
+
+def test_a_stream_that_ends_before_the_steps_do_begins_anew(pair, tmp_path):
+    from megadistill.blocks import BlockStore
+
+    (tmp_path / "text.jsonl").write_text(
+        "".join((pair / "text.jsonl").read_text().splitlines(keepends=True)[:9])
+    )
+    config = settings(
+        pair, "short", train={"steps": 4},
+        data={"streaming": True, "dir": str(tmp_path / "tokens"),
+              "files": [str(tmp_path / "text.jsonl")]},
+    )  # fmt: skip
+    found = train(config, 2)
+    store = BlockStore.open(tmp_path / "tokens")
+    assert store.complete()
+    assert len(store) < found[-1]["sequences"] == 32
+
+
 def test_a_run_is_its_teacher(pair, exact):
     """Another teacher, or another list of it, is another run; the layout is not."""
     other = settings(pair, "exact", targets={"method": "union"})
@@ -329,6 +370,9 @@ def test_generating_and_training_say_which_of_them_is_meant(pair):
 def test_the_plan_says_that_nothing_is_kept(pair):
     from megadistill.plan import make_plan
 
+    asked = settings(pair, data={"streaming": True, "dir": str(pair / "none")})
+    said = dict(make_plan(asked, world=2).lines)
+    assert said["sequences"] == "80 of 24 tokens, as many as train.steps need"
     plan = make_plan(settings(pair), world=2)
     said = dict(plan.lines)
     assert said["targets"] == "exact, from the teacher beside the student; nothing is kept"

@@ -10,6 +10,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 # A test that hangs fails with its stack, and the others go on. The slowest takes a minute.
 HANGS = --timeout 600
+# Files of tests at a time. Half of what ranks do is to wait for each other, so two use two cores.
+WORKERS = --numprocesses 2 --dist loadfile
 AREA ?=
 ARGS ?=
 
@@ -30,7 +32,7 @@ demo: .venv/.installed ## the whole path on real text: teacher, cache, two stude
 
 .PHONY: test
 test: .venv/.installed ## the test suite; ARGS="-k store" picks
-	@$(WITH_VENV) python -m pytest -m "not long" $(HANGS) $(ARGS) tests
+	@$(WITH_VENV) python -m pytest -m "not long" $(HANGS) $(WORKERS) $(ARGS) tests
 
 .PHONY: test-long
 test-long: .venv/.installed ## the tests that take long; AREA=blocks picks tests/blocks
@@ -40,7 +42,7 @@ test-long: .venv/.installed ## the tests that take long; AREA=blocks picks tests
 test-transformers-4: .venv-transformers-4/.installed ## what meets transformers, on 4.57, as plain `pip install .` resolves it
 	@python=.venv-transformers-4/bin/python
 	$$python -c 'import transformers; v = transformers.__version__; assert v.startswith("4."), v'
-	$(WITH_VENV_4) $$python -m pytest -m "not long and not launcher" $(HANGS) $(ARGS) tests
+	$(WITH_VENV_4) $$python -m pytest -m "not long and not launcher" $(HANGS) $(WORKERS) $(ARGS) tests
 
 .PHONY: lint
 lint: .venv/.installed ## formatting, lint rules, types, and the direction of imports

@@ -37,6 +37,7 @@ DEVELOP = [
     "pre-commit",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     TRACKERS["tensorboard"],
     TRACKERS["wandb"],

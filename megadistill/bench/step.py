@@ -110,7 +110,7 @@ def timed_steps(
     with contextlib.ExitStack() as stack:
         batches = {name: stack.enter_context(run.batches(mesh)) for name, run in runs.items()}
         for number in range(-1, rounds):
-            turn = number % len(names)
+            turn = (number + 1) % len(names)
             for name in names[turn:] + names[:turn]:
                 run, trainer.teacher = runs[name], teachers.get(name)
                 policy = NonFinite(run.config.train, mesh, run.stores, skipped=0)

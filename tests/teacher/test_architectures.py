@@ -122,8 +122,8 @@ def says_something_else(mesh, folder: str, model_type: str, engine: str) -> str:
 
     built = getattr(teacher_engine, f"_{engine}")
 
-    def spoilt(config, mesh, model, vocab_size):
-        engine, head = built(config, mesh, model, vocab_size)
+    def spoilt(config, mesh, *arguments):
+        engine, head = built(config, mesh, *arguments)
         if mesh.tp > 1:
             next(p for n, p in engine.module.named_parameters() if "o_proj" in n).data.zero_()
         else:

@@ -1,7 +1,11 @@
 """A step with the teacher beside the student against one from a cache, for the demo's pair.
 
 One student's engine, one teacher; the ways to learn take turns. `teacher` is the teacher's share of
-an online step: its forward passes, and making the targets, on this rank.
+an online step: its forward passes, and making the targets, on this rank. Of methods that compare
+whole distributions its head runs in the student's time.
+
+Found with two ranks on two quiet cores, 15 rounds: varopt and topk take 2.7 times a step from the
+cache, union 2.2, exact 2.9.
 
 Shapes: none.
 """

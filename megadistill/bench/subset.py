@@ -7,6 +7,9 @@ listed  the same union and its tail by autograd: log_softmax of both sides, gath
 All end with the gradient of the student's logits. Given logits are what a training step has in a
 chunk's buffer; the three matrix products that make and use them are the same for all, and left out.
 
+Found on two quiet cores, 256 positions, V = 152,000, 15 rounds: whole takes 4.6 times the time of
+ours with 64 ids of each side (3.7 to 5.0), 6.5 with 8 (4.8 to 8.0); listed 2.8 and 4.3.
+
 Shapes: C positions, V vocabulary, M = 2 * K ids.
 """
 

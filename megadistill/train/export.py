@@ -166,17 +166,27 @@ def _tokenizer(name: str, revision: str | None) -> Any:
 
 
 def model_card(
-    config: Config, *, learned: str, made_at: float, steps: int, figures: dict[str, float] | None
+    config: Config,
+    *,
+    learned: str,
+    made_at: float | None,
+    steps: int,
+    figures: dict[str, float] | None,
 ) -> str:
-    """README.md of the exported model. made_at: the targets' temperature."""
+    """README.md of the exported model. made_at: the targets' temperature; None: whole ones."""
     from megadistill import __version__
 
     assert config.student is not None
     loss = config.loss
-    divergence = divergence_name(
-        loss.divergence, kd_temperature=told(loss.temperature), made_at=made_at,
-        coarse=any(t != made_at for t in values(loss.temperature)),
-    )  # fmt: skip
+    temperature = told(loss.temperature)
+    if made_at is None:
+        at = "" if loss.temperature == 1 else f" at temperature {temperature}"
+        divergence = f"{loss.divergence}{at}"
+    else:
+        divergence = divergence_name(
+            loss.divergence, kd_temperature=temperature, made_at=made_at,
+            coarse=any(t != made_at for t in values(loss.temperature)),
+        )  # fmt: skip
     shown = "" if figures is None else "- held out: " + ", ".join(
         f"{name} {value:.4g}" for name, value in figures.items()
     ) + "\n"  # fmt: skip

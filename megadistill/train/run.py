@@ -22,7 +22,7 @@ from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.model import check_fits, load_student, student_settings
-from megadistill.targets import check_divergence
+from megadistill.targets import DENSE, check_divergence
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
@@ -198,14 +198,19 @@ def _export(
     steps: int,
     figures: dict[str, float] | None,
 ) -> None:
-    learned = ", ".join(store.name for store in run.stores)
+    learned, config = ", ".join(store.name for store in run.stores), run.config
+    if config.teacher.mode == "online":
+        learned = f"`{config.teacher.model}` ({config.targets.method}), on the text of {learned}"
+    recipe = run.stores[0].recipe
+    made_at = recipe.get("temperature", config.loss.at(0).temperature)
+    if recipe.get("method") in DENSE:
+        made_at = None
     with trainer.judged():
         export(
             trainer.student, mesh, folder,
-            tokenizer=student_tokenizer(run.config) if mesh.rank == 0 else None,
+            tokenizer=student_tokenizer(config) if mesh.rank == 0 else None,
             card=lambda: model_card(
-                run.config, learned=learned, steps=steps, figures=figures,
-                made_at=run.stores[0].recipe.get("temperature", run.config.loss.at(0).temperature),
+                config, learned=learned, steps=steps, figures=figures, made_at=made_at
             ),
         )  # fmt: skip
 

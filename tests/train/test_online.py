@@ -11,6 +11,7 @@ import torch
 
 from megadistill.config import Config
 from megadistill.errors import ConfigError
+from megadistill.train.metrics import step_line
 from tests.models import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
 
@@ -227,6 +228,11 @@ def test_a_union_of_both_sides_trains(pair, loss):
     assert (kd >= 0).all()
     assert kd[-3:].mean() < 0.9 * kd[:3].mean()
     assert 0 < found[0]["teacher_s"] < found[0]["step_s"]
+    assert "  teacher 0." in step_line(found[0], STEPS)
+    card = (pair / f"union-{name}" / "model" / "README.md").read_text()
+    assert f"- learned from: `{pair}/teacher` (union), on the text of {pair}/tokens" in card
+    said = "jsd" if name == "divergence" else "forward_kl at temperature 2"
+    assert f"- loss: 1 x {said} + 0 x cross-entropy" in card
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

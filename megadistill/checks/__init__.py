@@ -33,7 +33,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     found = _Mistakes()
     found.of(_keeps_a_cache, config)
     tokenizer = _check_asking(found, config, world, writing=writing)
-    if writing and config.cache.is_folder:
+    if writing:
         found.of(folders.check_cache_folder, config)
     student = vocabulary.student_if_there(config)
     if student is not None:

@@ -22,12 +22,10 @@ def check_memory(
     teacher: ModelFiles | None,
     student: ModelFiles | None,
     world: int,
-    available: int | None = None,
 ) -> None:
     """ConfigError where a rank's share of the models is more than it has.
 
-    None for a model that is not loaded, or whose files are not here. available: bytes a rank; by
-    default this machine's.
+    None for a model that is not loaded, or whose files are not here.
     """
     needs = {}
     size = None if teacher is None else teacher.parameters()
@@ -36,7 +34,7 @@ def check_memory(
     states = student_states(config, student, world)
     if states is not None:
         needs["student"] = states
-    available = _available() if available is None else available
+    available = _available()
     if not needs or sum(needs.values()) <= available:
         return
     largest = max(needs, key=needs.__getitem__)

@@ -2,10 +2,10 @@
 
 Every rank makes the model from its configuration under `deepspeed.zero.Init`, so that no more than
 one module is ever whole, and rank 0's weights are dealt out parameter by parameter. Rank 0 alone
-reads the files: mapped, not copied, where they are in the type that is trained in. Compared with
-transformers' own loading under ZeRO-3 this costs that memory, and gives the same weights for random
-and pretrained models, at every number of ranks, in both major versions of transformers, without a
-switch that lives on and would partition the teacher too.
+reads the files: mapped where they are in the type that is trained in, else converted, which holds
+the model whole in its host memory. Compared with transformers' own loading under ZeRO-3 this gives
+the same weights for random and pretrained models, at every number of ranks, in both major versions
+of transformers, without a switch that lives on and would partition the teacher too.
 
 Shapes: B sequences, T positions, N = B*T, H hidden size, V vocabulary.
 """

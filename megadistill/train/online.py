@@ -59,32 +59,35 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def _answered(self, batch: MicroBatch) -> MicroBatch:
-        mesh, size = self._mesh, len(batch.labels_N)
-        pooled = mesh.gather((batch.tokens_BT, batch.documents), group=mesh.tp_group)
-        tokens_BT = np.concatenate([tokens for tokens, _ in pooled])
-        documents = [starts for _, each in pooled for starts in each]
+        mesh, (B, T) = self._mesh, batch.tokens_BT.shape
+        numbers = np.array([self._sequences.number(i) for _, i in batch.names])
+        keys_N2 = np.stack([np.repeat(numbers, T), np.tile(np.arange(T), B)], 1)
+        pooled = mesh.gather(
+            (batch.tokens_BT, batch.labels_N, keys_N2, batch.documents), group=mesh.tp_group
+        )
+        *arrays, lists = zip(*pooled, strict=True)
+        tokens_BT, labels_N, keys_N2 = (np.concatenate(each) for each in arrays)
+        documents = [starts for each in lists for starts in each]
         rows = self._config.teacher.micro_batch
         hidden_NH = torch.cat([
             self._teacher.hidden(tokens_BT[i : i + rows], documents[i : i + rows])
             for i in range(0, len(tokens_BT), rows)
         ])  # fmt: skip
-        mine = slice(mesh.tp_rank * size, (mesh.tp_rank + 1) * size)
+        mine = slice(mesh.tp_rank * B * T, (mesh.tp_rank + 1) * B * T)
         if self._dense:
             k = self._config.targets.k if self._config.targets.method == "union" else None
             targets: Any = DenseTargets(hidden_NH[mine].clone(), self._teacher.head, k)
             return replace(batch, targets=targets, kd_count=batch.ce_count)
-        targets = self._select(batch, hidden_NH).rows(mine.start, mine.stop)
-        labels_N = torch.as_tensor(batch.labels_N, device=targets.counts.device)
-        count = int(((labels_N != -100) & (targets.counts > 0)).sum())
+        targets = self._select(hidden_NH, labels_N, keys_N2).rows(mine.start, mine.stop)
+        valid_N = torch.as_tensor(batch.labels_N != -100, device=targets.counts.device)
+        count = int((valid_N & (targets.counts > 0)).sum())
         return replace(batch, targets=targets, kd_count=count)
 
-    def _select(self, batch: MicroBatch, hidden_NH: torch.Tensor) -> SparseTargets:
+    def _select(
+        self, hidden_NH: torch.Tensor, labels_N: np.ndarray, keys_N2: np.ndarray
+    ) -> SparseTargets:
         """The targets of all that the group pooled; every rank of it takes part in every row."""
-        T, device = batch.tokens_BT.shape[1], self._teacher.device
-        numbers = np.array([self._sequences.number(i) for _, i in batch.names])
-        keys_N2 = np.stack([np.repeat(numbers, T), np.tile(np.arange(T), len(numbers))], 1)
-        pooled = self._mesh.gather((batch.labels_N, keys_N2), group=self._mesh.tp_group)
-        labels_N, keys_N2 = (np.concatenate(each) for each in zip(*pooled, strict=True))
+        device = self._teacher.device
         settings = selection(self._config.targets) | {"entropy": False, "nll": False}
         return self._teacher.head.targets(
             hidden_NH, torch.as_tensor(labels_N, device=device),

@@ -23,6 +23,22 @@ def backbone(model: Any) -> Any:
     return model if decoder is None else decoder
 
 
+def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
+    """The transformers configuration of the model that `config` names.
+
+    key: where the configuration names it, for messages. ConfigError where there is none to be had.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}: {config.model} cannot be read: {reason}") from error
+
+
 def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype) -> Any:
     """The causal language model that `config` names, its weights in `dtype`.
 

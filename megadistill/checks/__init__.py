@@ -121,6 +121,8 @@ def check_train(config: Config, *, world: int) -> None:
             tokenizer = vocabulary.tokenizer_if_there(config)
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
         found.of(check_memory, config, teacher=found.teacher, student=student, world=world)
+        if found.teacher is not None:
+            found.of(models.check_features, config)
     found.of(folders.check_room, config, make_plan(config, world=world), training=True)
     found.raise_all()
 

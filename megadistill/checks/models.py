@@ -7,6 +7,8 @@ import importlib.util
 from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, find_model, hub_file_names
+from megadistill.pretrained import model_settings
+from megadistill.student.features import feature_plan
 
 
 def check_ranks(config: Config, world: int) -> None:
@@ -162,3 +164,9 @@ def check_heads(config: Config, teacher: ModelFiles) -> None:
                 f"one of {', '.join(map(str, fitting))}, or use teacher.engine=zero3 with "
                 "teacher.tp=1"
             )
+
+
+def check_features(config: Config) -> None:
+    """The layers to be aligned are layers of teacher and student, and their widths agree."""
+    if config.student is not None and config.teacher.mode == "online":
+        feature_plan(config, model_settings(config.student, key="student.model"))

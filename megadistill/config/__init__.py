@@ -18,7 +18,9 @@ from megadistill.config.rules import worst_bytes_per_position
 from megadistill.config.schema import Config, ParallelConfig
 from megadistill.config.training import (
     ALL_TERMS_FROM,
+    FEATURES_FROM,
     EvalConfig,
+    FeaturesConfig,
     LossConfig,
     OrderConfig,
     StudentConfig,
@@ -30,10 +32,12 @@ from megadistill.config.yaml_reader import write_yaml
 __all__ = [
     "ALL_TERMS_FROM",
     "DEFAULT",
+    "FEATURES_FROM",
     "CacheConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
+    "FeaturesConfig",
     "LossConfig",
     "OrderConfig",
     "ParallelConfig",

@@ -190,16 +190,24 @@ def _online(config: Config) -> Iterator[Problem]:
                 "teacher.mode=online, or targets.method to one of "
                 f"{', '.join(m for m in PARAMETERS if m not in DENSE)}",
             )
+        if any(loss.aligns):
+            key = "loss.hidden_weight" if loss.aligns[0] else "loss.attention_weight"
+            yield Problem(
+                (key, "teacher.mode"),
+                "aligns the student's layers with the teacher's, which no cache keeps: set "
+                f"teacher.mode=online, or {key}=0",
+            )
         return
+    yield from _attention(config)
     if config.student is None:
         yield Problem(
             ("teacher.mode", "student"),
             "online puts the teacher beside a student, and there is none: set student.model, or "
             "teacher.mode=cached to generate a cache",
         )
-    elif not loss.learns_from_teacher:
+    elif not loss.learns_from_teacher and not any(loss.aligns):
         yield Problem(
-            ("teacher.mode", "loss.kd_weight"),
+            ("teacher.mode", "loss.kd_weight", "loss.hidden_weight", "loss.attention_weight"),
             "online with loss.kd_weight=0: the teacher would answer and nobody listen; set "
             "loss.kd_weight=1, or teacher.mode=cached and cache.dir to the token store "
             f"({config.data.dir})",
@@ -216,6 +224,19 @@ def _online(config: Config) -> Iterator[Problem]:
             f"{targets.temperature:g} with targets.method={targets.method}, which has nothing made "
             "beforehand: set loss.temperature, which softens both sides, and leave this one out",
         )
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    if config.student is None or not config.loss.aligns[1]:
+        return
+    for part, section in (("teacher", config.teacher), ("student", config.student)):
+        if section.attention != "eager":
+            key = f"{part}.attention"
+            yield Problem(
+                (key, "loss.attention_weight"),
+                f"{section.attention} gives no attention weights to align, expected eager: set "
+                f"{key}=eager, or loss.attention_weight=0",
+            )
 
 
 def _targets(config: Config) -> Iterator[Problem]:
@@ -263,12 +284,13 @@ def _targets(config: Config) -> Iterator[Problem]:
 
 
 def _loss(loss: LossConfig) -> Iterator[Problem]:
-    bends = {0.0, *fractions(loss.kd_weight), *fractions(loss.ce_weight)} - {1.0}
-    idle = [done for done in sorted(bends) if not loss.at(done).kd_weight + loss.at(done).ce_weight]
+    weights = ("kd_weight", "ce_weight", "hidden_weight", "attention_weight")
+    bends = {0.0, *(f for name in weights for f in fractions(getattr(loss, name)))} - {1.0}
+    idle = [done for done in sorted(bends) if not any(getattr(loss.at(done), w) for w in weights)]
     if idle:
         when = f" at {idle[0]:g} of the run" if loss.changes else ""
         yield Problem(
-            ("loss", "loss.kd_weight", "loss.ce_weight"),
+            ("loss", *(f"loss.{name}" for name in weights)),
             f"kd_weight and ce_weight are both 0{when}, so there is nothing to minimise: set "
             "loss.kd_weight=1 to learn from the teacher, loss.ce_weight=1 from the text",
         )

@@ -16,6 +16,7 @@ from megadistill.config.generating import CacheConfig, DataConfig, TargetsConfig
 from megadistill.config.rules import problems
 from megadistill.config.training import (
     EvalConfig,
+    FeaturesConfig,
     LossConfig,
     OrderConfig,
     StudentConfig,
@@ -51,6 +52,7 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()
     student: StudentConfig | None = None
     loss: LossConfig = LossConfig()
+    features: FeaturesConfig = FeaturesConfig()
     order: OrderConfig = OrderConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -32,8 +32,10 @@ class StudentConfig(ModelConfig):
     )
 
 
-CURVES = ("kd_weight", "ce_weight", "label_smoothing", "temperature")  # of LossConfig
-ALL_TERMS_FROM = 0.6  # of a run, under curriculum: three_phase
+CURVES = (
+    "kd_weight", "ce_weight", "hidden_weight", "attention_weight", "label_smoothing", "temperature",
+)  # fmt: skip  # of LossConfig
+FEATURES_FROM, ALL_TERMS_FROM = 0.3, 0.6  # of a run, under curriculum: three_phase
 
 
 class LossConfig(Section):
@@ -70,6 +72,16 @@ class LossConfig(Section):
     ce_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
         default=0.0, description="weight of the cross-entropy on true tokens"
     )
+    hidden_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
+        default=0.0,
+        description="weight of the alignment of hidden states, see `features`; with "
+        "`teacher.mode: online`",
+    )
+    attention_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
+        default=0.0,
+        description="weight of the alignment of attention, likewise; `attention: eager` in teacher "
+        "and student",
+    )
     label_smoothing: curve_of(ShareBelowOne) = Field(  # type: ignore[valid-type]
         default=0.0,
         description="share of the cross-entropy's label that is spread over the vocabulary",
@@ -97,7 +109,8 @@ class LossConfig(Section):
     curriculum: Literal["three_phase"] | None = Field(
         default=None,
         description="`three_phase`: the teacher's targets alone until 0.3 of the run, with its "
-        "attention and features until 0.6 (a cache has none), then the true tokens as well",
+        "hidden states and attention until 0.6, where they have a weight, then the true tokens as "
+        "well",
     )
 
     def at(self, done: float) -> LossConfig:
@@ -105,6 +118,8 @@ class LossConfig(Section):
         now = {name: value_at(getattr(self, name), done) for name in CURVES}
         if self.curriculum == "three_phase" and done < ALL_TERMS_FROM:
             now["ce_weight"] = 0.0
+        if self.curriculum == "three_phase" and done < FEATURES_FROM:
+            now |= {"hidden_weight": 0.0, "attention_weight": 0.0}
         return self.model_copy(update=now | {"curriculum": None})
 
     @property
@@ -113,10 +128,46 @@ class LossConfig(Section):
         return any(values(self.kd_weight))
 
     @property
+    def aligns(self) -> tuple[bool, bool]:
+        """Whether hidden states and whether attention have a weight at any time of the run."""
+        return any(values(self.hidden_weight)), any(values(self.attention_weight))
+
+    @property
     def changes(self) -> tuple[str, ...]:
         """The keys whose value changes over the run."""
-        preset = ("ce_weight",) if self.curriculum else ()
+        preset: tuple[str, ...] = ()
+        if self.curriculum:
+            named = zip(("hidden_weight", "attention_weight"), self.aligns, strict=True)
+            preset = ("ce_weight", *(name for name, aligned in named if aligned))
         return tuple(n for n in CURVES if n in preset or isinstance(getattr(self, n), tuple))
+
+
+LayerPairs = Annotated[list[tuple[int, int]], Field(min_length=1)]
+
+
+class FeaturesConfig(Section):
+    """Which layers of teacher and student are aligned, where `loss` gives that a weight.
+
+    Layers are numbered from 1, the first, or from -1, the last.
+    """
+
+    hidden_layers: LayerPairs = Field(
+        default=[(-1, -1)],
+        description="pairs [teacher's, student's] of layers whose outputs are aligned",
+    )
+    hidden_loss: Literal["mse", "cosine"] = Field(
+        default="mse", description="mean squared difference, or one minus the cosine"
+    )
+    projection: Literal["learned", "none"] | None = Field(
+        default=None,
+        description="`learned`: the student's states go through a matrix a pair, which is trained "
+        "with it and left out of the export; default: where the widths differ",
+    )
+    attention_layers: LayerPairs = Field(
+        default=[(-1, -1)],
+        description="pairs [teacher's, student's] of layers whose attention, averaged over heads, "
+        "is aligned",
+    )
 
 
 class OrderConfig(Section):

@@ -136,10 +136,10 @@ class Mesh:
             raise answer[1]
         return answer[0]
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, on the device of `tensor`."""
+    def sum(self, tensor: torch.Tensor, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """The sum over all ranks, or those of a group, on the device of `tensor`."""
         moved = tensor.to(self.device, copy=True)
-        dist.all_reduce(moved)
+        dist.all_reduce(moved, group=group)
         return moved.to(tensor.device)
 
 

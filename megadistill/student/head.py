@@ -45,6 +45,8 @@ class LossTerms(NamedTuple):
     z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
     calibration_M3: torch.Tensor  # float64; the bins of calibration.py, zeros unless asked for
     router: torch.Tensor | float = 0.0  # of a mixture of experts: its share of the step's mean
+    hidden: torch.Tensor | float = 0.0  # sums over ce_count positions, of features.py
+    attention: torch.Tensor | float = 0.0
 
 
 def fused_linear_distillation(

@@ -13,6 +13,7 @@ Shapes: B sequences, T positions, N = B*T, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.experts import gather_experts_together, router_loss, router_loss_weight
 from megadistill.host_memory import given_back
+from megadistill.layers import watched
 from megadistill.parallel import Mesh
-from megadistill.pretrained import backbone, load_pretrained
+from megadistill.pretrained import backbone, load_pretrained, model_settings
+from megadistill.student.features import FeatureAlignment, FeaturePlan, Features
 from megadistill.student.head import DistillationHead
 from megadistill.targets import SparseTargets
 from megadistill.teacher.head import logit_scale, soft_cap
@@ -37,10 +40,19 @@ _DROPOUT = re.compile(r"^(?!classifier|summary).*(dropout|pdrop|dropout_prob)$")
 class Student(nn.Module):
     """A causal language model whose head returns the loss. The module that DeepSpeed runs."""
 
-    def __init__(self, model: Any, *, vocab_size: int | None = None) -> None:
-        """vocab_size: the data's ids; rows of the head above them are padding. By default none."""
+    def __init__(
+        self,
+        model: Any,
+        *,
+        vocab_size: int | None = None,
+        alignment: FeatureAlignment | None = None,
+    ) -> None:
+        """vocab_size: the data's ids; rows of the head above them are padding. By default none.
+
+        alignment: with the teacher's features, where they are to be learned from.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.alignment = model, alignment
         self.head_name = replace_head(model, vocab_size=vocab_size)
         self.router_loss_weight = router_loss_weight(model)
 
@@ -60,25 +72,40 @@ class Student(nn.Module):
         targets: SparseTargets | None = None,
         options: dict[str, Any] | None = None,
         router_share: float | None = None,
+        features: Features | None = None,
+        feature_weights: tuple[float, float] = (0.0, 0.0),
         **inputs: Any,
     ) -> Any:
         """The `LossTerms` of a micro-batch; without labels what the model itself returns.
 
         inputs: of `attention.forward_inputs`. labels_N, targets, options: of `distillation_terms`.
+        features: the teacher's, to align with, which needs a normalizer in options; feature_weights
+        are those of hidden states and attention. A weight of 0 leaves nothing out: a parameter that
+        some steps do not use would keep the gradient of the step before.
         router_share: one over the micro-batches of the step, to add the routers' loss where the
         model has one. It is no sum over positions, so, as everywhere, it is that of each
         micro-batch, and their mean: equal at every number of ranks.
         """
         if labels_N is None:
             return self.model(**inputs)
-        output = backbone(self.model)(**inputs)
-        terms = self.head(output.last_hidden_state, labels_N, targets, **(options or {}))
-        if router_share is None or not self.router_loss_weight:
-            return terms
-        router = router_share * router_loss(self.model, output.router_logits)
-        return terms._replace(
-            loss=terms.loss + self.router_loss_weight * router, router=router.detach().double()
-        )
+        options = options or {}
+        alignment = None if features is None else self.alignment
+        layers = {} if alignment is None else alignment.plan.of_student
+        with watched(self.model, **layers) as seen:
+            output = backbone(self.model)(**inputs)
+        terms = self.head(output.last_hidden_state, labels_N, targets, **options)
+        if router_share is not None and self.router_loss_weight:
+            router = router_share * router_loss(self.model, output.router_logits)
+            terms = terms._replace(
+                loss=terms.loss + self.router_loss_weight * router, router=router.detach().double()
+            )
+        if alignment is not None:
+            sums = alignment(seen, features, labels_N)
+            count = max(options["normalizer"][1], 1)
+            added = sum(w / count * s for w, s in zip(feature_weights, sums, strict=True))
+            hidden, attention = (s.detach().double() for s in sums)
+            terms = terms._replace(loss=terms.loss + added, hidden=hidden, attention=attention)
+        return terms
 
     def checkpoint_activations(self) -> None:
         """Of each layer keep the input alone; the backward pass computes the rest again.
@@ -142,15 +169,7 @@ def student_settings(config: StudentConfig) -> Any:
     Distillation has targets enough to learn from, and a run without draws is repeated at any number
     of ranks. GPT-2 and its kin come with dropout of 0.1. ConfigError where there is none to be had.
     """
-    from transformers import AutoConfig
-
-    try:
-        settings = AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"student.model: {config.model} cannot be read: {reason}") from error
+    settings = model_settings(config, key="student.model")
     for name, value in settings.to_dict().items():
         if _DROPOUT.search(name) and isinstance(value, float):
             setattr(settings, name, 0.0)
@@ -179,11 +198,12 @@ def load_student(
     deepspeed_config: dict[str, Any],
     seed: int = 0,
     vocab_size: int | None = None,
+    features: FeaturePlan | None = None,
 ) -> Student:
     """The student, its parameters partitioned over all ranks. Collective.
 
-    seed: of random weights. vocab_size: the data's ids. Raises ConfigError where the model cannot
-    be loaded.
+    seed: of random weights. vocab_size: the data's ids. features: to be aligned with the teacher's.
+    Raises ConfigError where the model cannot be loaded.
     """
     import deepspeed
 
@@ -194,11 +214,14 @@ def load_student(
         mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
         with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
             model: Any = _from_config(config, settings, dtype)
+            alignment = None if features is None else FeatureAlignment(features).to(dtype)
         # Weights that transformers 5 does not fill it does not tie either.
         model.tie_weights()
         _deal(model, whole.pop() if whole else None, mesh)
+    if alignment is not None:
+        _deal_values(alignment, alignment.initial(seed) if mesh.rank == 0 else None)
     gather_experts_together(model)
-    return Student(model, vocab_size=vocab_size)
+    return Student(model, vocab_size=vocab_size, alignment=alignment)
 
 
 def _import_class(settings: Any) -> None:
@@ -252,16 +275,20 @@ def _no_init_weights() -> Any:
 
 def _deal(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> None:
     """Rank 0's weights and buffers into the partitioned model. Collective."""
-    import deepspeed
-
-    source = {} if whole is None else dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if whole is not None:
-                parameter.copy_(source[name])
+    _deal_values(model, None if whole is None else dict(whole.named_parameters()))
     # Made under zero.Init, tables such as the rotary frequencies may have been rounded to the
     # parameters' type.
     buffers = mesh.first(lambda: dict(whole.named_buffers()) if whole is not None else {})
     for name, buffer in buffers.items():
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent)._buffers[attribute] = buffer.to(mesh.device)
+
+
+def _deal_values(module: nn.Module, values: Mapping[str, torch.Tensor] | None) -> None:
+    """Rank 0's values, None elsewhere, into a module's partitioned parameters. Collective."""
+    import deepspeed
+
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if values is not None:
+                parameter.copy_(values[name])

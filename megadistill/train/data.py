@@ -23,6 +23,7 @@ from megadistill.cache.reader import Cache
 from megadistill.config import Config
 from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
+from megadistill.student.features import Features
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.dense import DenseTargets
 
@@ -202,7 +203,8 @@ def _short(value: object) -> str:
 class MicroBatch:
     """Sequences of one forward pass; arrays until `on` brings them to a device.
 
-    names: (store, sequence) of each row. kd_count, ce_count: positions in each term.
+    names: (store, sequence) of each row. kd_count, ce_count: positions in each term. features: of a
+    teacher beside the student, on its device.
     """
 
     names: list[tuple[int, int]]
@@ -213,6 +215,7 @@ class MicroBatch:
     kd_count: int
     ce_count: int
     inputs: dict[str, Any] = field(default_factory=dict)
+    features: Features | None = None
 
     def on(self, model: nn.Module, device: torch.device, *, pack: Any) -> MicroBatch:
         """The same as tensors on `device`, with the keyword arguments of the model's forward."""

@@ -120,11 +120,13 @@ class Trainer:
         loss: as it is at this step, see `LossConfig.at`. Where what it gives is not finite its
         gradients are not either, so that `step` updates nothing.
         """
-        options = loss.model_dump(exclude={"curriculum"}) | {"normalizer": normalizer}
+        features = ("hidden_weight", "attention_weight")
+        options = loss.model_dump(exclude={"curriculum", *features}) | {"normalizer": normalizer}
         share = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
         terms = self.engine(
-            batch.labels_N, batch.targets, options, router_share=share, **batch.inputs
-        )
+            batch.labels_N, batch.targets, options, router_share=share, features=batch.features,
+            feature_weights=tuple(getattr(loss, name) for name in features), **batch.inputs,
+        )  # fmt: skip
         # Infinity minus something may well have a finite gradient. Chosen without a look at the
         # value, for which an accelerator would have to be waited.
         undone = torch.where(terms.loss.detach().isfinite(), float(self.mesh.world), torch.nan)

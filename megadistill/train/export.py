@@ -197,12 +197,21 @@ def model_card(
         init=f"{config.student.init} weights",
         learned=learned,
         loss=f"{told(loss.kd_weight)} x {divergence} + {told(loss.ce_weight)} x cross-entropy"
+        + _told_features(config)
         + (f", curriculum {loss.curriculum}" if loss.curriculum else ""),
         steps=steps,
         batch=config.train.global_batch,
         seq_len=config.data.seq_len,
         figures=shown,
     )
+
+
+def _told_features(config: Config) -> str:
+    loss = config.loss
+    hidden = f" + {told(loss.hidden_weight)} x hidden states ({config.features.hidden_loss})"
+    attention = f" + {told(loss.attention_weight)} x attention"
+    names = zip((hidden, attention), loss.aligns, strict=True)
+    return "".join(name for name, aligned in names if aligned)
 
 
 def check_tokenizer(config: Config, content: str, *, store: str) -> None:

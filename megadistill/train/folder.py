@@ -89,6 +89,7 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
         },
         "data": {"pack": config.data.pack},
         "deepspeed": config.deepspeed,
+        "features": config.features.model_dump(mode="json"),
         "format_version": 1,
         "loss": config.loss.model_dump(mode="json"),
         "order": config.order.model_dump(mode="json"),

@@ -18,6 +18,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -152,9 +153,9 @@ def run_step(
         _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
         for batch in share
     ]
-    kd_sum, ce_sum, z_sum, router = trainer.mesh.sum(torch.stack(sums).sum(0)).tolist()
+    total = Sums(*trainer.mesh.sum(torch.stack(sums).sum(0)).tolist())
     grad_norm = trainer.step(lr)
-    counted = math.isfinite(kd_sum + ce_sum + z_sum + router)
+    counted = math.isfinite(sum(total))
     applied = counted and math.isfinite(grad_norm)
     if not applied and not (counted and trainer.scales_losses):
         suspects = [b for b, s in zip(share, sums, strict=True) if not s.isfinite().all()]
@@ -166,10 +167,7 @@ def run_step(
     )
     if reporter is not None:
         seconds = time.monotonic() - started
-        losses = _losses(run, loss, kd_sum, kd_count, ce_sum, ce_count, z_sum)
-        if trainer.student.router_loss_weight:
-            losses["loss"] += trainer.student.router_loss_weight * router
-            losses["router_loss"] = router
+        losses = _losses(run, trainer, loss, total, kd_count, ce_count)
         losses |= {"grad_norm": grad_norm}
         reporter.step({
             "step": position.step,
@@ -207,6 +205,17 @@ def save(run: Run, trainer: Trainer, position: Position, figures: dict[str, floa
     return position.step
 
 
+class Sums(NamedTuple):
+    """Of a step's or a micro-batch's positions, unweighted; the router's is a share of the mean."""
+
+    kd: float
+    ce: float
+    z: float
+    router: float
+    hidden: float
+    attention: float
+
+
 def _sums(
     trainer: Trainer,
     batch: MicroBatch,
@@ -216,30 +225,36 @@ def _sums(
     *,
     last: bool,
 ) -> torch.Tensor:
-    """float64 [4]: this micro-batch's kd_sum, ce_sum, z_sum, router; its gradients are added."""
+    """float64 [6]: the `Sums` of this micro-batch; its gradients are added."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
     terms = trainer.backward(moved, loss, normalizer, last=last)
-    router = torch.as_tensor(terms.router).to(terms.kd_sum)
-    return torch.stack([terms.kd_sum, terms.ce_sum, terms.z_sum, router]).cpu()
+    sums = (
+        terms.kd_sum, terms.ce_sum, terms.z_sum, terms.router, terms.hidden, terms.attention,
+    )  # fmt: skip
+    return torch.stack([torch.as_tensor(value).to(terms.kd_sum) for value in sums]).cpu()
 
 
 def _losses(
-    run: Run,
-    loss: LossConfig,
-    kd_sum: float,
-    kd_count: float,
-    ce_sum: float,
-    ce_count: float,
-    z_sum: float,
+    run: Run, trainer: Trainer, loss: LossConfig, total: Sums, kd_count: float, ce_count: float
 ) -> dict[str, float | None]:
-    """loss, kd_loss, ce_loss of a step; kd_loss holds temperature squared, None without targets."""
-    kd = loss.temperature**2 * kd_sum / max(kd_count, 1)
-    ce = ce_sum / max(ce_count, 1)
-    return {
-        "loss": loss.kd_weight * kd + loss.ce_weight * ce + loss.z_loss * z_sum / max(ce_count, 1),
-        "kd_loss": kd if run.stores[0].has_targets else None,
-        "ce_loss": ce,
-    }
+    """The losses of a step.
+
+    kd_loss holds temperature squared, and is None without targets; the router's and those of
+    features are there where the run has them.
+    """
+    labels = max(ce_count, 1)
+    kd = loss.temperature**2 * total.kd / max(kd_count, 1)
+    ce, router_weight = total.ce / labels, trainer.student.router_loss_weight
+    whole = loss.kd_weight * kd + loss.ce_weight * ce + loss.z_loss * total.z / labels
+    whole += router_weight * total.router
+    losses = {"kd_loss": kd if run.stores[0].has_targets else None, "ce_loss": ce}
+    if router_weight:
+        losses["router_loss"] = total.router
+    for name, aligned in zip(("hidden", "attention"), run.config.loss.aligns, strict=True):
+        if aligned:
+            losses[f"{name}_loss"] = getattr(total, name) / labels
+            whole += getattr(loss, f"{name}_weight") * losses[f"{name}_loss"]
+    return {"loss": whole, **losses}
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -27,7 +27,9 @@ from megadistill.blocks import BlockStore
 from megadistill.cache.recipe import cache_recipe
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
+from megadistill.layers import watched
 from megadistill.parallel import Mesh
+from megadistill.student.features import FeaturePlan, Features
 from megadistill.targets import DENSE, SparseTargets
 from megadistill.teacher.dense import DenseTargets
 from megadistill.teacher.engine import Teacher, load_teacher
@@ -41,13 +43,21 @@ _FREE = ("attention", "engine", "entropy", "micro_batch", "nll", "tp")
 class OnlineTeacher:
     """The teacher of a run, loaded and ready. DeepSpeed wants it made after the student."""
 
-    def __init__(self, config: Config, mesh: Mesh, sequences: Sequences) -> None:
-        """Collective. sequences: the store whose numbers the keys are of."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        sequences: Sequences,
+        *,
+        features: FeaturePlan | None = None,
+    ) -> None:
+        """Collective. sequences: the store whose numbers the keys are of. features: to be kept."""
         self._dense = config.targets.method in DENSE
         self._teacher: Teacher = load_teacher(
             config, mesh, vocab_size=sequences.vocab_size, whole_head=self._dense
         )
         self._config, self._mesh, self._sequences = config, mesh, sequences
+        self._features = features
 
     def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with targets, and their kd_count. Collective over all ranks.
@@ -68,12 +78,12 @@ class OnlineTeacher:
         *arrays, lists = zip(*pooled, strict=True)
         tokens_BT, labels_N, keys_N2 = (np.concatenate(each) for each in arrays)
         documents = [starts for each in lists for starts in each]
-        rows = self._config.teacher.micro_batch
-        hidden_NH = torch.cat([
-            self._teacher.hidden(tokens_BT[i : i + rows], documents[i : i + rows])
-            for i in range(0, len(tokens_BT), rows)
-        ])  # fmt: skip
+        hidden_NH, features = self._asked(tokens_BT, documents)
         mine = slice(mesh.tp_rank * B * T, (mesh.tp_rank + 1) * B * T)
+        if features is not None:
+            batch = replace(batch, features=_own(features, mesh))
+        if not self._config.loss.learns_from_teacher:
+            return batch
         if self._dense:
             k = self._config.targets.k if self._config.targets.method == "union" else None
             targets: Any = DenseTargets(hidden_NH[mine].clone(), self._teacher.head, k)
@@ -82,6 +92,23 @@ class OnlineTeacher:
         valid_N = torch.as_tensor(batch.labels_N != -100, device=targets.counts.device)
         count = int((valid_N & (targets.counts > 0)).sum())
         return replace(batch, targets=targets, kd_count=count)
+
+    def _asked(
+        self, tokens_BT: np.ndarray, documents: list[np.ndarray]
+    ) -> tuple[torch.Tensor, Features | None]:
+        """The last hidden states of what the group pooled, and the features to align with."""
+        plan, rows = self._features, self._config.teacher.micro_batch
+        hidden, parts = [], []
+        for i in range(0, len(tokens_BT), rows):
+            with watched(self._teacher.engine.module, **(plan.of_teacher if plan else {})) as seen:
+                hidden.append(
+                    self._teacher.hidden(tokens_BT[i : i + rows], documents[i : i + rows])
+                )
+            if plan is not None:
+                parts.append(Features.of(seen, plan.of_teacher))
+        if plan is None:
+            return torch.cat(hidden), None
+        return torch.cat(hidden), Features.joined(parts)
 
     def _select(
         self, hidden_NH: torch.Tensor, labels_N: np.ndarray, keys_N2: np.ndarray
@@ -94,6 +121,19 @@ class OnlineTeacher:
             torch.as_tensor(keys_N2, device=device),
             temperature=self._config.targets.temperature, **settings,
         )  # fmt: skip
+
+
+def _own(pooled: Features, mesh: Mesh) -> Features:
+    """This rank's share of what its group pooled, in memory of its own."""
+
+    def mine(rows: torch.Tensor) -> torch.Tensor:
+        return rows.tensor_split(mesh.tp)[mesh.tp_rank]
+
+    # Each rank of a group has an equal number of the teacher's heads.
+    whole = [mesh.sum(rows, group=mesh.tp_group) / mesh.tp for rows in pooled.attention]
+    return Features(
+        tuple(mine(rows).clone() for rows in pooled.hidden), tuple(mine(rows) for rows in whole)
+    )
 
 
 def tokenise(config: Config, mesh: Mesh) -> None:
@@ -123,4 +163,4 @@ def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
     store = open_sequences(config.data.dir, key="data.dir", with_targets=False, blocks=blocks)
     recipe = mesh.first(lambda: cache_recipe(config, store.recipe))
     kept = {name: value for name, value in recipe.items() if name not in _FREE}
-    return [replace(store, has_targets=True, online=kept)]
+    return [replace(store, has_targets=config.loss.learns_from_teacher, online=kept)]

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from megadistill.attention import check_isolation
-from megadistill.config import ALL_TERMS_FROM, Config
+from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
 from megadistill.config.curves import values
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
+from megadistill.student.features import FeaturePlan, feature_plan
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import DENSE, check_divergence
 from megadistill.train import checkpoint
@@ -49,6 +50,7 @@ class Run:
     folder: RunFolder
     steps: int
     vocab_size: int  # ids that the data may hold; the student's rows above are padding
+    features: FeaturePlan | None = None  # to be aligned with a teacher beside the student
 
     def batches(self, mesh: Mesh, *, first: int = 0) -> Batches:
         """This rank's micro-batches of each step, from step `first` on."""
@@ -88,9 +90,10 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             )  # fmt: skip
     if config.loss.curriculum and mesh.rank == 0:
         log.info(
-            "loss.curriculum=%s: until %g of the run the teacher's targets alone (attention and "
-            "features, the second phase's, are in no cache), then the true tokens as well",
-            config.loss.curriculum, ALL_TERMS_FROM,
+            "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
+            "states and attention%s, from %g on the true tokens as well",
+            config.loss.curriculum, FEATURES_FROM,
+            "" if any(config.loss.aligns) else " (which have no weight here)", ALL_TERMS_FROM,
         )  # fmt: skip
     evaluation = open_evaluation(
         config.eval.cache, max_sequences=config.eval.max_sequences, local=local_copies(config)
@@ -117,7 +120,8 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     steps = config.train.steps or math.ceil(
         (config.train.epochs or 1) * order.num_sequences / config.train.global_batch
     )
-    return Run(config, stores, order, evaluation, folder, steps, vocab_size)
+    features = feature_plan(config, student)
+    return Run(config, stores, order, evaluation, folder, steps, vocab_size, features)
 
 
 def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] | None:
@@ -143,7 +147,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     torch.manual_seed(config.train.seed)
     student = load_student(
         config.student, mesh, deepspeed_config=deepspeed_config(config, mesh.world),
-        seed=config.train.seed, vocab_size=run.vocab_size,
+        seed=config.train.seed, vocab_size=run.vocab_size, features=run.features,
     )  # fmt: skip
     if config.train.activation_checkpointing:
         student.checkpoint_activations()
@@ -152,7 +156,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     if config.data.pack == "isolate":
         check_isolation(student, name="student.model", device=mesh.device)
     if config.teacher.mode == "online":
-        trainer.teacher = OnlineTeacher(config, mesh, run.stores[0])
+        trainer.teacher = OnlineTeacher(config, mesh, run.stores[0], features=run.features)
     return trainer
 
 

@@ -12,6 +12,8 @@ from megadistill.targets import concatenate
 from megadistill.train.schedule import learning_rate
 from tests.student.reference import dense_terms
 
+FEATURES = ("hidden_weight", "attention_weight")
+
 
 def optimizer_and_order(config, model, cache):
     """AdamW, with decay on matrices alone, and the order of the run that `config` says."""
@@ -48,7 +50,7 @@ def plain_steps(config):
         targets = concatenate([s["targets"] for s in samples]).torch()
         loss, _kd_sum, _ce_sum = dense_terms(
             hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
-            **config.loss.model_dump(exclude={"memory_budget", "curriculum"}),
+            **config.loss.model_dump(exclude={"memory_budget", "curriculum", *FEATURES}),
         )  # fmt: skip
         if not loss.isfinite():
             results.append([None, None])

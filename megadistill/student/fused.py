@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from megadistill.student.calibration import BINS, calibration_bins
 from megadistill.student.dense import distill_dense, union_entries
+from megadistill.student.ensemble import Member
 from megadistill.student.rows import Entries, RowLosses, Terms, distill_rows
 from megadistill.targets import SparseTargets
 from megadistill.teacher.dense import DenseTargets
@@ -48,10 +49,31 @@ Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
+class TeacherTerm:
+    """One of those whom the student learns from, and its share of the distillation term."""
+
+    targets: Member
+    share: float
+    made_at: float  # the targets' temperature
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether whole distributions are compared."""
+        return isinstance(self.targets, DenseTargets) and self.targets.k is None
+
+    def terms(self, terms: Terms, *, first: bool) -> Terms:
+        """What its pass over the logits adds up: the hard terms are the first one's."""
+        hard = (terms.ce, terms.z) if first else (0.0, 0.0)
+        return dataclasses.replace(
+            terms, kd=terms.kd * self.share, ce=hard[0], z=hard[1], made_at=self.made_at
+        )
+
+
+@dataclass(frozen=True)
 class Chunks:
     """What is done with every chunk. All positions have a label."""
 
-    targets: SparseTargets | DenseTargets | None
+    teachers: tuple[TeacherTerm, ...]
     labels_N: torch.Tensor
     terms: Terms
     vocab_size: int  # rows of the weight that take part; the others are padding
@@ -159,14 +181,8 @@ def run_chunks(
     if bias_V is not None and wanted[2]:
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
 
-    def buffer() -> torch.Tensor:
-        return hidden_NH.new_empty(min(chunks.chunk, count), len(weight_VH), dtype=wide)
-
-    terms, softcap, targets = chunks.terms, chunks.softcap, chunks.targets
-    logits, slopes = buffer(), None if softcap is None else buffer()
-    dense = buffer() if isinstance(targets, DenseTargets) else None
-    whole = isinstance(targets, DenseTargets) and targets.k is None
-    scratch = buffer() if whole or (targets is not None and terms.needs_scratch) else None
+    buffers = _Buffers.of(hidden_NH, weight_VH, chunks)
+    terms, softcap = chunks.terms, chunks.softcap
     # d loss / d (hidden @ weight.T + bias) carries the logit scale once.
     factor *= chunks.logit_scale
     scaled = dataclasses.replace(
@@ -177,21 +193,18 @@ def run_chunks(
     calibration_M3 = kd.new_zeros(BINS, 3)
     for start in range(0, count, chunks.chunk):
         rows = slice(start, min(start + chunks.chunk, count))
-        size = rows.stop - start
-        hidden_CH, all_CV = hidden_NH[rows], logits[:size]
+        hidden_CH = hidden_NH[rows]
+        part = buffers.rows(rows.stop - start)
+        all_CV, mine = part.logits, part.ids(vocab)
         _logits(hidden_CH, weight_VH, bias_V, chunks.logit_scale, all_CV)
-        z_CV = all_CV[:, :vocab]
-        slope_CV = None if slopes is None else slopes[:size, :vocab]
+        z_CV, slope_CV = mine.logits, mine.slopes
         if softcap is not None and slope_CV is not None:
             z_CV.div_(softcap).tanh_()
             torch.square(z_CV, out=slope_CV).neg_().add_(1)
             z_CV.mul_(softcap)
         labels_C = chunks.labels_N[rows]
         best_C = z_CV.argmax(1) if chunks.agreement or chunks.calibration else labels_C
-        scratch_CV = None if scratch is None else scratch[:size, :vocab]
-        dense_CV = None if dense is None else dense[:size, :vocab]
-        part = None if targets is None else targets.rows(start, rows.stop)
-        losses, top_C = _losses(z_CV, part, labels_C, scaled, scratch_CV, dense_CV, chunks)
+        losses, top_C = _losses(mine, rows, scaled, chunks)
         if top_C is not None:
             agreed += top_C.eq(best_C).sum()
         kd += losses.kd.double().sum()
@@ -212,25 +225,110 @@ def run_chunks(
     return sums, (grad_hidden_NH, grad_weight_VH, grad_bias_V)
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """[C, V] each, made once; None where nobody needs it."""
+
+    logits: torch.Tensor
+    slopes: torch.Tensor | None  # of a soft cap
+    dense: torch.Tensor | None  # a teacher's whole distributions
+    scratch: torch.Tensor | None
+    again: torch.Tensor | None  # the logits once more, for all teachers but the first
+    work: torch.Tensor | None  # what those between the first and the last write over
+
+    @classmethod
+    def of(cls, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, chunks: Chunks) -> _Buffers:
+        shape = (min(chunks.chunk, len(hidden_NH)), len(weight_VH))
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+
+        def buffer(needed: bool) -> torch.Tensor | None:
+            return hidden_NH.new_empty(shape, dtype=wide) if needed else None
+
+        teachers = chunks.teachers
+        logits = buffer(True)
+        assert logits is not None
+        return cls(
+            logits,
+            slopes=buffer(chunks.softcap is not None),
+            dense=buffer(any(isinstance(t.targets, DenseTargets) for t in teachers)),
+            scratch=buffer(any(t.is_whole or t.made_at != 1 for t in teachers)),
+            again=buffer(len(teachers) > 1),
+            work=buffer(len(teachers) > 2),
+        )
+
+    def rows(self, count: int) -> _Buffers:
+        """The first so many rows."""
+        return self._cut((slice(count),))
+
+    def ids(self, count: int) -> _Buffers:
+        """The first so many columns."""
+        return self._cut((slice(None), slice(count)))
+
+    def for_one_more(self, *, last: bool) -> torch.Tensor:
+        """The logits for another teacher, to be written over. The last one needs no copy."""
+        assert self.again is not None
+        if last:
+            return self.again
+        assert self.work is not None
+        return self.work.copy_(self.again)
+
+    def _cut(self, part: tuple[slice, ...]) -> _Buffers:
+        def cut(buffer: torch.Tensor | None) -> Any:
+            return None if buffer is None else buffer[part]
+
+        return _Buffers(
+            cut(self.logits), cut(self.slopes), cut(self.dense), cut(self.scratch),
+            cut(self.again), cut(self.work),
+        )  # fmt: skip
+
+
 def _losses(
+    buffers: _Buffers, rows: slice, terms: Terms, chunks: Chunks
+) -> tuple[RowLosses, torch.Tensor | None]:
+    """The losses of a chunk by all teachers, and the first one's most probable ids where wanted.
+
+    buffers.logits becomes the sum of their gradients.
+    """
+    z_CV, labels_C = buffers.logits, chunks.labels_N[rows]
+    if not chunks.teachers:
+        return distill_rows(z_CV, None, labels_C, terms), None
+    first, *others = chunks.teachers
+    if buffers.again is not None:
+        buffers.again.copy_(z_CV)
+    losses, top_C = _pass(
+        z_CV, first.targets.rows(rows.start, rows.stop), labels_C, first.terms(terms, first=True),
+        buffers, agreement=chunks.agreement,
+    )  # fmt: skip
+    for teacher in others:
+        again_CV = buffers.for_one_more(last=teacher is others[-1])
+        more, _ = _pass(
+            again_CV, teacher.targets.rows(rows.start, rows.stop), labels_C,
+            teacher.terms(terms, first=False), buffers, agreement=False,
+        )  # fmt: skip
+        z_CV.add_(again_CV)
+        kd_C = first.share * losses.kd if teacher is others[0] else losses.kd
+        losses = dataclasses.replace(losses, kd=kd_C + teacher.share * more.kd)
+    return losses, top_C
+
+
+def _pass(
     z_CV: torch.Tensor,
-    targets: SparseTargets | DenseTargets | None,
+    targets: Member,
     labels_C: torch.Tensor,
     terms: Terms,
-    scratch_CV: torch.Tensor | None,
-    dense_CV: torch.Tensor | None,
-    chunks: Chunks,
+    buffers: _Buffers,
+    *,
+    agreement: bool,
 ) -> tuple[RowLosses, torch.Tensor | None]:
-    """The losses of a chunk, and, where asked for, the teacher's most probable id of each row."""
-    if targets is None:
-        return distill_rows(z_CV, None, labels_C, terms), None
+    """One teacher's losses of a chunk, and its most probable ids; z becomes the gradient."""
+    scratch_CV = buffers.scratch
     if isinstance(targets, SparseTargets):
         entries = Entries.of(targets, z_CV.dtype)
-        top_C = entries.top_id() if chunks.agreement else None
+        top_C = entries.top_id() if agreement else None
         return distill_rows(z_CV, entries, labels_C, terms, scratch_CV=scratch_CV), top_C
-    assert dense_CV is not None
-    log_p_CV = targets.log_probs(temperature=terms.temperature, out_CV=dense_CV)
-    top_C = log_p_CV.argmax(1) if chunks.agreement else None
+    assert buffers.dense is not None
+    log_p_CV = targets.log_probs(temperature=terms.temperature, out_CV=buffers.dense)
+    top_C = log_p_CV.argmax(1) if agreement else None
     if targets.k is None:
         assert scratch_CV is not None
         return distill_dense(z_CV, log_p_CV, labels_C, terms, scratch_CV=scratch_CV), top_C

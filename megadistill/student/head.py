@@ -15,6 +15,13 @@ import torch
 from torch import nn
 
 from megadistill.student.divergences import Divergence
+from megadistill.student.ensemble import (
+    Member,
+    Targets,
+    count_positions,
+    members_of,
+    take,
+)
 from megadistill.student.fused import (
     BUFFER_ELEMENTS,
     DENSE_ELEMENTS,
@@ -22,10 +29,11 @@ from megadistill.student.fused import (
     Chunks,
     FusedDistillation,
     Sums,
+    TeacherTerm,
     choose_mode,
     default_chunk,
 )
-from megadistill.student.ragged import tail_on_truth, take_rows
+from megadistill.student.ragged import tail_on_truth
 from megadistill.student.rows import Terms
 from megadistill.targets import SparseTargets, check_divergence
 from megadistill.teacher.dense import DenseTargets
@@ -41,7 +49,7 @@ class LossTerms(NamedTuple):
     ce_sum: torch.Tensor  # scalar float64
     kd_count: int  # positions with a label and a target
     ce_count: int  # positions with a label
-    agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the targets'
+    agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the first teacher's
     z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
     calibration_M3: torch.Tensor  # float64; the bins of calibration.py, zeros unless asked for
     router: torch.Tensor | float = 0.0  # of a mixture of experts: its share of the step's mean
@@ -52,7 +60,7 @@ class LossTerms(NamedTuple):
 def fused_linear_distillation(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets: SparseTargets | DenseTargets | None,
+    targets: Targets | None,
     labels_N: torch.Tensor,
     **options: Any,
 ) -> torch.Tensor:
@@ -67,7 +75,7 @@ def fused_linear_distillation(
 def distillation_terms(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets: SparseTargets | DenseTargets | None,
+    targets: Targets | None,
     labels_N: torch.Tensor,
     *,
     divergence: str = "forward_kl",
@@ -97,8 +105,10 @@ def distillation_terms(
     softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), without the tanh by default.
     targets: torch tensors on the same device, N rows, or None for hard labels alone; an empty row
     adds to the cross-entropy only. DenseTargets are compared in full, or over the union of what
-    both sides find most probable, by any divergence, at `temperature`. labels_N: int64, the true
-    next tokens; -100 drops a position from both terms.
+    both sides find most probable, by any divergence, at `temperature`. Of an Ensemble the kd_sum
+    is the sum of each teacher's, times its share: a further pass over the logits for each, which
+    takes a copy of a chunk's. labels_N: int64, the true next tokens; -100 drops a position from
+    both terms.
     divergence: of `divergences.py`, where beta (jsd), alpha (skewed) and head_mass (adaptive) are
     explained. topk and topp serve all of them, the tail as one bucket; varopt and multinomial
     forward_kl. temperature: T. Another than the targets' own, for topk and topp only, is the coarse
@@ -109,36 +119,34 @@ def distillation_terms(
     no gradient. By default all.
     mode: "forward" or "recompute", of `fused.py`; by default the first unless what it keeps until
     the backward pass, [N, H] and float32 [V, H], exceeds memory_budget, in GiB.
-    agreement: count the positions where student and targets agree on the most probable id.
+    agreement: count the positions where student and targets agree on the most probable id, of
+    an ensemble those of its first teacher.
     calibration: compare the student's largest probability, at temperature 1, with how often it is
     that of the label.
 
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError
     for shapes that do not fit and for ids outside the vocabulary.
     """
-    dense = isinstance(targets, DenseTargets)
-    made_at = targets.temperature if isinstance(targets, SparseTargets) else temperature
-    if targets is not None:
+    for member, _ in members_of(targets):
         check_divergence(
-            targets.method, divergence, kd_temperature=temperature, made_at=made_at,
-            ground_truth_residual=ground_truth_residual,
+            member.method, divergence, kd_temperature=temperature,
+            made_at=_made_at(member, temperature), ground_truth_residual=ground_truth_residual,
         )  # fmt: skip
     vocab = weight_VH.shape[0] if vocab_size is None else vocab_size
     _check_shapes(hidden_NH, weight_VH, targets, labels_N, vocab)
     kept = (labels_N != IGNORED).nonzero()[:, 0]
     if len(kept) < len(labels_N):
         hidden_NH, labels_N = hidden_NH[kept], labels_N[kept]
-        if isinstance(targets, SparseTargets):
-            targets = take_rows(targets, kept)
-        elif targets is not None:
-            targets = targets.take(kept)
+        targets = None if targets is None else take(targets, kept)
     _check_ids(targets, labels_N, vocab)
-    ce_count = len(labels_N)
-    kd_count = ce_count if dense else 0
-    if isinstance(targets, SparseTargets):
-        kd_count = int((targets.counts > 0).sum())
-        if ground_truth_residual:
-            targets = tail_on_truth(targets, labels_N)
+    ce_count, kd_count = len(labels_N), count_positions(targets)
+    teachers = tuple(
+        TeacherTerm(
+            _with_residual(member, labels_N) if ground_truth_residual else member,
+            share, _made_at(member, temperature),
+        )
+        for member, share in members_of(targets)
+    )  # fmt: skip
 
     if normalizer is None:
         normalizer = (kd_count, ce_count)
@@ -151,14 +159,14 @@ def distillation_terms(
         ce=ce_weight / ce_normalizer,
         z=z_loss / ce_normalizer,
         temperature=temperature,
-        made_at=made_at,
         label_smoothing=label_smoothing,
         divergence=Divergence(divergence, beta, alpha, head_mass),
     )
+    dense = any(isinstance(teacher.targets, DenseTargets) for teacher in teachers)
     buffer_elements = DENSE_ELEMENTS if dense else BUFFER_ELEMENTS
     chunk = chunk_size or default_chunk(ce_count, len(weight_VH), buffer_elements)
     chunks = Chunks(
-        targets, labels_N, terms, vocab, chunk, logit_scale, softcap, agreement, calibration,
+        teachers, labels_N, terms, vocab, chunk, logit_scale, softcap, agreement, calibration,
     )  # fmt: skip
     mode = mode or choose_mode(hidden_NH, weight_VH, memory_budget)
     if mode not in MODES:
@@ -170,10 +178,20 @@ def distillation_terms(
     )  # fmt: skip
 
 
+def _made_at(member: Member, temperature: float) -> float:
+    """The temperature of the targets; whole distributions are made at the one that is asked for."""
+    return member.temperature if isinstance(member, SparseTargets) else temperature
+
+
+def _with_residual(member: Member, labels_N: torch.Tensor) -> Member:
+    assert isinstance(member, SparseTargets)  # check_divergence refuses the others
+    return tail_on_truth(member, labels_N)
+
+
 def _check_shapes(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets: SparseTargets | DenseTargets | None,
+    targets: Targets | None,
     labels_N: torch.Tensor,
     vocab: int,
 ) -> None:
@@ -188,21 +206,25 @@ def _check_shapes(
         raise ValueError(f"{count} hidden states and {len(targets)} targets, expected equal")
 
 
-def _check_ids(
-    targets: SparseTargets | DenseTargets | None, labels_N: torch.Tensor, vocab: int
-) -> None:
+def _check_ids(targets: Targets | None, labels_N: torch.Tensor, vocab: int) -> None:
     """A wrong id would read and write another position's logits, so this costs one look each."""
-    if isinstance(targets, DenseTargets) and targets.vocab_size > vocab:
-        raise ValueError(
-            f"the teacher has {targets.vocab_size} ids, expected at most the head's {vocab}"
-        )
-    target_ids = targets.ids if isinstance(targets, SparseTargets) else None
-    for name, ids in (("label", labels_N), ("target id", target_ids)):
-        if ids is not None and len(ids):
-            low, high = (int(bound) for bound in torch.aminmax(ids))
-            if low < 0 or high >= vocab:
-                wrong = low if low < 0 else high
-                raise ValueError(f"{name} {wrong} lies outside the head's {vocab} rows")
+    _check_range("label", labels_N, vocab)
+    for member, _ in members_of(targets):
+        if isinstance(member, SparseTargets):
+            _check_range("target id", member.ids, vocab)
+        elif member.vocab_size > vocab:
+            raise ValueError(
+                f"the teacher has {member.vocab_size} ids, expected at most the head's {vocab}"
+            )
+
+
+def _check_range(name: str, ids: torch.Tensor, vocab: int) -> None:
+    if not len(ids):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} {wrong} lies outside the head's {vocab} rows")
 
 
 class DistillationHead(nn.Module):
@@ -233,7 +255,7 @@ class DistillationHead(nn.Module):
         self,
         hidden: torch.Tensor,
         labels_N: torch.Tensor | None = None,
-        targets: SparseTargets | DenseTargets | None = None,
+        targets: Targets | None = None,
         **options: Any,
     ) -> torch.Tensor | LossTerms:
         """Logits as `lm_head` gives them (the model scales and caps), or the terms of the loss.

@@ -88,10 +88,6 @@ class Terms:
     label_smoothing: float = 0.0
     divergence: Divergence = FORWARD_KL
 
-    @property
-    def needs_scratch(self) -> bool:
-        return self.made_at != 1
-
     def hard(self, norm: Norm) -> torch.Tensor:
         """[C]: what the softmax at temperature 1 is multiplied by."""
         return self.ce + 2 * self.z * norm.logsumexp_C

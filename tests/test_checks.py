@@ -394,6 +394,14 @@ def test_training_with_a_held_out_cache_that_is_not_there(place):
     )
 
 
+def test_a_cache_of_another_teacher_that_is_not_there(place):
+    a_cache()
+    said = refused(check_train, "cache.ensemble=['hf://owner/set', {dir: other, weight: 2}]")
+    assert said.startswith(
+        "cache.ensemble.1.dir: other does not exist, expected a cache: make it with launch/gener"
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -474,6 +474,13 @@ class BlockStore:
         records = [self._record(b) for b in self.committed()]
         return combined_hash(np.array(records, RECORD))
 
+    def tokens_xxh3(self) -> np.ndarray:
+        """uint64: of each committed block the hash of its token ids, equal for equal text.
+
+        From blocks.bin, or of blocks that it does not know yet from their markers.
+        """
+        return np.array([self._record(b)["tokens_xxh3"] for b in self.committed()], np.uint64)
+
     def verify(
         self,
         *,

@@ -100,6 +100,14 @@ def check_train(config: Config, *, world: int) -> None:
             way_out="make it with launch/generate.py and the same configuration",
             text_is_enough=not config.loss.learns_from_teacher,
         )
+    for number, other in enumerate(config.cache.ensemble):
+        found.of(
+            folders.check_cache_is_there,
+            other.dir,
+            key=f"cache.ensemble.{number}.dir",
+            way_out="make it with launch/generate.py, its own teacher.model and cache.dir, and the "
+            "same data",
+        )
     if config.eval.cache is not None:
         found.of(
             folders.check_cache_is_there,

@@ -151,6 +151,15 @@ class CacheSource(Section):
     weight: PositiveFloat = Field(default=1.0, description="passes over it in an epoch")
 
 
+class CacheTeacher(Section):
+    """The cache of one more teacher, of the tokens that `cache.dir` holds."""
+
+    dir: Text = Field(description="the cache: a folder or a URL")
+    weight: PositiveFloat = Field(
+        default=1.0, description="of its teacher in the distillation loss; that of `cache.dir` is 1"
+    )
+
+
 def _source(value: Any) -> Any:
     return {"dir": value} if isinstance(value, str) else value
 
@@ -173,6 +182,12 @@ class CacheConfig(Section):
         description="the cache, a folder; to train from, also a URL (`sftp://`, `s3://`, `gs://`, "
         "`hf://`, `file://`), or a list of these, or of `{dir: ..., weight: ...}` with the passes "
         "over each in an epoch",
+    )
+    ensemble: list[Annotated[CacheTeacher, BeforeValidator(_source)]] = Field(
+        default=[],
+        description="caches of more teachers, made from the same token store: folders or URLs, or "
+        "`{dir: ..., weight: ...}`. The distillation loss is the mean of each teacher's, by "
+        "weights, that of `dir` being 1",
     )
     local_dir: Text | None = Field(
         default=None,

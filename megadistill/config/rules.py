@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from megadistill.config.curves import fractions, values
 from megadistill.config.deepspeed_keys import deepspeed_problems
+from megadistill.config.ensemble_rules import ENSEMBLES
 from megadistill.config.problem import Problem
 from megadistill.config.training_rules import TRAINING
 from megadistill.disk import is_url
@@ -51,7 +52,7 @@ def _worst_bytes_a_sequence(config: Config) -> float:
 
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
-    for rule in (_source, _fields, _folders, _teacher, _online, _targets, *TRAINING):
+    for rule in (_source, _fields, _folders, _teacher, _online, _targets, *ENSEMBLES, *TRAINING):
         yield from rule(config)
     for path, message in deepspeed_problems(config.deepspeed):
         yield Problem((".".join(("deepspeed", *path)),), message)
@@ -125,6 +126,7 @@ def _folders(config: Config) -> Iterator[Problem]:
     read = {"teacher.model": config.teacher.model}
     if not isinstance(config.cache.dir, str):
         read |= {f"cache.dir.{i}": source.dir for i, source in enumerate(config.cache.dir)}
+    read |= {f"cache.ensemble.{i}.dir": c.dir for i, c in enumerate(config.cache.ensemble)}
     if config.student is not None:
         written["train.out_dir"] = config.train.out_dir
         read["student.model"] = config.student.model

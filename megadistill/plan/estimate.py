@@ -149,10 +149,17 @@ def _targets_line(config: Config, a_position: assumptions.Position | None) -> st
 def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:
     if config.cache.is_folder:
         name = "cache" if config.cache.part is None else f"cache, part {config.cache.part}"
-        return [(name, _store_line(config.cache.folder, size))]
+        return [(name, _store_line(config.cache.folder, size)), *_ensemble_lines(config)]
     return [
         ("cache", f"{shown(source.dir)}, to train from, weight {source.weight:g}")
         for source in config.cache.sources
+    ] + _ensemble_lines(config)
+
+
+def _ensemble_lines(config: Config) -> list[tuple[str, str]]:
+    return [
+        ("cache", f"{shown(c.dir)}, another teacher's to train from, weight {c.weight:g}")
+        for c in config.cache.ensemble
     ]
 
 

@@ -96,23 +96,24 @@ def _taken(member: Member, rows: torch.Tensor) -> Member:
 
 def count_positions(targets: Targets | None) -> int:
     """Positions that have targets. ValueError where they are others for another teacher."""
-    (first, _), *others = members_of(targets) or ((None, 0.0),)
-    if first is None:
+    if targets is None:
         return 0
+    (first, _), *others = members_of(targets)
     for number, (other, _) in enumerate(others, 1):
-        # Where both have all there is nothing to compare.
         if isinstance(first, DenseTargets) and isinstance(other, DenseTargets):
-            continue
-        wrong = int((_has_targets(first) != _has_targets(other)).sum())
+            continue  # both have all
+        wrong = int((has_targets(first) != has_targets(other)).sum())
         if wrong:
             raise ValueError(
                 f"teacher {number} has targets where the first has none, or none where it has "
                 f"some, at {wrong} of {len(first)} positions: expected the same positions of all"
             )
-    return len(first) if isinstance(first, DenseTargets) else int((first.counts > 0).sum())
+    return len(first) if isinstance(first, DenseTargets) else int(has_targets(first).sum())
 
 
-def _has_targets(member: Member) -> torch.Tensor:
-    if isinstance(member, SparseTargets):
-        return member.counts > 0
-    return torch.ones(len(member), dtype=torch.bool, device=member.hidden_NH.device)
+def has_targets(targets: Targets) -> Any:
+    """bool [N]: the positions that have targets; of an ensemble those of its first teacher."""
+    (first, _), *_ = members_of(targets)
+    if isinstance(first, SparseTargets):
+        return first.counts > 0
+    return torch.ones(len(first), dtype=torch.bool, device=first.hidden_NH.device)

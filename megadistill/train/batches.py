@@ -51,8 +51,10 @@ class Batches:
         self._read: deque[list[Future[MicroBatch]]] = deque()
         self._readers = ThreadPoolExecutor(WORKERS, thread_name_prefix="batches")
         self._fetchers = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="downloads")
-        self._asked: dict[tuple[int, int], int] = {}  # (store, block) -> the step that asked last
-        self._fetch_ahead = FETCH_AHEAD if any(s.store.is_remote for s in stores) else 0
+        # (store, which of its teachers', block) -> the step that asked last
+        self._asked: dict[tuple[int, int, int], int] = {}
+        every = [each for s in stores for each in (s, *s.beside)]
+        self._fetch_ahead = FETCH_AHEAD if any(s.store.is_remote for s in every) else 0
 
     def __enter__(self) -> Batches:
         for _ in range(AHEAD):
@@ -99,11 +101,13 @@ class Batches:
     def _fetch(self, step: int, names: Names) -> None:
         """Begin to download the shards of a step that were not asked for lately."""
         for k, i in names:
-            store = self._stores[k].store
-            block = self._stores[k].number(i) // store.block_size
-            if store.is_remote and step - self._asked.get((k, block), -FETCH_AHEAD) >= FETCH_AHEAD:
-                self._asked[k, block] = step
-                self._fetchers.submit(_fetched, store, block)
+            first = self._stores[k]
+            for teacher, each in enumerate((first, *first.beside)):
+                store, block = each.store, each.number(i) // each.store.block_size
+                place = (k, teacher, block)
+                if store.is_remote and step - self._asked.get(place, -FETCH_AHEAD) >= FETCH_AHEAD:
+                    self._asked[place] = step
+                    self._fetchers.submit(_fetched, store, block)
 
 
 def _fetched(store: BlockStore, block: int) -> None:

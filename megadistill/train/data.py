@@ -23,9 +23,9 @@ from megadistill.cache.reader import Cache
 from megadistill.config import Config
 from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
+from megadistill.student.ensemble import Ensemble, Targets, has_targets
 from megadistill.student.features import Features
 from megadistill.targets import SparseTargets, concatenate
-from megadistill.teacher.dense import DenseTargets
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class Sequences:
     weight: float = 1.0  # passes over it in an epoch
     blocks: tuple[int, ...] | None = None  # of an unfinished store, ascending
     online: dict[str, Any] | None = None  # the recipe of targets that the teacher gives beside it
+    beside: tuple[Sequences, ...] = ()  # what other teachers say of the same sequences
+    teacher_weight: float = 1.0  # of its teacher, where there are several
+    key: str = "cache.dir"  # where the configuration names it
 
     def __len__(self) -> int:
         if self.blocks is None:
@@ -84,8 +87,9 @@ class Sequences:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that may occur: the teacher's, or without one the tokenizer's."""
-        return int(self.recipe.get("vocab_size") or self.tokenizer["vocab_size"])
+        """Ids that may occur: the teachers', or without one the tokenizer's."""
+        own = int(self.recipe.get("vocab_size") or self.tokenizer["vocab_size"])
+        return max([own, *(other.vocab_size for other in self.beside)])
 
 
 def open_sequences(
@@ -211,7 +215,7 @@ class MicroBatch:
     tokens_BT: np.ndarray
     documents: list[np.ndarray]
     labels_N: Any  # int64
-    targets: SparseTargets | DenseTargets | None
+    targets: Targets | None
     kd_count: int
     ce_count: int
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -225,7 +229,7 @@ class MicroBatch:
             labels_N=torch.as_tensor(self.labels_N, device=device),
             # What a teacher beside the student gave is on its device already.
             targets=self.targets.torch(device)
-            if isinstance(self.targets, SparseTargets)
+            if isinstance(self.targets, SparseTargets | Ensemble)
             else self.targets,
         )
 
@@ -241,19 +245,38 @@ def micro_batch(
     if empty:
         labels_BT[-empty:] = -100
     labels_N = labels_BT.reshape(-1)
-    targets = None
+    valid_N = labels_N != -100
+    targets: Targets | None = None
     if with_targets:
         targets = concatenate([_without_notes(s["targets"]) for s in samples])
-    valid_N = labels_N != -100
+        if stores[0].beside:
+            targets = _of_all_teachers(stores[0], targets, names, valid_N)
     return MicroBatch(
         names=names,
         tokens_BT=np.stack([s["tokens"] for s in samples]),
         documents=[s["documents"] for s in samples],
         labels_N=labels_N,
         targets=targets,
-        kd_count=0 if targets is None else int((valid_N & (targets.counts > 0)).sum()),
+        kd_count=0 if targets is None else int((valid_N & has_targets(targets)).sum()),
         ce_count=int(valid_N.sum()),
     )
+
+
+def _of_all_teachers(
+    store: Sequences, targets: SparseTargets, names: list[tuple[int, int]], valid_N: np.ndarray
+) -> Ensemble:
+    """With the targets of the same sequences that lie beside. StoreError where they do not fit."""
+    members = [targets]
+    for other in store.beside:
+        theirs = concatenate([_without_notes(other[i]["targets"]) for _, i in names])
+        if (valid_N & (has_targets(theirs) != has_targets(targets))).any():
+            raise StoreError(
+                f"{other.key}: {other.name} has targets at other positions than {store.name}, in "
+                f"one of the sequences {', '.join(str(i) for _, i in sorted(names))}: generate "
+                "both from one token store (data.dir), with the same targets.positions"
+            )
+        members.append(theirs)
+    return Ensemble.of(members, [s.teacher_weight for s in (store, *store.beside)])
 
 
 def _without_notes(targets: SparseTargets) -> SparseTargets:

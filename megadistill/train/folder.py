@@ -85,6 +85,7 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
         "cache": {
             str(i): {"recipe": s.recipe, "sequences": len(s), "weight": s.weight}
             | ({} if s.blocks is None else {"blocks": _ranges(s.blocks)})
+            | _ensemble(s)
             for i, s in enumerate(stores)
         },
         "data": {"pack": config.data.pack},
@@ -96,6 +97,15 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
         "student": config.student.model_dump(mode="json"),
         "train": {**train, "steps": steps},
     }
+
+
+def _ensemble(store: Sequences) -> dict[str, Any]:
+    """What the other teachers are; nothing where there are none, as before there were any."""
+    beside = {
+        str(i): {"recipe": other.recipe, "weight": other.teacher_weight}
+        for i, other in enumerate(store.beside)
+    }
+    return {"ensemble": beside} if beside else {}
 
 
 def _ranges(blocks: tuple[int, ...]) -> str:

@@ -17,17 +17,17 @@ import torch
 
 from megadistill.attention import check_isolation
 from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
-from megadistill.config.curves import values
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.student.features import FeaturePlan, feature_plan
 from megadistill.student.model import check_fits, load_student, student_settings
-from megadistill.targets import DENSE, check_divergence
+from megadistill.targets import DENSE
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
+from megadistill.train.ensemble import check_divergences, learned_from, with_ensemble
 from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
@@ -80,14 +80,10 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     else:
         # One rank looks: a cache that is being made may grow between two looks.
         stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
+        stores = with_ensemble(config, stores)
     store = stores[0]
     if store.has_targets:
-        for temperature in values(config.loss.temperature):
-            check_divergence(
-                store.recipe["method"], config.loss.divergence,
-                kd_temperature=temperature, made_at=store.recipe["temperature"],
-                ground_truth_residual=config.loss.ground_truth_residual,
-            )  # fmt: skip
+        check_divergences(config, store)
     if config.loss.curriculum and mesh.rank == 0:
         log.info(
             "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
@@ -202,9 +198,7 @@ def _export(
     steps: int,
     figures: dict[str, float] | None,
 ) -> None:
-    learned, config = ", ".join(store.name for store in run.stores), run.config
-    if config.teacher.mode == "online":
-        learned = f"`{config.teacher.model}` ({config.targets.method}), on the text of {learned}"
+    learned, config = learned_from(run.config, run.stores), run.config
     recipe = run.stores[0].recipe
     made_at = recipe.get("temperature", config.loss.at(0).temperature)
     if recipe.get("method") in DENSE:

@@ -33,11 +33,13 @@ def optimizer_and_order(config, model, cache):
 def plain_steps(config):
     """[loss, gradient norm] of each step, and the parameters, of the run that `config` says.
 
+    Of an ensemble the loss is the mean of those from each cache, by weights.
     A step whose loss is not finite is left out, with None for its numbers.
     """
     folder = config.student.model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings, cache = config.train, open_cache(config.cache.dir)
+    teachers = [(cache, 1.0), *((open_cache(c.dir), c.weight) for c in config.cache.ensemble)]
     optimizer, order = optimizer_and_order(config, model, cache)
     results = []
     for step in range(settings.steps):
@@ -47,11 +49,14 @@ def plain_steps(config):
         )
         labels_N = np.concatenate([labels(s["tokens"], s["documents"]) for s in samples])
         hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)
-        targets = concatenate([s["targets"] for s in samples]).torch()
-        loss, _kd_sum, _ce_sum = dense_terms(
-            hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
-            **config.loss.model_dump(exclude={"memory_budget", "curriculum", *FEATURES}),
-        )  # fmt: skip
+        loss = 0
+        for teacher, weight in teachers:
+            targets = concatenate([teacher[i]["targets"] for _, i in order.batch(step)]).torch()
+            loss_from_it, _kd_sum, _ce_sum = dense_terms(
+                hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
+                **config.loss.model_dump(exclude={"memory_budget", "curriculum", *FEATURES}),
+            )  # fmt: skip
+            loss += weight / sum(w for _, w in teachers) * loss_from_it
         if not loss.isfinite():
             results.append([None, None])
             continue

@@ -17,11 +17,12 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 
 def make_store(
     path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
-    only_in=None, masked=False, **recipe,
+    only_in=None, masked=False, teacher=0, **recipe,
 ):  # fmt: skip
     """A cache, or with method=None a token store; `blocks`: commit only so many.
 
     masked: only the end of each sequence is learned from, of a length of its own.
+    teacher: stores that differ in it alone have other targets of the same tokens.
     only_in: the one sequence that holds the last id of VOCAB, in its middle.
     """
     rng = np.random.default_rng(seed)
@@ -40,7 +41,8 @@ def make_store(
     store.plan(sequences)
     for block in list(range(store.num_blocks))[:blocks]:
         size = min(block_size, sequences - block * block_size)
-        drawn = [make_sample(rng, method, vocab, 1000 * seed + block * 50 + i) for i in range(size)]
+        first = 1000 * seed + block * 50 + 1_000_000 * teacher
+        drawn = [make_sample(rng, method, vocab, first + i) for i in range(size)]
         samples = [sample for sample, _ in drawn]
         for i, sample in enumerate(samples):
             if masked:

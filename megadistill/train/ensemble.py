@@ -1,0 +1,106 @@
+"""Several teachers of one student: their caches of the same tokens, read side by side.
+
+Sequence i of every cache must be the same text. The caches' blocks are compared when they are
+opened, by the hashes of their token ids in blocks.bin: 8 bytes a block, and no shard is read.
+
+Shapes: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from megadistill.blocks.recipe import first_difference
+from megadistill.config import Config
+from megadistill.config.curves import values
+from megadistill.errors import ConfigError, StoreError
+from megadistill.targets import check_divergence
+from megadistill.train.data import Sequences, local_copies, open_sequences
+
+
+def with_ensemble(config: Config, stores: list[Sequences]) -> list[Sequences]:
+    """The stores of cache.dir, with cache.ensemble's beside the only one where there are some.
+
+    ConfigError, StoreError, naming the key, for a cache of other tokens, or that is not there.
+    """
+    if not config.cache.ensemble:
+        return stores
+    (first,) = stores
+    beside = []
+    for number, source in enumerate(config.cache.ensemble):
+        key = f"cache.ensemble.{number}.dir"
+        store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
+        _require_same_tokens(first, store, key=key)
+        beside.append(replace(store, key=key, teacher_weight=source.weight))
+    return [replace(first, beside=tuple(beside))]
+
+
+def check_divergences(config: Config, store: Sequences) -> None:
+    """ConfigError where a teacher's targets cannot serve the loss at any time of the run."""
+    for taught in (store, *store.beside):
+        try:
+            for temperature in values(config.loss.temperature):
+                check_divergence(
+                    taught.recipe["method"], config.loss.divergence,
+                    kd_temperature=temperature, made_at=taught.recipe["temperature"],
+                    ground_truth_residual=config.loss.ground_truth_residual,
+                )  # fmt: skip
+        except ConfigError as error:
+            if taught is store:
+                raise
+            raise ConfigError(f"{taught.key}: {taught.name}: {error}") from None
+
+
+def learned_from(config: Config, stores: list[Sequences]) -> str:
+    """What the model's card says of the teachers."""
+    if config.teacher.mode == "online":
+        text = ", ".join(store.name for store in stores)
+        return f"`{config.teacher.model}` ({config.targets.method}), on the text of {text}"
+    if not stores[0].beside:
+        return ", ".join(store.name for store in stores)
+    return " and ".join(
+        f"{store.name} (weight {store.teacher_weight:g}{_said(store)})"
+        for store in (stores[0], *stores[0].beside)
+    )
+
+
+def _said(store: Sequences) -> str:
+    at = store.recipe["temperature"]
+    return f", {store.recipe['method']}" + ("" if at == 1 else f" at temperature {at:g}")
+
+
+def _require_same_tokens(first: Sequences, other: Sequences, *, key: str) -> None:
+    for what, ours, theirs in (
+        ("the tokenizer", first.tokenizer["content"][:16], other.tokenizer["content"][:16]),
+        ("seq_len", first.seq_len, other.seq_len),
+        ("block_size", first.store.block_size, other.store.block_size),
+        ("the number of sequences", len(first), len(other)),
+        ("targets.positions", first.recipe.get("positions"), other.recipe.get("positions")),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}: {what} is {theirs} in {other.name} and {ours} in {first.name}, expected "
+                "the same: generate both caches from one token store (data.dir)"
+            )
+    if first.recipe.get("positions") == "entropy":
+        raise ConfigError(
+            f"{key}: {other.name} leaves out positions by its own teacher's entropy "
+            "(targets.positions=entropy), expected all or loss_mask: each teacher leaves out "
+            "others, so generate again"
+        )
+    found = first_difference(first.recipe.get("tokens"), other.recipe.get("tokens"))
+    if found:
+        name, ours, theirs = found
+        raise ConfigError(
+            f"{key}: {other.name} was made from other tokens than {first.name}, whose {name} is "
+            f"{ours!s:.60} and not {theirs!s:.60}: generate both from one token store (data.dir)"
+        )
+    differ = np.flatnonzero(first.store.tokens_xxh3() != other.store.tokens_xxh3())
+    if len(differ):
+        raise StoreError(
+            f"{key}: block {differ[0]} of {other.name} holds other tokens than that of "
+            f"{first.name} ({len(differ)} such blocks): generate both from one token store "
+            "(data.dir)"
+        )

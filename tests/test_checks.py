@@ -239,6 +239,57 @@ def test_models_that_memory_surely_does_not_hold(place, monkeypatch):
     assert "for the student, without activations, and has 683.6 KiB" in line
 
 
+def ensemble(*models: str) -> list[str]:
+    members = ", ".join(f"{{model: {model}}}" for model in models)
+    return ["teacher.mode=online", f"teacher.ensemble=[{members}]"]
+
+
+def test_another_teacher_is_looked_at_as_the_first_is(place):
+    shutil.copytree("teacher", "other")
+    check_train(config(*ensemble("other")), world=2)
+    assert refused(check_train, *ensemble("other", "./none")).startswith(
+        "teacher.ensemble.1.model: ./none does not exist, expected a model's folder, or a hub id"
+    )
+    settings("other", max_position_embeddings=32)
+    assert "32 positions of teacher.ensemble.0.model" in refused(check_train, *ensemble("other"))
+    settings("other", max_position_embeddings=256, vocab_size=300)
+    line = refused(check_train, *ensemble("other"))
+    assert line.startswith("teacher.ensemble.0.model: other has a vocabulary of 300, the tokenizer")
+    assert "./teacher has 512 ids" in line
+    settings("other", vocab_size=512, auto_map={"AutoModelForCausalLM": "x"}, architectures=["X"])
+    line = refused(check_train, *ensemble("other"))
+    assert "set teacher.ensemble.0.trust_remote_code=true" in line
+
+
+def test_another_teacher_of_another_tokenizer(place):
+    shutil.copytree("teacher", "other")
+    tiny_tokenizer("other", vocab_size=300)
+    line = refused(check_train, *ensemble("teacher", "other"))
+    assert line.startswith("teacher.ensemble.1.model: the tokenizer of other turns text into other")
+    assert "take a teacher of the same tokenizer" in line
+
+
+def test_all_teachers_are_counted(place, monkeypatch):
+    from megadistill.checks import memory
+    from megadistill.plan import make_plan
+
+    monkeypatch.setattr(memory, "_available", lambda: 1_400_000)
+    shutil.copytree("teacher", "other")
+    check_train(config("teacher.mode=online"), world=16)
+    line = refused(check_train, *ensemble("other"), world=16)
+    assert "teacher.model: a rank of 16 needs 1.1 MiB for the 2 teachers and " in line, line
+    # Of those in host memory one is awake.
+    check_train(config(*ensemble("other"), "teacher.offload=cpu"), world=16)
+    one, two, asleep = (
+        make_plan(config("teacher.mode=online", *more), world=1)
+        for more in ([], ensemble("other"), [*ensemble("other"), "teacher.offload=cpu"])
+    )
+    assert two.teacher_memory == 2 * one.teacher_memory
+    assert asleep.teacher_memory == one.teacher_memory
+    said = [line for name, line in two.lines if name == "teacher"]
+    assert [line.partition(":")[0] for line in said] == ["./teacher", "other"]
+
+
 def test_a_model_without_weights_serves_a_random_student_only(place):
     Path("student/model.safetensors").unlink()
     a_cache()

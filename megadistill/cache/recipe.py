@@ -25,13 +25,16 @@ from megadistill.targets import PARAMETERS
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
 
-def cache_recipe(config: Config, tokens_recipe: dict[str, Any]) -> dict[str, Any]:
+def cache_recipe(
+    config: Config, tokens_recipe: dict[str, Any], *, key: str = "teacher.model"
+) -> dict[str, Any]:
     """The recipe of the cache that `config` asks for, over the token store of `tokens_recipe`.
 
-    Reads every byte of the teacher's weights once. Raises ConfigError when they cannot be found.
+    key: where the configuration names the teacher, for messages. Reads every byte of its weights
+    once. Raises ConfigError when they cannot be found.
     """
     teacher, targets = config.teacher, config.targets
-    files = find_model(teacher.model, key="teacher.model", revision=teacher.revision)
+    files = find_model(teacher.model, key=key, revision=teacher.revision)
     method = {name: getattr(targets, name) for name in PARAMETERS[targets.method]}
     if targets.positions == "entropy":
         method["min_entropy"] = targets.min_entropy

@@ -39,8 +39,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     if student is not None:
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
         found.of(models.check_seq_len, config, student)
-    if found.teacher is not None:
-        found.of(check_memory, config, teacher=found.teacher, student=None, world=world)
+    found.of(check_memory, config, teachers=found.teachers, student=None, world=world)
     plan = make_plan(config, world=world, training=False)
     if writing:
         found.of(folders.check_room, config, plan, training=False)
@@ -62,18 +61,29 @@ def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool
     found.of(folders.check_corpus, config)
     if writing:
         found.of(folders.check_store_folder, config.data.dir, "data.dir", "tokens")
-    teacher = found.of(models.check_model, config.teacher, "teacher.model", with_weights=True)
-    if teacher is not None:
-        found.of(models.check_seq_len, config, teacher)
-        found.of(models.check_pack, config, teacher)
-        found.of(models.check_heads, config, teacher)
-        found.teacher = teacher
+    teacher = _check_teacher(found, config, "teacher")
     own_tokenizer = config.data.tokenizer is not None
     there = own_tokenizer or teacher is not None  # else its absence is reported already
     tokenizer = found.of(vocabulary.find_tokenizer, config) if there else None
     if teacher is not None and tokenizer is not None:
         found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
+    _, *others = config.of_each_teacher.items()
+    for key, each in others:
+        another = _check_teacher(found, each, key)
+        if another is not None:
+            found.of(vocabulary.check_other_teacher, config, each.teacher, tokenizer, another)
     return tokenizer
+
+
+def _check_teacher(found: _Mistakes, config: Config, key: str) -> ModelFiles | None:
+    """The files of the one teacher of `config`, which stands at `key`, where they are sound."""
+    teacher = found.of(models.check_model, config.teacher, f"{key}.model", with_weights=True)
+    if teacher is not None:
+        found.of(models.check_seq_len, config, teacher)
+        found.of(models.check_pack, config, teacher)
+        found.of(models.check_heads, config, teacher)
+        found.teachers.append((config, teacher))
+    return teacher
 
 
 def check_train(config: Config, *, world: int) -> None:
@@ -128,8 +138,8 @@ def check_train(config: Config, *, world: int) -> None:
         if not online and _teacher_is_there(config):
             tokenizer = vocabulary.tokenizer_if_there(config)
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
-        found.of(check_memory, config, teacher=found.teacher, student=student, world=world)
-        if found.teacher is not None:
+        found.of(check_memory, config, teachers=found.teachers, student=student, world=world)
+        if found.teachers:
             found.of(models.check_features, config)
     found.of(folders.check_room, config, make_plan(config, world=world), training=True)
     found.raise_all()
@@ -145,11 +155,11 @@ def _teacher_is_there(config: Config) -> bool:
 
 
 class _Mistakes:
-    """The mistakes so far, one line each; and the teacher, where one was found."""
+    """The mistakes so far, one line each; and the teachers found, each with its configuration."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.teacher: ModelFiles | None = None
+        self.teachers: list[tuple[Config, ModelFiles]] = []
 
     def of(self, check: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What `check` returns; None, and its mistake noted, where it raises one of ours."""

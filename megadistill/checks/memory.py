@@ -13,24 +13,29 @@ from megadistill.config import Config
 from megadistill.disk import readable_bytes
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles
-from megadistill.plan.memory import student_states, teacher_weights
+from megadistill.plan.memory import at_once, student_states, teacher_weights
 
 
 def check_memory(
     config: Config,
     *,
-    teacher: ModelFiles | None,
+    teachers: list[tuple[Config, ModelFiles]],
     student: ModelFiles | None,
     world: int,
 ) -> None:
     """ConfigError where a rank's share of the models is more than it has.
 
-    None for a model that is not loaded, or whose files are not here.
+    teachers: each with the configuration of it alone. None for a student that is not loaded, or
+    whose files are not here.
     """
     needs = {}
-    size = None if teacher is None else teacher.parameters()
-    if teacher is not None and size is not None and teacher.layers:
-        needs["teacher"] = teacher_weights(config, size[0], teacher.layers, world)
+    sizes = [
+        (each, teacher_weights(each, size[0], files.layers, world))
+        for each, files in teachers
+        if (size := files.parameters()) is not None and files.layers
+    ]
+    if sizes:
+        needs["teacher"] = at_once(sizes)
     states = student_states(config, student, world)
     if states is not None:
         needs["student"] = states
@@ -38,7 +43,11 @@ def check_memory(
     if not needs or sum(needs.values()) <= available:
         return
     largest = max(needs, key=needs.__getitem__)
-    parts = " and ".join(f"{readable_bytes(n)} for the {name}" for name, n in needs.items())
+    several = f"{len(sizes)} teachers" if len(sizes) > 1 else "teacher"
+    parts = " and ".join(
+        f"{readable_bytes(n)} for the {several if name == 'teacher' else name}"
+        for name, n in needs.items()
+    )
     raise ConfigError(
         f"{largest}.model: a rank of {world} needs {parts}, without activations, and has "
         f"{readable_bytes(available)}: {_WAYS_OUT[largest]}"

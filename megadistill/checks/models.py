@@ -35,7 +35,7 @@ def check_model(
     if with_weights:
         _safetensors(model)
     if section.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-        part = key.partition(".")[0]
+        part = key.rpartition(".")[0]
         raise ConfigError(
             f"{part}.attention: flash_attention_2 needs the package flash-attn, which is not "
             f"installed: install it, or set {part}.attention=sdpa"
@@ -92,7 +92,7 @@ def _causal(model: ModelFiles, *, trusted: bool) -> None:
     own_code = "AutoModelForCausalLM" in (model.settings.get("auto_map") or {})
     if own_code and trusted:
         return
-    key = model.key.partition(".")[0]
+    key = model.key.rpartition(".")[0]
     kind, classes = model.settings.get("model_type"), model.settings.get("architectures") or []
     known: set[str] = set()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.checks.models import find_section_model
-from megadistill.config import Config, StudentConfig
+from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, first_line, has_tokenizer, may_be_hub_id
 
@@ -58,20 +58,52 @@ def student_if_there(config: Config) -> ModelFiles | None:
         return None
 
 
+def check_other_teacher(
+    config: Config, section: TeacherConfig, tokenizer: Any, teacher: ModelFiles
+) -> None:
+    """One of teacher.ensemble, its section made whole, has the run's tokenizer, and its ids."""
+    _check_same_ids(
+        section, config, tokenizer, teacher,
+        few="take a teacher of the same family",
+        other="it would answer about other tokens; take a teacher of the same tokenizer",
+    )  # fmt: skip
+
+
 def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -> None:
     """The student has the tokenizer's ids (more are padding), and a tokenizer of the same ids."""
-    if tokenizer is None or config.student is None:
+    if config.student is not None:
+        _check_same_ids(
+            config.student, config, tokenizer, student,
+            few="choose a student of the same family, or one with student.init=random and "
+            "vocab_size at least {ids} in its config.json",
+            other="the student would learn from targets that are about other tokens; give it the "
+            "teacher's tokenizer",
+        )  # fmt: skip
+
+
+def _check_same_ids(
+    section: TeacherConfig | StudentConfig,
+    config: Config,
+    tokenizer: Any,
+    model: ModelFiles,
+    *,
+    few: str,
+    other: str,
+) -> None:
+    """ConfigError where the model has too few ids, or a tokenizer of others; what to do is given.
+
+    tokenizer: the run's, or None where it cannot be loaded, which is reported already.
+    """
+    if tokenizer is None:
         return
     ids = 1 + max(tokenizer.get_vocab().values())
     name = config.data.tokenizer or config.teacher.model
-    if student.vocab_size is not None and student.vocab_size < ids:
+    if model.vocab_size is not None and model.vocab_size < ids:
         raise ConfigError(
-            f"student.model: {student.name} has a vocabulary of {student.vocab_size}, the "
-            f"tokenizer {name} has {ids} ids, and a target is about ids: choose a student of the "
-            f"same family, or one with student.init=random and vocab_size at least {ids} in its "
-            "config.json"
+            f"{model.key}: {model.name} has a vocabulary of {model.vocab_size}, the tokenizer "
+            f"{name} has {ids} ids, and a target is about ids: {few.format(ids=ids)}"
         )
-    own = _tokenizer_of(config.student, student)
+    own = _tokenizer_of(section, model)
     if own is None:
         return
     from megadistill.data.tokenizer import tokenizer_identity
@@ -80,25 +112,24 @@ def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -
     if ours != theirs:
         text = _example_of_difference(tokenizer, own)
         raise ConfigError(
-            f"student.model: the tokenizer of {student.name} turns text into other ids than "
-            f"{name} does{text}: the student would learn "
-            "from targets that are about other tokens; give it the teacher's tokenizer"
+            f"{model.key}: the tokenizer of {model.name} turns text into other ids than {name} "
+            f"does{text}: {other}"
         )
 
 
-def _tokenizer_of(student: StudentConfig, files: ModelFiles) -> Any:
-    """The student's own tokenizer, or None where it has none (a config.json alone)."""
+def _tokenizer_of(section: TeacherConfig | StudentConfig, files: ModelFiles) -> Any:
+    """The model's own tokenizer, or None where it has none (a config.json alone)."""
     if not files.on_hub and not has_tokenizer(files.folder):
         return None
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:  # noqa: BLE001 - whatever a tokenizer's own code may raise
         raise ConfigError(
-            f"student.model: {student.model}: its tokenizer cannot be loaded: {first_line(error)}"
+            f"{files.key}: {section.model}: its tokenizer cannot be loaded: {first_line(error)}"
         ) from None
     return tokenizer if tokenizer.is_fast else None
 

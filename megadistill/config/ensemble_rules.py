@@ -1,4 +1,4 @@
-"""Rules of several teachers: what `cache.ensemble` does not go together with."""
+"""Rules of several teachers: what `cache.ensemble`, `teacher.ensemble` do not go together with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _caches(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("cache.ensemble", "teacher.mode"),
             "caches are not read with teacher.mode=online: set teacher.mode=cached, or leave "
-            "cache.ensemble out",
+            "cache.ensemble out, and name the models in teacher.ensemble",
         )
     if config.student is not None and not config.loss.learns_from_teacher:
         yield Problem(
@@ -40,4 +40,39 @@ def _caches(config: Config) -> Iterator[Problem]:
         )
 
 
-ENSEMBLES = (_caches,)
+def _models(config: Config) -> Iterator[Problem]:
+    teacher = config.teacher
+    if not teacher.ensemble:
+        return
+    if teacher.mode != "online":
+        yield Problem(
+            ("teacher.ensemble", "teacher.mode"),
+            f"{len(teacher.ensemble)} more with teacher.mode={teacher.mode}, where a cache is one "
+            "teacher's: set teacher.mode=online, or generate a cache of each, and name them in "
+            "cache.ensemble",
+        )
+    if config.targets.positions == "entropy":
+        yield Problem(
+            ("teacher.ensemble", "targets.positions"),
+            "with targets.positions=entropy each teacher would leave out other positions: set "
+            "targets.positions=all, or leave teacher.ensemble out",
+        )
+    # Where nothing of a teacher is wanted another rule says so.
+    loss = config.loss
+    if config.student is not None and any(loss.aligns) and not loss.learns_from_teacher:
+        yield Problem(
+            ("teacher.ensemble", "loss.kd_weight"),
+            "with loss.kd_weight=0 only the layers of teacher.model are learned from: set it, or "
+            "teacher.ensemble=[]",
+        )
+    for number, member in enumerate(teacher.ensemble):
+        # Of the section's own engine a rule of its own speaks.
+        if member.engine == "zero3" and teacher.engine != "zero3" and teacher.tp > 1:
+            yield Problem(
+                (f"teacher.ensemble.{number}.engine", "teacher.tp"),
+                f"zero3 with teacher.tp={teacher.tp}, expected 1: ZeRO-3 spreads a teacher over "
+                "all ranks by itself; set teacher.tp=1, or leave the engine out",
+            )
+
+
+ENSEMBLES = (_caches, _models)

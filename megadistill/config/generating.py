@@ -73,6 +73,22 @@ class DataConfig(Section):
     )
 
 
+class TeacherMember(Section):
+    """One more teacher beside the student. What is not given is as `teacher` says, `tp` always."""
+
+    model: Text = Field(description="a folder or a hub id")
+    revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
+    weight: PositiveFloat = Field(
+        default=1.0, description="in the distillation loss; that of `teacher.model` is 1"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    engine: Literal["tensor_parallel", "zero3"] | None = None
+    offload: Literal["cpu"] | None = None
+    micro_batch: PositiveInt | None = None
+
+
 class TeacherConfig(ModelConfig):
     """The model that is learned from, and how it runs."""
 
@@ -99,6 +115,23 @@ class TeacherConfig(ModelConfig):
     micro_batch: PositiveInt = Field(
         default=8, description="sequences of one forward pass of a rank"
     )
+    ensemble: list[TeacherMember] = Field(
+        default=[],
+        description="with `mode: online` more teachers of the same tokenizer, `{model: ..., "
+        "weight: ...}` each, and of `revision`, `dtype`, `engine`, `offload`, `attention`, "
+        "`micro_batch`, `trust_remote_code` what is another. The distillation loss is the mean of "
+        "each teacher's, by weights, that of `model` being 1; `features` are of `model` alone",
+    )
+
+    @property
+    def members(self) -> dict[str, TeacherConfig]:
+        """Each teacher as a section of its own, by where it stands: `teacher` itself first."""
+        found = {"teacher": self.model_copy(update={"ensemble": []})}
+        for number, member in enumerate(self.ensemble):
+            given = member.model_dump(exclude={"weight"}, exclude_none=True)
+            update = {"revision": None, "ensemble": [], **given}
+            found[f"teacher.ensemble.{number}"] = self.model_copy(update=update)
+        return found
 
 
 class TargetsConfig(Section):

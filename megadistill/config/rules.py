@@ -123,9 +123,10 @@ def _folders(config: Config) -> Iterator[Problem]:
         written["cache.dir"] = config.cache.dir
     if config.cache.local_dir is not None:
         written["cache.local_dir"] = config.cache.local_dir
-    read = {"teacher.model": config.teacher.model}
+    read: dict[str, str] = {}
     if not isinstance(config.cache.dir, str):
         read |= {f"cache.dir.{i}": source.dir for i, source in enumerate(config.cache.dir)}
+    read |= {f"{key}.model": each.model for key, each in config.teacher.members.items()}
     read |= {f"cache.ensemble.{i}.dir": c.dir for i, c in enumerate(config.cache.ensemble)}
     if config.student is not None:
         written["train.out_dir"] = config.train.out_dir

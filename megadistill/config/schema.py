@@ -64,6 +64,12 @@ class Config(Section):
     )
 
     @property
+    def of_each_teacher(self) -> dict[str, Config]:
+        """The same with one teacher alone, by where that stands: `teacher` first."""
+        members = self.teacher.members
+        return {key: self.model_copy(update={"teacher": each}) for key, each in members.items()}
+
+    @property
     def reads_on(self) -> bool:
         """Whether the corpus has no known end, and as much of it is read as training needs."""
         endless = self.data.streaming and self.data.max_samples is None

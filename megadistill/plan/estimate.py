@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.remote import shown
-from megadistill.config import Config, to_yaml
+from megadistill.config import Config, StudentConfig, TeacherConfig, to_yaml
 from megadistill.disk import free_bytes, readable_bytes, used_bytes
 from megadistill.errors import MegadistillError
 from megadistill.model_files import ModelFiles, find_model
 from megadistill.plan import assumptions, corpus
-from megadistill.plan.memory import run_bytes, student_memory, teacher_memory
+from megadistill.plan.memory import at_once, run_bytes, student_memory, teacher_memory
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def log_plan(plan: Plan) -> None:
 
 def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     """The plan of generating, and of training with `training`, by `config` on `world` ranks."""
-    teacher = _local_model(config, "teacher")
+    teacher = _local_model(config.teacher, "teacher.model")
     vocab_size = teacher.vocab_size if teacher is not None else None
     sequences, how = corpus.sequences(config, vocab_size=vocab_size)
     blocks = None if sequences is None else math.ceil(sequences / config.data.block_size)
@@ -87,7 +87,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         if cache_bytes is None or blocks is None or part_blocks is None
         else cache_bytes * part_blocks // blocks
     )
-    memory = teacher_memory(config, teacher, world)
+    memory, teacher_lines = _teachers(config, world)
     lines = [("sequences", f"{_count(sequences)} of {config.data.seq_len} tokens, {how}")]
     if blocks is not None:
         lines.append(("blocks", f"{_count(blocks)} of {config.data.block_size} sequences"))
@@ -95,9 +95,9 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         ("token store", _store_line(config.data.dir, token_bytes)),
         ("targets", _targets_line(config, a_position)),
         *([] if online else _cache_lines(config, part_bytes)),
-        ("teacher", _model_line(teacher, config.teacher.model, memory)),
+        *teacher_lines,
     ]  # fmt: skip
-    student = _local_model(config, "student")
+    student = _local_model(config.student, "student.model")
     steps, run = _steps(config, sequences), run_bytes(config, student)
     student_needs = student_memory(config, student, world)
     if config.student is not None and training:
@@ -163,14 +163,23 @@ def _ensemble_lines(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _local_model(config: Config, which: str) -> ModelFiles | None:
-    section = config.teacher if which == "teacher" else config.student
+def _teachers(config: Config, world: int) -> tuple[int | None, list[tuple[str, str]]]:
+    """Bytes a rank of all teachers together, None where one is not known; a line of each."""
+    sizes, lines = [], []
+    for key, each in config.of_each_teacher.items():
+        model = _local_model(each.teacher, f"{key}.model")
+        memory = teacher_memory(each, model, world)
+        lines.append(("teacher", _model_line(model, each.teacher.model, memory)))
+        sizes.append((each, memory))
+    known = [(each, memory) for each, memory in sizes if memory is not None]
+    return at_once(known) if len(known) == len(sizes) else None, lines
+
+
+def _local_model(section: TeacherConfig | StudentConfig | None, key: str) -> ModelFiles | None:
     if section is None:
         return None
     try:
-        return find_model(
-            section.model, key=f"{which}.model", revision=section.revision, fetch=False
-        )
+        return find_model(section.model, key=key, revision=section.revision, fetch=False)
     except MegadistillError:
         return None
 

@@ -27,6 +27,15 @@ def teacher_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     return teacher_weights(config, found[0], model.layers, world) + live + HEAD_CHUNK
 
 
+def at_once(sizes: list[tuple[Config, int]]) -> int:
+    """What several teachers, each of its own configuration, take together.
+
+    Those in host memory are on the device one after the other.
+    """
+    resident = sum(size for config, size in sizes if not config.teacher.offload)
+    return resident + max((size for config, size in sizes if config.teacher.offload), default=0)
+
+
 def teacher_weights(config: Config, parameters: int, layers: int, world: int) -> int:
     """Bytes a rank of the teacher's weights alone: its share, under zero3 two whole layers too."""
     size = parameters * _WIDTH[config.teacher.dtype]

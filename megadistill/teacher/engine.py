@@ -89,12 +89,18 @@ class Teacher:
 
 
 def load_teacher(
-    config: Config, mesh: Mesh, *, vocab_size: int, whole_head: bool = False
+    config: Config,
+    mesh: Mesh,
+    *,
+    vocab_size: int,
+    whole_head: bool = False,
+    key: str = "teacher.model",
 ) -> Teacher:
     """The configured teacher on this rank's share of the mesh. Collective over all ranks.
 
     vocab_size: ids that its distributions are over, see `TeacherHead.of`. whole_head: every rank
     has all of the head's rows, so that it can make whole distributions of hidden states by itself.
+    key: where the configuration names the model, for messages.
     Raises ConfigError when the model cannot be loaded, TeacherError when it has no head, or says
     something else under its engine than by itself.
     """
@@ -102,7 +108,7 @@ def load_teacher(
     build = _zero3 if zero3 else _tensor_parallel
     with given_back():
         with _quiet():
-            model = _pretrained(config.teacher, partition=zero3)
+            model = _pretrained(config.teacher, partition=zero3, key=key)
             whole = selfcheck.own_log_probs(model, vocab_size=vocab_size) if mesh.tp > 1 else None
             with selfcheck.named(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
@@ -111,7 +117,7 @@ def load_teacher(
         )
         _check(teacher, model, whole, mesh)
         if config.data.pack == "isolate":
-            check_isolation(engine.module, name="teacher.model", device=mesh.device)
+            check_isolation(engine.module, name=key, device=mesh.device)
     return teacher
 
 
@@ -200,13 +206,13 @@ def _zero3_settings(config: TeacherConfig) -> dict[str, Any]:
     }
 
 
-def _pretrained(config: TeacherConfig, *, partition: bool) -> Any:
+def _pretrained(config: TeacherConfig, *, partition: bool, key: str) -> Any:
     """The model, on each rank whole, or partitioned over all ranks."""
     from transformers.integrations import HfDeepSpeedConfig
 
     # While this object lives, from_pretrained partitions each weight as it reads it.
     alive = HfDeepSpeedConfig(_zero3_settings(config)) if partition else None
-    model = load_pretrained(config, key="teacher.model", dtype=getattr(torch, config.dtype))
+    model = load_pretrained(config, key=key, dtype=getattr(torch, config.dtype))
     del alive
     check_head(model)
     return model.eval().requires_grad_(False)

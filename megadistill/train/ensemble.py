@@ -1,7 +1,9 @@
-"""Several teachers of one student: their caches of the same tokens, read side by side.
+"""Several teachers of one student: their caches read side by side, or all of them beside it.
 
 Sequence i of every cache must be the same text. The caches' blocks are compared when they are
 opened, by the hashes of their token ids in blocks.bin: 8 bytes a block, and no shard is read.
+Beside the student they answer one after the other, so that of those in host memory
+(`offload: cpu`) one at a time is on the device.
 
 Shapes: none.
 """
@@ -16,25 +18,81 @@ from megadistill.blocks.recipe import first_difference
 from megadistill.config import Config
 from megadistill.config.curves import values
 from megadistill.errors import ConfigError, StoreError
+from megadistill.parallel import Mesh
+from megadistill.student.ensemble import Ensemble
+from megadistill.student.features import FeaturePlan
 from megadistill.targets import check_divergence
-from megadistill.train.data import Sequences, local_copies, open_sequences
+from megadistill.train.data import MicroBatch, Sequences, local_copies, open_sequences
+from megadistill.train.online import OnlineTeacher, online_recipe
 
 
-def with_ensemble(config: Config, stores: list[Sequences]) -> list[Sequences]:
-    """The stores of cache.dir, with cache.ensemble's beside the only one where there are some.
+def with_ensemble(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Sequences]:
+    """The stores, and beside the only one what the other teachers say of it where there are some.
 
     ConfigError, StoreError, naming the key, for a cache of other tokens, or that is not there.
+    Collective.
     """
-    if not config.cache.ensemble:
-        return stores
-    (first,) = stores
+    if config.cache.ensemble:
+        (first,) = stores
+        return [replace(first, beside=_caches(config, first))]
+    if config.teacher.ensemble:
+        (first,) = stores
+        return [replace(first, beside=_models(config, first, mesh))]
+    return stores
+
+
+class OnlineEnsemble:
+    """Several teachers of a run, each an `OnlineTeacher`."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, store: Sequences, *, features: FeaturePlan | None
+    ) -> None:
+        """Loads one after the other. Collective. features: to be kept of the first."""
+        self._teachers = [
+            OnlineTeacher(
+                each, mesh, store, features=features if key == "teacher" else None, key=key
+            )
+            for key, each in config.of_each_teacher.items()
+        ]
+        self._weights = [s.teacher_weight for s in (store, *store.beside)]
+
+    def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with the targets of all. Collective. As `OnlineTeacher.answer`."""
+        answers = [teacher.answer(share) for teacher in self._teachers]
+        return [
+            replace(batches[0], targets=Ensemble.of([b.targets for b in batches], self._weights))
+            for batches in zip(*answers, strict=True)
+        ]
+
+
+def load_online(
+    config: Config, mesh: Mesh, store: Sequences, *, features: FeaturePlan | None = None
+) -> OnlineTeacher | OnlineEnsemble:
+    """The teacher, or teachers, beside the student. Collective."""
+    kind = OnlineEnsemble if config.teacher.ensemble else OnlineTeacher
+    return kind(config, mesh, store, features=features)
+
+
+def _models(config: Config, first: Sequences, mesh: Mesh) -> tuple[Sequences, ...]:
+    """The same sequences with the recipe of each further teacher's answers."""
+    _, *others = config.of_each_teacher.items()
+    return tuple(
+        replace(
+            first, online=online_recipe(each, mesh, first, key=key), teacher_weight=member.weight,
+            key=f"{key}.model",
+        )
+        for (key, each), member in zip(others, config.teacher.ensemble, strict=True)
+    )  # fmt: skip
+
+
+def _caches(config: Config, first: Sequences) -> tuple[Sequences, ...]:
     beside = []
     for number, source in enumerate(config.cache.ensemble):
         key = f"cache.ensemble.{number}.dir"
         store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
         _require_same_tokens(first, store, key=key)
         beside.append(replace(store, key=key, teacher_weight=source.weight))
-    return [replace(first, beside=tuple(beside))]
+    return tuple(beside)
 
 
 def check_divergences(config: Config, store: Sequences) -> None:
@@ -57,13 +115,21 @@ def learned_from(config: Config, stores: list[Sequences]) -> str:
     """What the model's card says of the teachers."""
     if config.teacher.mode == "online":
         text = ", ".join(store.name for store in stores)
-        return f"`{config.teacher.model}` ({config.targets.method}), on the text of {text}"
+        return f"{_models_named(config)} ({config.targets.method}), on the text of {text}"
     if not stores[0].beside:
         return ", ".join(store.name for store in stores)
     return " and ".join(
         f"{store.name} (weight {store.teacher_weight:g}{_said(store)})"
         for store in (stores[0], *stores[0].beside)
     )
+
+
+def _models_named(config: Config) -> str:
+    teacher = config.teacher
+    if not teacher.ensemble:
+        return f"`{teacher.model}`"
+    weights = [(teacher.model, 1.0), *((each.model, each.weight) for each in teacher.ensemble)]
+    return " and ".join(f"`{model}` (weight {weight:g})" for model, weight in weights)
 
 
 def _said(store: Sequences) -> str:

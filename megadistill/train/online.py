@@ -50,14 +50,21 @@ class OnlineTeacher:
         sequences: Sequences,
         *,
         features: FeaturePlan | None = None,
+        key: str = "teacher",
     ) -> None:
-        """Collective. sequences: the store whose numbers the keys are of. features: to be kept."""
+        """Collective. sequences: the store whose numbers the keys are of. features: to be kept.
+
+        key: where the configuration has it, for messages.
+        """
         self._dense = config.targets.method in DENSE
         self._teacher: Teacher = load_teacher(
-            config, mesh, vocab_size=sequences.vocab_size, whole_head=self._dense
-        )
+            config, mesh, vocab_size=sequences.vocab_size, whole_head=self._dense,
+            key=f"{key}.model",
+        )  # fmt: skip
         self._config, self._mesh, self._sequences = config, mesh, sequences
         self._features = features
+        with self._teacher.awake(offload=config.teacher.offload is not None):
+            pass  # asleep from the start, where another one is to be loaded
 
     def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with targets, and their kd_count. Collective over all ranks.
@@ -161,6 +168,13 @@ def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
     if needed is not None and not BlockStore.open(config.data.dir).complete():
         blocks = tuple(range(needed))
     store = open_sequences(config.data.dir, key="data.dir", with_targets=False, blocks=blocks)
-    recipe = mesh.first(lambda: cache_recipe(config, store.recipe))
-    kept = {name: value for name, value in recipe.items() if name not in _FREE}
-    return [replace(store, has_targets=config.loss.learns_from_teacher, online=kept)]
+    recipe = online_recipe(config, mesh, store)
+    return [replace(store, has_targets=config.loss.learns_from_teacher, online=recipe)]
+
+
+def online_recipe(
+    config: Config, mesh: Mesh, store: Sequences, *, key: str = "teacher"
+) -> dict[str, Any]:
+    """What the answers of the teacher of `config` depend on. Collective; rank 0 reads its files."""
+    recipe = mesh.first(lambda: cache_recipe(config, store.store.recipe, key=f"{key}.model"))
+    return {name: value for name, value in recipe.items() if name not in _FREE}

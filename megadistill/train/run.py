@@ -27,13 +27,13 @@ from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
-from megadistill.train.ensemble import check_divergences, learned_from, with_ensemble
+from megadistill.train.ensemble import check_divergences, learned_from, load_online, with_ensemble
 from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
 from megadistill.train.journal import read_records
 from megadistill.train.machine import check_machine
-from megadistill.train.online import OnlineTeacher, open_online
+from megadistill.train.online import open_online
 from megadistill.train.trackers import check_trackers
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     else:
         # One rank looks: a cache that is being made may grow between two looks.
         stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
-        stores = with_ensemble(config, stores)
+    stores = with_ensemble(config, stores, mesh)
     store = stores[0]
     if store.has_targets:
         check_divergences(config, store)
@@ -152,7 +152,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     if config.data.pack == "isolate":
         check_isolation(student, name="student.model", device=mesh.device)
     if config.teacher.mode == "online":
-        trainer.teacher = OnlineTeacher(config, mesh, run.stores[0], features=run.features)
+        trainer.teacher = load_online(config, mesh, run.stores[0], features=run.features)
     return trainer
 
 

@@ -63,6 +63,20 @@ def changed(*settings: str) -> dict:
          "cache.ensemble: nobody learns from teachers with loss.kd_weight=0"),
         (["cache.ensemble=[z, {dir: w/train/y}]"],
          "train.out_dir: w/train holds cache.ensemble.1.dir (w/train/y)"),
+        (["teacher.ensemble=[{model: x}]"],
+         "teacher.ensemble: 1 more with teacher.mode=cached, where a cache is one teacher's"),
+        (["teacher.ensemble=[{model: x}]", "teacher.mode=online", "targets.positions=entropy",
+          "targets.min_entropy=1"],
+         "teacher.ensemble: with targets.positions=entropy each teacher would leave out other"),
+        (["teacher.ensemble=[{model: x}, {model: y, engine: zero3}]", "teacher.mode=online",
+          "teacher.tp=2"], "teacher.ensemble.1.engine: zero3 with teacher.tp=2, expected 1"),
+        (["teacher.ensemble=[{model: w/train/x}]", "teacher.mode=online"],
+         "train.out_dir: w/train holds teacher.ensemble.0.model (w/train/x)"),
+        (["teacher.ensemble=[{model: x}]", "teacher.mode=online", "loss.kd_weight=0",
+          "loss.hidden_weight=1"], "teacher.ensemble: with loss.kd_weight=0 only the layers of"),
+        (["teacher.ensemble=[{weight: 2}]"], "teacher.ensemble.0.model: missing"),
+        (["teacher.ensemble=[x]"], "teacher.ensemble.0: expected a section"),
+        (["teacher.ensemble=[{model: x, tp: 2}]"], "teacher.ensemble.0.tp: unknown key"),
         (["cache.ensemble=[w/cache]"], "cache.dir: w/cache holds cache.ensemble.0.dir (w/cache)"),
         (["cache.ensemble=[{dir: z, weight: 0}]"],
          "cache.ensemble.0.weight: expected a number above 0, found 0"),
@@ -141,6 +155,10 @@ def test_what_contradicts_itself_is_refused_with_what_to_do(settings, said):
         ["cache.dir=[x, sftp://host/y]"],
         ["cache.ensemble=[x, {dir: 'sftp://host/y', weight: 0.5}, x]"],
         ["cache.ensemble=[x]", "student=null", "loss.kd_weight=0"],
+        [
+            "teacher.ensemble=[{model: x}, {model: x, weight: 2, dtype: float32, engine: zero3}]",
+            "teacher.mode=online",
+        ],
         ["loss.kd_weight=0", "loss.ce_weight=1"],
         ["targets.method=topk", "loss.divergence=jsd", "loss.beta=0.1"],
         ["targets.method=topp", "loss.temperature=2", "loss.divergence=skewed_reverse_kl"],
@@ -182,6 +200,22 @@ def test_groups_default_to_the_largest_divisor_of_the_batch_up_to_64(global_batc
     config, _ = validate(changed(f"train.global_batch={global_batch}", "train.micro_batch=1"))
     assert config is not None
     assert config.order.groups == groups
+
+
+def test_another_teacher_is_as_the_section_says_but_for_what_it_is_given():
+    config, _ = validate(changed(
+        "teacher.mode=online", "teacher.revision=old", "teacher.trust_remote_code=true",
+        "teacher.offload=cpu", "teacher.ensemble=[{model: x}, {model: y, dtype: float32}]",
+    ))  # fmt: skip
+    assert config is not None
+    first, second, third = config.of_each_teacher.values()
+    assert list(config.of_each_teacher) == ["teacher", *(f"teacher.ensemble.{i}" for i in (0, 1))]
+    assert first.teacher == config.teacher.model_copy(update={"ensemble": []})
+    assert second.teacher == first.teacher.model_copy(
+        update={"model": "x", "revision": None, "trust_remote_code": False}
+    )
+    assert third.teacher == second.teacher.model_copy(update={"model": "y", "dtype": "float32"})
+    assert Config.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_configuration_made_in_python_obeys_the_same_rules():

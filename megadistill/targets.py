@@ -18,9 +18,13 @@ from megadistill.errors import ConfigError
 
 METHODS = ("varopt", "multinomial", "topk", "topp")
 SAMPLED = ("varopt", "multinomial")
-DENSE = ("union", "exact")  # with the teacher beside the student, where nothing has to be kept
+DENSE = (
+    "union",
+    "exact",
+    "projected",
+)  # with the teacher beside the student, where nothing has to be kept
 PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k"),
-              "union": ("k",), "exact": ()}  # fmt: skip
+              "union": ("k",), "exact": (), "projected": ()}  # fmt: skip
 DIVERGENCES = (
     "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl",
 )  # fmt: skip

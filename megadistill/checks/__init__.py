@@ -66,7 +66,10 @@ def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool
     there = own_tokenizer or teacher is not None  # else its absence is reported already
     tokenizer = found.of(vocabulary.find_tokenizer, config) if there else None
     if teacher is not None and tokenizer is not None:
-        found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
+        if config.targets.method == "projected":
+            found.of(vocabulary.check_projected, config)
+        else:
+            found.of(vocabulary.check_tokenizer_fits, config, tokenizer, teacher)
     _, *others = config.of_each_teacher.items()
     for key, each in others:
         another = _check_teacher(found, each, key)

@@ -36,7 +36,7 @@ def tokenizer_if_there(config: Config) -> Any:
 
 
 def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) -> None:
-    """The tokenizer's ids are ids of the teacher."""
+    """The tokenizer's ids are ids of the teacher, and a data.tokenizer's those of its own."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if teacher.vocab_size is not None and largest >= teacher.vocab_size:
         key = "teacher.model" if config.data.tokenizer is None else "data.tokenizer"
@@ -45,6 +45,13 @@ def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) ->
             f"{largest}, and the teacher {teacher.name} a vocabulary of {teacher.vocab_size}: they "
             "do not belong together; set data.tokenizer to the teacher's own"
         )
+    if config.data.tokenizer is not None:
+        _check_same_ids(
+            config.teacher, config, tokenizer, teacher,
+            few="set data.tokenizer to the teacher's own",
+            other="the teacher would be asked about other tokens; leave data.tokenizer out, or "
+            f"train with {_PROJECTED}, for which teacher and student may differ",
+        )  # fmt: skip
 
 
 def student_if_there(config: Config) -> ModelFiles | None:
@@ -69,15 +76,34 @@ def check_other_teacher(
     )  # fmt: skip
 
 
+def check_projected(config: Config) -> None:
+    """The teacher's tokens can be aligned with the data's; layers only where they are the same."""
+    from megadistill.train.projected import Tokenizers
+
+    different = Tokenizers(config).alignment is not None
+    for name, aligned in zip(("hidden", "attention"), config.loss.aligns, strict=True):
+        if different and aligned:
+            raise ConfigError(
+                f"loss.{name}_weight: the teacher {config.teacher.model} has another tokenizer "
+                f"than {config.data.tokenizer}, so its layers stand at other positions: set it to 0"
+            )
+
+
+_PROJECTED = "teacher.mode=online targets.method=projected data.tokenizer=(the student's)"
+
+
 def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -> None:
-    """The student has the tokenizer's ids (more are padding), and a tokenizer of the same ids."""
+    """The student has the tokenizer's ids, and a tokenizer of the same ids.
+
+    Ids above are padding, or tokens that were added to it.
+    """
     if config.student is not None:
         _check_same_ids(
             config.student, config, tokenizer, student,
             few="choose a student of the same family, or one with student.init=random and "
             "vocab_size at least {ids} in its config.json",
             other="the student would learn from targets that are about other tokens; give it the "
-            "teacher's tokenizer",
+            f"teacher's tokenizer, or train with {_PROJECTED}, for which they may differ",
         )  # fmt: skip
 
 
@@ -108,7 +134,9 @@ def _check_same_ids(
         return
     from megadistill.data.tokenizer import tokenizer_identity
 
-    ours, theirs = (tokenizer_identity(t, chat=False)["content"] for t in (tokenizer, own))
+    ours, theirs = (
+        tokenizer_identity(t, chat=False, below=ids)["content"] for t in (tokenizer, own)
+    )
     if ours != theirs:
         text = _example_of_difference(tokenizer, own)
         raise ConfigError(

@@ -57,6 +57,12 @@ def _models(config: Config) -> Iterator[Problem]:
             "with targets.positions=entropy each teacher would leave out other positions: set "
             "targets.positions=all, or leave teacher.ensemble out",
         )
+    if config.targets.method == "projected":
+        yield Problem(
+            ("teacher.ensemble", "targets.method"),
+            "with targets.method=projected, which has one projector: set it to another method, or "
+            "teacher.ensemble=[]",
+        )
     # Where nothing of a teacher is wanted another rule says so.
     loss = config.loss
     if config.student is not None and any(loss.aligns) and not loss.learns_from_teacher:

@@ -137,12 +137,14 @@ class TeacherConfig(ModelConfig):
 class TargetsConfig(Section):
     """What is kept of the teacher's distribution at each position."""
 
-    method: Literal["varopt", "multinomial", "topk", "topp", "union", "exact"] = Field(
+    method: Literal["varopt", "multinomial", "topk", "topp", "union", "exact", "projected"] = Field(
         default="varopt",
         description="`varopt` and `multinomial` sample without bias; `topk` keeps the k most "
         "probable ids, `topp` as many of them as have mass p. With `teacher.mode: online` also "
         "`exact`, the whole distribution, and `union`, the k most probable ids of the teacher and "
-        "the k of the student, at `loss.temperature`",
+        "the k of the student, at `loss.temperature`; and `projected`, for a teacher of another "
+        "tokenizer (`data.tokenizer` is then the student's): its hidden states through a learned "
+        "matrix, read by the student's own head",
     )
     tau: Annotated[float, Field(gt=0, le=1), Number] = Field(
         default=0.06,

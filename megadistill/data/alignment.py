@@ -64,11 +64,13 @@ class Aligned:
                `megadistill.attention.forward_inputs` takes them
     rows_N     int64: for each of the student's positions that of the teacher's, of [B*U], that has
                read the same; -1 where there is none
+    longest    the teacher's tokens of the longest piece
     """
 
     tokens_BU: np.ndarray
     documents: list[np.ndarray]
     rows_N: np.ndarray
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class Alignment:
             _rows(student, teacher, begin)
             for student, teacher, begin in zip(students, teachers, begins_P, strict=True)
         ]
-        return Aligned(tokens_BU, starts, np.concatenate(rows_N))
+        longest = max(len(teacher.ids_L) for teacher in teachers)
+        return Aligned(tokens_BU, starts, np.concatenate(rows_N), longest)
 
     def _student_reads(self, tokens_L: np.ndarray, *, starts: bool) -> _Reading:
         """starts: the piece is known to be a document's start, begin token or not."""

@@ -82,9 +82,16 @@ def begin_token(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def tokenizer_identity(tokenizer: Any, *, chat: bool) -> dict[str, Any]:
-    """Its part of the recipe: by content, so that a copy in another folder is the same."""
+def tokenizer_identity(tokenizer: Any, *, chat: bool, below: int | None = None) -> dict[str, Any]:
+    """Its part of the recipe: by content, so that a copy in another folder is the same.
+
+    below: without the tokens that were added from this id on. So of a model whose vocabulary was
+    extended the content is that of the model it comes from.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if below is not None:
+        added = backend.get("added_tokens") or []
+        backend["added_tokens"] = [token for token in added if token["id"] < below]
     identity = {
         "content": _digest(_settled({part: backend.get(part) for part in _TEXT_TO_ID})),
         "vocab_size": 1 + max(tokenizer.get_vocab().values()),  # ids may have gaps

@@ -29,10 +29,12 @@ def distill_dense(
     terms: Terms,
     *,
     scratch_CV: torch.Tensor,
+    has_C: torch.Tensor | None = None,
 ) -> RowLosses:
     """As `distill_rows`, against log_p_CV, the teacher's log-probabilities at terms.temperature.
 
-    z_CV: logits, overwritten with the gradient; scratch_CV: the same shape.
+    z_CV: logits, overwritten with the gradient; scratch_CV: the same shape. has_C: bool, the rows
+    that the teacher has said anything of; by default all.
     """
     losses = distill_rows(scratch_CV.copy_(z_CV), None, labels_C, terms)
     log_q_CV = torch.log_softmax(z_CV / terms.temperature, 1)
@@ -42,6 +44,9 @@ def distill_dense(
     )
     buckets = Buckets(log_p_CB.exp(), log_q_CB.exp(), log_p_CB, log_q_CB)
     value_CB, slope_CB = divergence_terms(terms.divergence, buckets)
+    if has_C is not None:
+        value_CB.mul_(has_C[:, None])
+        slope_CB.mul_(has_C[:, None])
     sum_C1 = slope_CB.sum(1, keepdim=True)
     gradient_CV = slope_CB[:, :-1].sub_(buckets.q[:, :-1] * sum_C1)
     torch.add(scratch_CV, gradient_CV, alpha=terms.kd / terms.temperature, out=z_CV)

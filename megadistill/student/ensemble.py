@@ -100,7 +100,7 @@ def count_positions(targets: Targets | None) -> int:
         return 0
     (first, _), *others = members_of(targets)
     for number, (other, _) in enumerate(others, 1):
-        if isinstance(first, DenseTargets) and isinstance(other, DenseTargets):
+        if not needs_count(first) and not needs_count(other):
             continue  # both have all
         wrong = int((has_targets(first) != has_targets(other)).sum())
         if wrong:
@@ -108,7 +108,12 @@ def count_positions(targets: Targets | None) -> int:
                 f"teacher {number} has targets where the first has none, or none where it has "
                 f"some, at {wrong} of {len(first)} positions: expected the same positions of all"
             )
-    return len(first) if isinstance(first, DenseTargets) else int(has_targets(first).sum())
+    return int(has_targets(first).sum()) if needs_count(first) else len(first)
+
+
+def needs_count(member: Member) -> bool:
+    """Whether some positions may have no target, for which an accelerator has to be asked."""
+    return isinstance(member, SparseTargets) or member.has_N is not None
 
 
 def has_targets(targets: Targets) -> Any:
@@ -116,4 +121,6 @@ def has_targets(targets: Targets) -> Any:
     (first, _), *_ = members_of(targets)
     if isinstance(first, SparseTargets):
         return first.counts > 0
+    if first.has_N is not None:
+        return first.has_N
     return torch.ones(len(first), dtype=torch.bool, device=first.hidden_NH.device)

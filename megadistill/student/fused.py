@@ -331,7 +331,10 @@ def _pass(
     top_C = log_p_CV.argmax(1) if agreement else None
     if targets.k is None:
         assert scratch_CV is not None
-        return distill_dense(z_CV, log_p_CV, labels_C, terms, scratch_CV=scratch_CV), top_C
+        losses = distill_dense(
+            z_CV, log_p_CV, labels_C, terms, scratch_CV=scratch_CV, has_C=targets.has_N
+        )
+        return losses, top_C
     entries = union_entries(z_CV, log_p_CV, targets.k)
     return distill_rows(z_CV, entries, labels_C, terms, scratch_CV=scratch_CV), top_C
 

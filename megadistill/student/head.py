@@ -33,10 +33,13 @@ from megadistill.student.fused import (
     choose_mode,
     default_chunk,
 )
+from megadistill.student.projection import ProjectedTargets
 from megadistill.student.ragged import tail_on_truth
 from megadistill.student.rows import Terms
 from megadistill.targets import SparseTargets, check_divergence
 from megadistill.teacher.dense import DenseTargets
+from megadistill.teacher.distributions import VocabularySlice
+from megadistill.teacher.head import TeacherHead
 
 IGNORED = -100
 
@@ -55,6 +58,7 @@ class LossTerms(NamedTuple):
     router: torch.Tensor | float = 0.0  # of a mixture of experts: its share of the step's mean
     hidden: torch.Tensor | float = 0.0  # sums over ce_count positions, of features.py
     attention: torch.Tensor | float = 0.0
+    projector: torch.Tensor | float = 0.0  # the projector's own, a sum over kd_count positions
 
 
 def fused_linear_distillation(
@@ -255,7 +259,7 @@ class DistillationHead(nn.Module):
         self,
         hidden: torch.Tensor,
         labels_N: torch.Tensor | None = None,
-        targets: Targets | None = None,
+        targets: Targets | ProjectedTargets | None = None,
         **options: Any,
     ) -> torch.Tensor | LossTerms:
         """Logits as `lm_head` gives them (the model scales and caps), or the terms of the loss.
@@ -265,8 +269,47 @@ class DistillationHead(nn.Module):
         """
         if labels_N is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
+        hidden_NH = hidden.reshape(-1, hidden.shape[-1])
+        if isinstance(targets, ProjectedTargets):
+            return self._projected(hidden_NH, labels_N, targets, **options)
+        return self._terms(hidden_NH, self.weight, self.bias, labels_N, targets, **options)
+
+    def _terms(
+        self,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        targets: Targets | None,
+        **options: Any,
+    ) -> LossTerms:
         return distillation_terms(
-            hidden.reshape(-1, hidden.shape[-1]), self.weight, targets, labels_N,
-            bias_V=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
-            vocab_size=self.vocab_size, **options,
+            hidden_NH, weight_VH, targets, labels_N, bias_V=bias_V, logit_scale=self.logit_scale,
+            softcap=self.softcap, vocab_size=self.vocab_size, **options,
         )  # fmt: skip
+
+    def _projected(
+        self,
+        hidden_NH: torch.Tensor,
+        labels_N: torch.Tensor,
+        targets: ProjectedTargets,
+        **options: Any,
+    ) -> LossTerms:
+        """The terms of the loss, and the projector's own cross-entropy, of weight 1."""
+        space_NS = targets.space_NS
+        assert space_NS is not None
+        weight_VH, bias_V = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        vocab = len(weight_VH) if self.vocab_size is None else self.vocab_size
+        opinion = TeacherHead(
+            weight_VH[:vocab], VocabularySlice(0, vocab, None),
+            bias_V=None if bias_V is None else bias_V[:vocab], scale=self.logit_scale,
+            softcap=self.softcap,
+        )  # fmt: skip
+        taught = DenseTargets(space_NS.detach(), opinion, has_N=targets.has_N)
+        terms = self._terms(hidden_NH, self.weight, self.bias, labels_N, taught, **options)
+        given = options.get("normalizer")
+        own = self._terms(
+            space_NS, weight_VH, bias_V, labels_N.masked_fill(~targets.has_N, IGNORED), None,
+            ce_weight=1.0, normalizer=given[0] if isinstance(given, tuple) else given,
+        )  # fmt: skip
+        return terms._replace(loss=terms.loss + own.loss, projector=own.ce_sum)

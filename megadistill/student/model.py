@@ -28,9 +28,10 @@ from megadistill.host_memory import given_back
 from megadistill.layers import watched
 from megadistill.parallel import Mesh
 from megadistill.pretrained import backbone, load_pretrained, model_settings
+from megadistill.student.ensemble import Targets
 from megadistill.student.features import FeatureAlignment, FeaturePlan, Features
 from megadistill.student.head import DistillationHead
-from megadistill.targets import SparseTargets
+from megadistill.student.projection import ProjectedTargets, Projector
 from megadistill.teacher.head import logit_scale, soft_cap
 
 # Of the backbone: attention_dropout, resid_pdrop, hidden_dropout_prob; no classifier's.
@@ -46,13 +47,15 @@ class Student(nn.Module):
         *,
         vocab_size: int | None = None,
         alignment: FeatureAlignment | None = None,
+        projector: Projector | None = None,
     ) -> None:
         """vocab_size: the data's ids; rows of the head above them are padding. By default none.
 
-        alignment: with the teacher's features, where they are to be learned from.
+        alignment: with the teacher's features, where they are to be learned from. projector: of the
+        hidden states of a teacher with other tokens.
         """
         super().__init__()
-        self.model, self.alignment = model, alignment
+        self.model, self.alignment, self.projector = model, alignment, projector
         self.head_name = replace_head(model, vocab_size=vocab_size)
         self.router_loss_weight = router_loss_weight(model)
 
@@ -69,7 +72,7 @@ class Student(nn.Module):
     def forward(
         self,
         labels_N: torch.Tensor | None = None,
-        targets: SparseTargets | None = None,
+        targets: Targets | ProjectedTargets | None = None,
         options: dict[str, Any] | None = None,
         router_share: float | None = None,
         features: Features | None = None,
@@ -93,6 +96,9 @@ class Student(nn.Module):
         layers = {} if alignment is None else alignment.plan.of_student
         with watched(self.model, **layers) as seen:
             output = backbone(self.model)(**inputs)
+        if isinstance(targets, ProjectedTargets):
+            assert self.projector is not None
+            targets = targets.through(self.projector)
         terms = self.head(output.last_hidden_state, labels_N, targets, **options)
         if router_share is not None and self.router_loss_weight:
             router = router_share * router_loss(self.model, output.router_logits)
@@ -199,11 +205,13 @@ def load_student(
     seed: int = 0,
     vocab_size: int | None = None,
     features: FeaturePlan | None = None,
+    projected_width: int | None = None,
 ) -> Student:
     """The student, its parameters partitioned over all ranks. Collective.
 
     seed: of random weights. vocab_size: the data's ids. features: to be aligned with the teacher's.
-    Raises ConfigError where the model cannot be loaded.
+    projected_width: of a teacher whose hidden states are to be projected. Raises ConfigError where
+    the model cannot be loaded.
     """
     import deepspeed
 
@@ -215,13 +223,17 @@ def load_student(
         with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
             model: Any = _from_config(config, settings, dtype)
             alignment = None if features is None else FeatureAlignment(features).to(dtype)
+            projector = None
+            if projected_width is not None:
+                width = settings.get_text_config().hidden_size
+                projector = Projector(projected_width, width).to(dtype)
         # Weights that transformers 5 does not fill it does not tie either.
         model.tie_weights()
         _deal(model, whole.pop() if whole else None, mesh)
     if alignment is not None:
         _deal_values(alignment, alignment.initial(seed) if mesh.rank == 0 else None)
     gather_experts_together(model)
-    return Student(model, vocab_size=vocab_size, alignment=alignment)
+    return Student(model, vocab_size=vocab_size, alignment=alignment, projector=projector)
 
 
 def _import_class(settings: Any) -> None:

@@ -26,15 +26,19 @@ class DenseTargets:
     head       its output projection, of the whole vocabulary, on the device of hidden_NH
     k          None: whole distributions are compared. Else those over the k most probable ids of
                the teacher and the k of the student, and what is left as one bucket (`union`)
+    has_N      bool: the positions that have a target; None where all have
     """
 
     hidden_NH: torch.Tensor
     head: TeacherHead
     k: int | None = None
+    has_N: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.head.vocabulary.ranks > 1:
             raise ValueError("the head holds a slice of the vocabulary, expected all of it")
+        if self.k is not None and self.has_N is not None:
+            raise ValueError("a union is of all positions, expected has_N None")
 
     def __len__(self) -> int:
         return len(self.hidden_NH)
@@ -54,7 +58,8 @@ class DenseTargets:
 
     def take(self, rows: Any) -> DenseTargets:
         """The positions that `rows` picks, a slice or an index tensor."""
-        return dataclasses.replace(self, hidden_NH=self.hidden_NH[rows])
+        has_N = None if self.has_N is None else self.has_N[rows]
+        return dataclasses.replace(self, hidden_NH=self.hidden_NH[rows], has_N=has_N)
 
     def log_probs(self, *, temperature: float, out_CV: torch.Tensor) -> torch.Tensor:
         """Write the log-probabilities of all positions; ids that the teacher lacks get -inf."""

@@ -25,6 +25,7 @@ from megadistill.data.packing import labels as packed_labels
 from megadistill.errors import ConfigError, StoreError
 from megadistill.student.ensemble import Ensemble, Targets, has_targets
 from megadistill.student.features import Features
+from megadistill.student.projection import ProjectedTargets
 from megadistill.targets import SparseTargets, concatenate
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class MicroBatch:
     tokens_BT: np.ndarray
     documents: list[np.ndarray]
     labels_N: Any  # int64
-    targets: Targets | None
+    targets: Targets | ProjectedTargets | None
     kd_count: int
     ce_count: int
     inputs: dict[str, Any] = field(default_factory=dict)

@@ -214,21 +214,24 @@ def _told_features(config: Config) -> str:
     return "".join(name for name, aligned in names if aligned)
 
 
-def check_tokenizer(config: Config, content: str, *, store: str) -> None:
-    """ConfigError where the student's own tokenizer gives other ids than the store's.
+def check_tokenizer(config: Config, stored: dict[str, Any], *, store: str) -> int:
+    """The ids of the student's own tokenizer; 0 of a folder without one.
 
-    content: the digest in the store's recipe. A student's folder without a tokenizer passes.
+    stored: the tokenizer in the store's recipe. ConfigError where the student's gives other ids to
+    a text; it may have tokens that were added to the store's.
     """
     from megadistill.data.tokenizer import tokenizer_identity
 
     assert config.student is not None
     tokenizer = _tokenizer(config.student.model, config.student.revision)
     if tokenizer is None or not tokenizer.is_fast:
-        return
-    own = tokenizer_identity(tokenizer, chat=False)["content"]
+        return 0
+    content, ids = stored["content"], int(stored["vocab_size"])
+    own = tokenizer_identity(tokenizer, chat=False, below=ids)["content"]
     if own != content:
         raise ConfigError(
             f"student.model: {config.student.model} has the tokenizer {own[:16]}, {store} was made "
             f"with {content[:16]}: take a student of the same tokenizer, or remove the tokenizer "
             "from its folder if you know that the ids agree"
         )
+    return 1 + max(tokenizer.get_vocab().values())

@@ -214,6 +214,7 @@ class Sums(NamedTuple):
     router: float
     hidden: float
     attention: float
+    projector: float
 
 
 def _sums(
@@ -225,11 +226,12 @@ def _sums(
     *,
     last: bool,
 ) -> torch.Tensor:
-    """float64 [6]: the `Sums` of this micro-batch; its gradients are added."""
+    """float64 [7]: the `Sums` of this micro-batch; its gradients are added."""
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
     terms = trainer.backward(moved, loss, normalizer, last=last)
     sums = (
         terms.kd_sum, terms.ce_sum, terms.z_sum, terms.router, terms.hidden, terms.attention,
+        terms.projector,
     )  # fmt: skip
     return torch.stack([torch.as_tensor(value).to(terms.kd_sum) for value in sums]).cpu()
 
@@ -239,8 +241,8 @@ def _losses(
 ) -> dict[str, float | None]:
     """The losses of a step.
 
-    kd_loss holds temperature squared, and is None without targets; the router's and those of
-    features are there where the run has them.
+    kd_loss holds temperature squared, and is None without targets; the router's, the projector's
+    and those of features are there where the run has them.
     """
     labels = max(ce_count, 1)
     kd = loss.temperature**2 * total.kd / max(kd_count, 1)
@@ -250,6 +252,9 @@ def _losses(
     losses = {"kd_loss": kd if run.stores[0].has_targets else None, "ce_loss": ce}
     if router_weight:
         losses["router_loss"] = total.router
+    if trainer.student.projector is not None:
+        losses["projector_loss"] = total.projector / max(kd_count, 1)
+        whole += losses["projector_loss"]
     for name, aligned in zip(("hidden", "attention"), run.config.loss.aligns, strict=True):
         if aligned:
             losses[f"{name}_loss"] = getattr(total, name) / labels

@@ -30,11 +30,12 @@ from megadistill.data.tokens import build_tokens
 from megadistill.layers import watched
 from megadistill.parallel import Mesh
 from megadistill.student.features import FeaturePlan, Features
-from megadistill.targets import DENSE, SparseTargets
+from megadistill.targets import SparseTargets
 from megadistill.teacher.dense import DenseTargets
 from megadistill.teacher.engine import Teacher, load_teacher
 from megadistill.teacher.select import selection
 from megadistill.train.data import MicroBatch, Sequences, open_sequences
+from megadistill.train.projected import Tokenizers, projected
 
 # Of a cache's recipe: what changes a cache's bytes at most by rounding, and notes of the teacher's.
 _FREE = ("attention", "engine", "entropy", "micro_batch", "nll", "tp")
@@ -56,14 +57,18 @@ class OnlineTeacher:
 
         key: where the configuration has it, for messages.
         """
-        self._dense = config.targets.method in DENSE
-        self._teacher: Teacher = load_teacher(
-            config, mesh, vocab_size=sequences.vocab_size, whole_head=self._dense,
+        method = config.targets.method
+        self._whole = method in ("exact", "union")
+        # Whose tokens may be others than the teacher's.
+        self.tokenizers = Tokenizers(config) if method == "projected" else None
+        own = None if self.tokenizers is None else self.tokenizers.teacher_ids
+        self.teacher: Teacher = load_teacher(
+            config, mesh, vocab_size=own or sequences.vocab_size, whole_head=self._whole,
             key=f"{key}.model",
         )  # fmt: skip
         self._config, self._mesh, self._sequences = config, mesh, sequences
         self._features = features
-        with self._teacher.awake(offload=config.teacher.offload is not None):
+        with self.teacher.awake(offload=config.teacher.offload is not None):
             pass  # asleep from the start, where another one is to be loaded
 
     def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
@@ -71,7 +76,7 @@ class OnlineTeacher:
 
         TeacherError, naming the sequence, where the teacher says what is no distribution.
         """
-        with self._teacher.awake(offload=self._config.teacher.offload is not None):
+        with self.teacher.awake(offload=self._config.teacher.offload is not None):
             return [self._answered(batch) for batch in share]
 
     @torch.no_grad()
@@ -85,15 +90,25 @@ class OnlineTeacher:
         *arrays, lists = zip(*pooled, strict=True)
         tokens_BT, labels_N, keys_N2 = (np.concatenate(each) for each in arrays)
         documents = [starts for each in lists for starts in each]
+        rows_N = None
+        if self.tokenizers is not None:
+            settings = self.teacher.engine.module.config.get_text_config()
+            tokens_BT, documents, rows_N = self.tokenizers.read(
+                tokens_BT, documents, longest=getattr(settings, "max_position_embeddings", None)
+            )
         hidden_NH, features = self._asked(tokens_BT, documents)
         mine = slice(mesh.tp_rank * B * T, (mesh.tp_rank + 1) * B * T)
         if features is not None:
             batch = replace(batch, features=_own(features, mesh))
         if not self._config.loss.learns_from_teacher:
             return batch
-        if self._dense:
+        if rows_N is not None:
+            said = projected(hidden_NH, rows_N[mine])
+            count = int((rows_N[mine] >= 0)[batch.labels_N != -100].sum())
+            return replace(batch, targets=said, kd_count=count)
+        if self._whole:
             k = self._config.targets.k if self._config.targets.method == "union" else None
-            targets: Any = DenseTargets(hidden_NH[mine].clone(), self._teacher.head, k)
+            targets: Any = DenseTargets(hidden_NH[mine].clone(), self.teacher.head, k)
             return replace(batch, targets=targets, kd_count=batch.ce_count)
         targets = self._select(hidden_NH, labels_N, keys_N2).rows(mine.start, mine.stop)
         valid_N = torch.as_tensor(batch.labels_N != -100, device=targets.counts.device)
@@ -107,10 +122,8 @@ class OnlineTeacher:
         plan, rows = self._features, self._config.teacher.micro_batch
         hidden, parts = [], []
         for i in range(0, len(tokens_BT), rows):
-            with watched(self._teacher.engine.module, **(plan.of_teacher if plan else {})) as seen:
-                hidden.append(
-                    self._teacher.hidden(tokens_BT[i : i + rows], documents[i : i + rows])
-                )
+            with watched(self.teacher.engine.module, **(plan.of_teacher if plan else {})) as seen:
+                hidden.append(self.teacher.hidden(tokens_BT[i : i + rows], documents[i : i + rows]))
             if plan is not None:
                 parts.append(Features.of(seen, plan.of_teacher))
         if plan is None:
@@ -121,9 +134,9 @@ class OnlineTeacher:
         self, hidden_NH: torch.Tensor, labels_N: np.ndarray, keys_N2: np.ndarray
     ) -> SparseTargets:
         """The targets of all that the group pooled; every rank of it takes part in every row."""
-        device = self._teacher.device
+        device = self.teacher.device
         settings = selection(self._config.targets) | {"entropy": False, "nll": False}
-        return self._teacher.head.targets(
+        return self.teacher.head.targets(
             hidden_NH, torch.as_tensor(labels_N, device=device),
             torch.as_tensor(keys_N2, device=device),
             temperature=self._config.targets.temperature, **settings,
@@ -176,5 +189,11 @@ def online_recipe(
     config: Config, mesh: Mesh, store: Sequences, *, key: str = "teacher"
 ) -> dict[str, Any]:
     """What the answers of the teacher of `config` depend on. Collective; rank 0 reads its files."""
-    recipe = mesh.first(lambda: cache_recipe(config, store.store.recipe, key=f"{key}.model"))
-    return {name: value for name, value in recipe.items() if name not in _FREE}
+
+    def known() -> dict[str, Any]:
+        recipe = cache_recipe(config, store.store.recipe, key=f"{key}.model")
+        if config.targets.method == "projected":
+            recipe["teacher_tokenizer"] = Tokenizers(config).teacher_content
+        return recipe
+
+    return {name: value for name, value in mesh.first(known).items() if name not in _FREE}

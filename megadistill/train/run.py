@@ -20,6 +20,7 @@ from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
+from megadistill.pretrained import model_settings
 from megadistill.student.features import FeaturePlan, feature_plan
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import DENSE
@@ -33,7 +34,8 @@ from megadistill.train.export import check_tokenizer, export, model_card, studen
 from megadistill.train.folder import RunFolder
 from megadistill.train.journal import read_records
 from megadistill.train.machine import check_machine
-from megadistill.train.online import open_online
+from megadistill.train.online import OnlineTeacher, open_online
+from megadistill.train.projected import begin_projection
 from megadistill.train.trackers import check_trackers
 
 log = logging.getLogger(__name__)
@@ -49,8 +51,9 @@ class Run:
     evaluation: Evaluation | None
     folder: RunFolder
     steps: int
-    vocab_size: int  # ids that the data may hold; the student's rows above are padding
+    vocab_size: int  # of data, teachers and the student's tokenizer; its rows above are padding
     features: FeaturePlan | None = None  # to be aligned with a teacher beside the student
+    projected_width: int | None = None  # of a teacher whose hidden states are projected
 
     def batches(self, mesh: Mesh, *, first: int = 0) -> Batches:
         """This rank's micro-batches of each step, from step `first` on."""
@@ -99,15 +102,17 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             f"eval.cache: {evaluation.sequences.name} was made with another tokenizer than "
             f"{store.name}: generate it again with this run's data.tokenizer"
         )
-    vocab_size = max(s.vocab_size for s in (store, evaluation and evaluation.sequences) if s)
+    own = mesh.first(lambda: check_tokenizer(config, store.tokenizer, store=store.name))
+    stored = [s.vocab_size for s in (store, evaluation and evaluation.sequences) if s]
+    vocab_size = max(own, *stored)  # tokens that were added to the student's are tokens, too
     student = student_settings(config.student)
     check_fits(student, vocab_size=vocab_size, seq_len=store.seq_len)
     if student.vocab_size > vocab_size and mesh.rank == 0:
         log.info(
-            "the student has %d rows, the data %d ids: the rows above are padding, which takes no "
-            "part in the softmax; the exported model has none", student.vocab_size, vocab_size,
+            "the student has %d rows, data and tokenizer %d ids: the rows above are padding, which "
+            "takes no part in the softmax; the exported model has none",
+            student.vocab_size, vocab_size,
         )  # fmt: skip
-    mesh.first(lambda: check_tokenizer(config, store.tokenizer["content"], store=store.name))
     order = Order(
         [len(s) for s in stores], block_size=[s.store.block_size for s in stores],
         weights=[s.weight for s in stores], global_batch=config.train.global_batch,
@@ -116,8 +121,13 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     steps = config.train.steps or math.ceil(
         (config.train.epochs or 1) * order.num_sequences / config.train.global_batch
     )
-    features = feature_plan(config, student)
-    return Run(config, stores, order, evaluation, folder, steps, vocab_size, features)
+    width = None
+    if config.targets.method == "projected":
+        width = model_settings(config.teacher, key="teacher.model").get_text_config().hidden_size
+    return Run(
+        config, stores, order, evaluation, folder, steps, vocab_size,
+        feature_plan(config, student), width,
+    )  # fmt: skip
 
 
 def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] | None:
@@ -144,6 +154,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     student = load_student(
         config.student, mesh, deepspeed_config=deepspeed_config(config, mesh.world),
         seed=config.train.seed, vocab_size=run.vocab_size, features=run.features,
+        projected_width=run.projected_width,
     )  # fmt: skip
     if config.train.activation_checkpointing:
         student.checkpoint_activations()
@@ -153,6 +164,10 @@ def build(run: Run, mesh: Mesh) -> Trainer:
         check_isolation(student, name="student.model", device=mesh.device)
     if config.teacher.mode == "online":
         trainer.teacher = load_online(config, mesh, run.stores[0], features=run.features)
+        if run.projected_width is not None:
+            assert isinstance(trainer.teacher, OnlineTeacher)
+            assert trainer.teacher.tokenizers is not None
+            begin_projection(student, trainer.teacher.teacher, trainer.teacher.tokenizers, mesh)
     return trainer
 
 

@@ -187,7 +187,7 @@ deepspeed:
         "c.yaml: teacher.dtype: expected one of float32, bfloat16, float16, found 'bf16', "
         "did you mean bfloat16?",
         "command line: targets.method: expected one of varopt, multinomial, topk, topp, union, "
-        "exact, found 'varop', "
+        "exact, projected, found 'varop', "
         "did you mean varopt?",
         "c.yaml: loss: expected a section, that is, keys with values, found 5",
         "c.yaml: train.betas.1: expected a number below 1, found 1.5",

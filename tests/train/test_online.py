@@ -316,7 +316,7 @@ def largest_allocation(mesh, config):
     tokenise(config, mesh)
     run = prepare(config, mesh)
     trainer = build(run, mesh)
-    head = trainer.teacher._teacher.head
+    head = trainer.teacher.teacher.head
     head.chunk, head.buffer_CV = 100, head.buffer_CV[:100].clone()
     batch = micro_batch(run.stores, [(0, i) for i in range(32)], with_targets=False)
     with AllocationWatch() as watch:

@@ -37,7 +37,7 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
     """transformers 5 makes an empty one for a Qwen2, which was compared, refused, and exported."""
     save_architecture(tmp_path / "model", "qwen2", vocab_size=96)
     config = make_config(tmp_path)
-    check_tokenizer(config, "0" * 64, store="cache")
+    check_tokenizer(config, {"content": "0" * 64, "vocab_size": 9}, store="cache")
     assert student_tokenizer(config) is None
     tiny_tokenizer(tmp_path / "teacher", vocab_size=300)
     assert len(student_tokenizer(config)) == 300

@@ -26,19 +26,40 @@ from megadistill.train.data import MicroBatch, Sequences, local_copies, open_seq
 from megadistill.train.online import OnlineTeacher, online_recipe
 
 
-def with_ensemble(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Sequences]:
-    """The stores, and beside the only one what the other teachers say of it where there are some.
+def with_caches(config: Config, stores: list[Sequences]) -> list[Sequences]:
+    """The stores, with cache.ensemble's beside the only one where there are some.
 
     ConfigError, StoreError, naming the key, for a cache of other tokens, or that is not there.
-    Collective.
     """
-    if config.cache.ensemble:
-        (first,) = stores
-        return [replace(first, beside=_caches(config, first))]
-    if config.teacher.ensemble:
-        (first,) = stores
-        return [replace(first, beside=_models(config, first, mesh))]
-    return stores
+    if not config.cache.ensemble:
+        return stores
+    (first,) = stores
+    beside = []
+    for number, source in enumerate(config.cache.ensemble):
+        key = f"cache.ensemble.{number}.dir"
+        store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
+        _require_same_tokens(first, store, key=key)
+        beside.append(replace(store, key=key, teacher_weight=source.weight))
+    return [replace(first, beside=tuple(beside))]
+
+
+def with_models(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Sequences]:
+    """The stores, with the recipes of teacher.ensemble's answers beside the only one. Collective.
+
+    For they are part of what the run is.
+    """
+    if not config.teacher.ensemble:
+        return stores
+    (first,) = stores
+    _, *others = config.of_each_teacher.items()
+    beside = tuple(
+        replace(
+            first, online=online_recipe(each, mesh, first, key=key), teacher_weight=member.weight,
+            key=f"{key}.model",
+        )
+        for (key, each), member in zip(others, config.teacher.ensemble, strict=True)
+    )  # fmt: skip
+    return [replace(first, beside=beside)]
 
 
 class OnlineEnsemble:
@@ -71,28 +92,6 @@ def load_online(
     """The teacher, or teachers, beside the student. Collective."""
     kind = OnlineEnsemble if config.teacher.ensemble else OnlineTeacher
     return kind(config, mesh, store, features=features)
-
-
-def _models(config: Config, first: Sequences, mesh: Mesh) -> tuple[Sequences, ...]:
-    """The same sequences with the recipe of each further teacher's answers."""
-    _, *others = config.of_each_teacher.items()
-    return tuple(
-        replace(
-            first, online=online_recipe(each, mesh, first, key=key), teacher_weight=member.weight,
-            key=f"{key}.model",
-        )
-        for (key, each), member in zip(others, config.teacher.ensemble, strict=True)
-    )  # fmt: skip
-
-
-def _caches(config: Config, first: Sequences) -> tuple[Sequences, ...]:
-    beside = []
-    for number, source in enumerate(config.cache.ensemble):
-        key = f"cache.ensemble.{number}.dir"
-        store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
-        _require_same_tokens(first, store, key=key)
-        beside.append(replace(store, key=key, teacher_weight=source.weight))
-    return tuple(beside)
 
 
 def check_divergences(config: Config, store: Sequences) -> None:

@@ -28,7 +28,13 @@ from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
 from megadistill.train.engine import Trainer, deepspeed_config
-from megadistill.train.ensemble import check_divergences, learned_from, load_online, with_ensemble
+from megadistill.train.ensemble import (
+    check_divergences,
+    learned_from,
+    load_online,
+    with_caches,
+    with_models,
+)
 from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
@@ -79,11 +85,11 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         )  # fmt: skip
     folder = RunFolder(config.train.out_dir)
     if config.teacher.mode == "online":
-        stores = open_online(config, mesh)
+        stores = with_models(config, open_online(config, mesh), mesh)
     else:
         # One rank looks: a cache that is being made may grow between two looks.
         stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
-    stores = with_ensemble(config, stores, mesh)
+        stores = with_caches(config, stores)
     store = stores[0]
     if store.has_targets:
         check_divergences(config, store)

@@ -11,7 +11,7 @@ import pytest
 from megadistill.blocks.copy import copy_store
 from megadistill.errors import ConfigError, StoreError
 from megadistill.train.data import micro_batch, open_sources
-from megadistill.train.ensemble import check_divergences, with_ensemble
+from megadistill.train.ensemble import check_divergences, with_caches
 from tests.ranks import run_ranks
 from tests.train.plain import plain_steps
 from tests.train.stores import SEQ_LEN, TOKENIZER, make_config, make_store
@@ -170,6 +170,6 @@ def test_targets_at_other_positions_are_found_when_they_are_read(place):
 
 def opened(config):
     """What a run looks at of its caches before it loads anything."""
-    stores = with_ensemble(config, open_sources(config))
+    stores = with_caches(config, open_sources(config))
     check_divergences(config, stores[0])
     return stores

@@ -94,7 +94,8 @@ def test_exact_is_lists_of_every_id_at_every_layout(trio):
 def test_one_teacher_twice_is_that_teacher(trio):
     targets = {"method": "union", "k": 8}
     twice = {"ensemble": [{"model": str(trio / "teacher"), "weight": 2}]}
-    runs = [train(settings(trio, name, teacher=teacher, targets=targets), 1)
+    loss = {"hidden_weight": 0.1}  # of the first teacher alone
+    runs = [train(settings(trio, name, teacher=teacher, targets=targets, loss=loss), 1)
             for name, teacher in (("alone", {}), ("twice", twice))]  # fmt: skip
     np.testing.assert_allclose(*runs, rtol=1e-6)
     card = (trio / "twice" / "model" / "README.md").read_text()

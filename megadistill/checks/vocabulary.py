@@ -143,6 +143,13 @@ def _check_same_ids(
             f"{model.key}: the tokenizer of {model.name} turns text into other ids than {name} "
             f"does{text}: {other}"
         )
+    its_ids = 1 + max(own.get_vocab().values())
+    if model.vocab_size is not None and model.vocab_size < its_ids:
+        raise ConfigError(
+            f"{model.key}: {model.name} has a tokenizer of {its_ids} ids and a vocabulary of "
+            f"{model.vocab_size}: its added tokens have no rows; give it some with "
+            "resize_token_embeddings, or remove the tokens"
+        )
 
 
 def _tokenizer_of(section: TeacherConfig | StudentConfig, files: ModelFiles) -> Any:

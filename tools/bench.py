@@ -7,6 +7,7 @@
     deepspeed --num_gpus 2 tools/bench.py step [--hidden H] [--layers L] [--seq_len T] [--pairs 15]
     deepspeed --num_gpus 2 tools/bench.py online [--config demo.yaml] [--pairs 15]
     python tools/bench.py subset  [--positions N] [--vocab_size V] [--entries K ...]
+    python tools/bench.py projector [--positions N] [--vocab_size V] [--hidden H]
     python tools/bench.py angle   [--teacher DIR] [--tokens DIR] [--student DIR] [--bytes 13]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
@@ -16,6 +17,7 @@ head     seconds and memory of fused distillation and cross-entropy over plain c
 step     seconds of a training step from a cache over one on hard labels, in pairs
 online   seconds of a step with the teacher beside the student over one from a cache
 subset   seconds of other losses on given logits over the union of both sides' most probable ids
+projector  seconds of a teacher's states through its own embeddings over ours through the projector
 angle    degrees between the gradients of sparse and full distillation, while a student learns
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
@@ -43,6 +45,7 @@ DEFAULTS = {
     "head": {"vocab_size": [131_072], "positions": 2048},
     "step": {"vocab_size": [32_000], "hidden": 512, "seq_len": 512},
     "subset": {"vocab_size": [152_000], "positions": 256},
+    "projector": {"vocab_size": [152_000], "positions": 256, "hidden": 2048},
 }
 
 
@@ -64,8 +67,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("what", choices=list(MEASURES))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--vocab_size", type=count, nargs="+")
-    parser.add_argument("--positions", type=count, help="default: 4096; head: 2048; subset: 256")
-    parser.add_argument("--hidden", type=count, help="hidden size; default: 1024; step: 512")
+    parser.add_argument(
+        "--positions", type=count, help="default: 4096; head: 2048; subset, projector: 256"
+    )
+    parser.add_argument(
+        "--hidden", type=count, help="hidden size; default: 1024; step: 512; projector: 2048"
+    )
     parser.add_argument("--layers", type=count, default=4, help="of step's student")
     parser.add_argument("--entries", type=count, nargs="+", default=[8, 64], help="of a position")
     parser.add_argument("--seq_len", type=count, help="of a sequence; default: 2048; step: 512")
@@ -166,6 +173,15 @@ def subset(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield subset_cost(sizes, rounds=args.pairs)
 
 
+def projector(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megadistill.bench.projector import ProjectorSizes, projector_cost
+
+    vocab = args.vocab_size[0]
+    for student_vocab in (-(-vocab // 5), vocab):
+        sizes = ProjectorSizes(args.positions, vocab, args.hidden, student_vocab, args.hidden // 2)
+        yield projector_cost(sizes, rounds=args.pairs)
+
+
 def angle(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from megadistill.bench.angle import Plan, Pupil, Teacher, angles
 
@@ -184,6 +200,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = 
     "step": step,
     "online": online,
     "subset": subset,
+    "projector": projector,
     "angle": angle,
 }
 

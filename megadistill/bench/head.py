@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 
+from megadistill.bench.rounds import ratio
 from megadistill.student.head import fused_linear_distillation
 from megadistill.targets import SparseTargets
 
@@ -97,14 +98,11 @@ def head_cost(sizes: Sizes, entries: list[int], *, rounds: int) -> Iterator[dict
     fused_bytes = [peak_bytes("fused", sizes, count) for count in entries]
     plain, *fused = interleaved(sizes, entries, rounds)
     for count, size, taken in zip(entries, fused_bytes, fused, strict=True):
-        wall, cpu = ([a / b for a, b in zip(*sides, strict=True)]
-                     for sides in ((taken.wall, plain.wall), (taken.cpu, plain.cpu)))  # fmt: skip
         yield {
             "data": f"N {sizes.positions}, H {sizes.hidden}, V {sizes.vocab:,}, K {count}",
             "entries": count, "rounds": rounds,
             "plain_s": statistics.median(plain.wall), "fused_s": statistics.median(taken.wall),
-            "ratio": statistics.median(wall), "least": min(wall), "most": max(wall),
-            "cpu_ratio": statistics.median(cpu), "cpu_least": min(cpu), "cpu_most": max(cpu),
+            **ratio(taken.wall, plain.wall), **ratio(taken.cpu, plain.cpu, name="cpu"),
             "plain_mib": plain_bytes / 2**20, "fused_mib": size / 2**20,
             "memory_ratio": size / plain_bytes,
         }  # fmt: skip

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from megadistill.bench.distributions import Synthetic
+from megadistill.bench.rounds import ratio
 from megadistill.blocks import BlockStore
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
@@ -79,14 +80,13 @@ def step_cost(sizes: StepSizes, mesh: Mesh, *, pairs: int) -> dict[str, Any]:
         mesh.barrier()
         if mesh.rank == 0:
             shutil.rmtree(folder)
-    ratios = [a / b for a, b in zip(seconds["cache"], seconds["labels"], strict=True)]
     return {
         "data": f"{mesh.world} ranks, V {sizes.vocab:,}, H {sizes.hidden}, {sizes.layers} layers, "
         f"{sizes.global_batch} x {sizes.seq_len} tokens a step",
         "pairs": pairs,
         "cache_s": statistics.median(seconds["cache"]),
         "labels_s": statistics.median(seconds["labels"]),
-        "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+        **ratio(seconds["cache"], seconds["labels"]),
     }  # fmt: skip
 
 

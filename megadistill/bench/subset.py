@@ -4,11 +4,21 @@ whole   KL(teacher || student) over the vocabulary as anyone writes it: log_soft
         F.kl_div, autograd
 listed  the same union and its tail by autograd: log_softmax of both sides, gather, KL
 
-All end with the gradient of the student's logits. Given logits are what a training step has in a
-chunk's buffer; the three matrix products that make and use them are the same for all, and left out.
+These end with the gradient of the student's logits. Given logits are what a training step has in a
+chunk's buffer; the matrix products that make and use them are the same for all, and left out. step
+is with them: from both sides' hidden states to the gradients of the student's and of its head, the
+union through `fused_linear_distillation` and `whole` as anyone writes it.
 
-Found on two quiet cores, 256 positions, V = 152,000, 15 rounds: whole takes 4.6 times the time of
-ours with 64 ids of each side (3.7 to 5.0), 6.5 with 8 (4.8 to 8.0); listed 2.8 and 4.3.
+Found on two quiet cores, V = 152,000, least and most behind:
+
+positions, ids   rounds   whole              listed             step
+256, 64          11       4.7 (3.6 to 5.4)   2.9 (2.4 to 3.2)   0.80 (0.78 to 0.85)
+256, 8           11       5.9 (5.4 to 8.3)   3.7 (3.3 to 4.7)   0.82 (0.74 to 0.91)
+1,024, 64        5        4.2 (4.1 to 4.5)   3.0 (2.7 to 3.0)   1.02 (0.89 to 1.05)
+
+The step's four matrix products are more than nine tenths of it, and the same in both; ours makes
+them in chunks, of 64 rows for 256 positions, which is slower, so that [N, V] never exists, of which
+the naive step holds several at once.
 
 Shapes: C positions, V vocabulary, M = 2 * K ids.
 """
@@ -16,29 +26,45 @@ Shapes: C positions, V vocabulary, M = 2 * K ids.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from megadistill.bench.rounds import ratio, take_turns
 from megadistill.student.dense import union_entries
+from megadistill.student.head import fused_linear_distillation
 from megadistill.student.rows import Terms, distill_rows
+from megadistill.teacher.dense import DenseTargets
+from megadistill.teacher.distributions import VocabularySlice
+from megadistill.teacher.head import TeacherHead
 
 
 @dataclass(frozen=True)
 class SubsetSizes:
-    """Of a chunk; entries: K of each side."""
+    """Of a chunk; entries: K of each side; hidden: of teacher and student."""
 
     positions: int = 256
     vocab: int = 152_000
     entries: int = 64
+    hidden: int = 1024
 
 
 def subset_cost(sizes: SubsetSizes, *, rounds: int) -> dict[str, Any]:
-    """Medians of `rounds` rounds in which the three take turns, in seconds and as ratios."""
+    """Medians of `rounds` rounds in which all take turns, in seconds and as ratios."""
+    given, step = _given_logits(sizes, rounds), _whole_steps(sizes, rounds)
+    return {
+        "data": f"{sizes.positions} positions, V {sizes.vocab:,}, {sizes.entries} ids of each side",
+        "rounds": rounds,
+        **{f"{name}_s": statistics.median(seconds) for name, seconds in (given | step).items()},
+        **ratio(given["whole"], given["union"], name="whole"),
+        **ratio(given["listed"], given["union"], name="listed"),
+        **ratio(step["whole_step"], step["union_step"], name="step"),
+    }
+
+
+def _given_logits(sizes: SubsetSizes, rounds: int) -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(0)
     shape = (sizes.positions, sizes.vocab)
     student_CV = 3 * torch.randn(shape, generator=generator)
@@ -46,30 +72,42 @@ def subset_cost(sizes: SubsetSizes, *, rounds: int) -> dict[str, Any]:
     k = sizes.entries
     # Ours overwrites what it is given, so it gets copies, made beforehand in the same memory.
     ours_CV, theirs_CV = torch.empty_like(student_CV), torch.empty_like(teacher_CV)
-    ways: dict[str, Callable[[], torch.Tensor]] = {
+
+    def copy() -> None:
+        ours_CV.copy_(student_CV)
+        theirs_CV.copy_(teacher_CV)
+
+    ways = {
         "union": lambda: union(ours_CV, theirs_CV, k),
         "whole": lambda: whole(student_CV, teacher_CV),
         "listed": lambda: listed(student_CV, teacher_CV, k),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(-1, rounds):  # the first warms up
-        for name, way in ways.items():
-            ours_CV.copy_(student_CV)
-            theirs_CV.copy_(teacher_CV)
-            started = time.perf_counter()
-            way()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    row: dict[str, Any] = {
-        "data": f"{sizes.positions} positions, V {sizes.vocab:,}, {k} ids of each side",
-        "rounds": rounds, "union_s": statistics.median(seconds["union"]),
-    }  # fmt: skip
-    for name in ("whole", "listed"):
-        ratios = [a / b for a, b in zip(seconds[name], seconds["union"], strict=True)]
-        row[f"{name}_s"] = statistics.median(seconds[name])
-        row[f"{name}_over_union"] = statistics.median(ratios)
-        row[f"{name}_least"], row[f"{name}_most"] = min(ratios), max(ratios)
-    return row
+    return take_turns(ways, rounds=rounds, before=copy)
+
+
+def _whole_steps(sizes: SubsetSizes, rounds: int) -> dict[str, list[float]]:
+    generator = torch.Generator().manual_seed(0)
+    N, H, V = sizes.positions, sizes.hidden, sizes.vocab
+    student_NH = torch.randn(N, H, generator=generator).requires_grad_()
+    teacher_NH = student_NH.detach() + 0.3 * torch.randn(N, H, generator=generator)
+    weight_VH = (3 * H**-0.5 * torch.randn(V, H, generator=generator)).requires_grad_()
+    head = TeacherHead(weight_VH.detach().clone(), VocabularySlice(0, V))
+    labels_N = torch.zeros(N, dtype=torch.int64)
+
+    def union_step() -> None:
+        targets = DenseTargets(teacher_NH, head, sizes.entries)
+        fused_linear_distillation(student_NH, weight_VH, targets, labels_N).backward()
+
+    def whole_step() -> None:
+        log_p_NV = (teacher_NH @ head.weight_VH.T).log_softmax(1)
+        log_q_NV = (student_NH @ weight_VH.T).log_softmax(1)
+        functional.kl_div(log_q_NV, log_p_NV, reduction="batchmean", log_target=True).backward()
+
+    def forget() -> None:
+        student_NH.grad = weight_VH.grad = None
+
+    ways = {"union_step": union_step, "whole_step": whole_step}
+    return take_turns(ways, rounds=rounds, before=forget)
 
 
 def union(student_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> torch.Tensor:

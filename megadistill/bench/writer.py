@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megadistill.bench.rounds import ratio
 from megadistill.blocks import BlockStore
 from megadistill.cache.build import create_store, score
 from megadistill.cache.writer import CacheWriter
@@ -64,11 +65,10 @@ def writer_cost(config: Config, mesh: Mesh, *, pairs: int, blocks: int) -> dict[
             times[on].append(run(number, on=on))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    ratios = [a / b for a, b in zip(times[True], times[False], strict=True)]
     return {
         "method": config.targets.method, "pairs": pairs, "blocks": blocks,
         "positions": blocks * tokens.block_size * config.data.seq_len,
         "seconds_on": statistics.median(times[True]),
         "seconds_off": statistics.median(times[False]),
-        "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+        **ratio(times[True], times[False]),
     }  # fmt: skip

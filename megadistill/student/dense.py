@@ -7,19 +7,23 @@ union  the k most probable ids of the teacher and the k of the student, each onc
        is one bucket: counted twice, its mass would be added twice, and the two distributions over
        the list would not sum to 1
 
-Shapes: C positions of a chunk, V vocabulary, K ids of one side, M = 2 * K, E entries of the chunk.
+Shapes: C positions of a chunk, V vocabulary, K ids of one side, M = 2 * K, E entries of the chunk,
+W columns of a tile.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
-from megadistill.student.divergences import Buckets, divergence_terms
+from megadistill.student.divergences import Buckets, Divergence, divergence_terms
 from megadistill.student.rows import Entries, RowLosses, Terms, distill_rows
 from megadistill.student.softmax import begin
 from megadistill.teacher.distributions import BLOCK
+
+TILE = {False: 2**17, True: 2**24}  # elements, on a CPU and on a GPU
 
 
 def distill_dense(
@@ -33,24 +37,37 @@ def distill_dense(
 ) -> RowLosses:
     """As `distill_rows`, against log_p_CV, the teacher's log-probabilities at terms.temperature.
 
-    z_CV: logits, overwritten with the gradient; scratch_CV: the same shape. has_C: bool, the rows
-    that the teacher has said anything of; by default all.
+    z_CV: logits, overwritten with the gradient; log_p_CV and scratch_CV, of the same shape, are
+    overwritten. has_C: bool, the rows that the teacher has said anything of; by default all.
     """
-    losses = distill_rows(scratch_CV.copy_(z_CV), None, labels_C, terms)
-    log_q_CV = torch.log_softmax(z_CV / terms.temperature, 1)
-    # Divergences keep their last column for a tail, and here is none.
-    log_p_CB, log_q_CB = (
-        torch.nn.functional.pad(log, (0, 1), value=-torch.inf) for log in (log_p_CV, log_q_CV)
-    )
-    buckets = Buckets(log_p_CB.exp(), log_q_CB.exp(), log_p_CB, log_q_CB)
-    value_CB, slope_CB = divergence_terms(terms.divergence, buckets)
-    if has_C is not None:
-        value_CB.mul_(has_C[:, None])
-        slope_CB.mul_(has_C[:, None])
-    sum_C1 = slope_CB.sum(1, keepdim=True)
-    gradient_CV = slope_CB[:, :-1].sub_(buckets.q[:, :-1] * sum_C1)
-    torch.add(scratch_CV, gradient_CV, alpha=terms.kd / terms.temperature, out=z_CV)
-    return dataclasses.replace(losses, kd=value_CB.sum(1))
+    kd = terms.kd / terms.temperature
+    soft_CV = z_CV if terms.temperature == 1 else z_CV / terms.temperature
+    torch.log_softmax(soft_CV, 1, out=scratch_CV)
+    value_C, total_C = z_CV.new_zeros(2, len(z_CV)).unbind()
+    for part in _columns(z_CV, terms.divergence):
+        log_p_CW, log_q_CW = log_p_CV[:, part], scratch_CV[:, part]
+        buckets = Buckets(log_p_CW.exp(), log_q_CW.exp(), log_p_CW, log_q_CW)
+        value_CW, slope_CW = divergence_terms(terms.divergence, buckets, has_tail=False)
+        value_C += value_CW.sum(1)
+        total_C += slope_CW.sum(1)
+        log_p_CW.copy_(slope_CW)
+        log_q_CW.copy_(buckets.q)
+    losses = distill_rows(z_CV, None, labels_C, terms)
+    has_C1 = 1.0 if has_C is None else has_C[:, None].to(z_CV.dtype)
+    for part in _columns(z_CV, terms.divergence):
+        slope_CW = log_p_CV[:, part].addcmul_(scratch_CV[:, part], total_C[:, None], value=-1)
+        z_CV[:, part].add_(slope_CW.mul_(has_C1), alpha=kd)
+    return dataclasses.replace(losses, kd=value_C if has_C is None else value_C * has_C)
+
+
+def _columns(z_CV: torch.Tensor, divergence: Divergence) -> Iterator[slice]:
+    """Columns of so few at a time that what is made of them stays in the cache.
+
+    A divergence goes through its rows some thirty times. adaptive_kl looks at a row as a whole.
+    """
+    C, V = z_CV.shape
+    some = V if divergence.name == "adaptive_kl" else max(1, TILE[z_CV.is_cuda] // max(C, 1))
+    return (slice(first, min(first + some, V)) for first in range(0, V, some))
 
 
 def union_entries(z_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> Entries:

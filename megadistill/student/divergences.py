@@ -79,11 +79,11 @@ class Buckets:
         return self.log_q - self.log_p
 
 
-def divergence_terms(kind: Divergence, buckets: Buckets) -> Terms:
+def divergence_terms(kind: Divergence, buckets: Buckets, *, has_tail: bool = True) -> Terms:
     """The value of each bucket, to be summed over a row, and its slope q * d(value) / dq.
 
     The slope is the derivative by log q with the other buckets held, so the gradient by the logit
-    behind a bucket is slope - q * sum(slope).
+    behind a bucket is slope - q * sum(slope). has_tail: whether the last column is the tail.
     """
     if kind.name not in ("forward_kl", "adaptive_kl", "tvd"):
         buckets = buckets.floored()
@@ -110,7 +110,7 @@ def divergence_terms(kind: Divergence, buckets: Buckets) -> Terms:
         case "tvd":
             value, slope = (q - p).abs() / 2, q * (q - p).sign() / 2
         case "adaptive_kl":
-            head_C1 = head_weight(buckets, kind.head_mass)
+            head_C1 = head_weight(buckets, kind.head_mass, has_tail=has_tail)
             ahead, ahead_slope = _forward(buckets)
             back, back_slope = _reverse(buckets.floored())
             value = head_C1 * ahead + (1 - head_C1) * back
@@ -120,13 +120,13 @@ def divergence_terms(kind: Divergence, buckets: Buckets) -> Terms:
     return value, slope
 
 
-def head_weight(buckets: Buckets, head_mass: float) -> torch.Tensor:
+def head_weight(buckets: Buckets, head_mass: float, *, has_tail: bool = True) -> torch.Tensor:
     """[C, 1] in 0 to 1: the share of adaptive KL's forward part; 1/2 where p equals q."""
-    error = (buckets.p - buckets.q).abs()
-    listed = buckets.p[:, :-1].sort(dim=1, descending=True, stable=True)
+    error, ids = (buckets.p - buckets.q).abs(), slice(-1 if has_tail else None)
+    listed = buckets.p[:, ids].sort(dim=1, descending=True, stable=True)
     before = listed.values.cumsum(1) - listed.values
     is_head = (before < head_mass) & (listed.values > 0)
-    gap_C1 = (error[:, :-1].gather(1, listed.indices) * is_head).sum(1, keepdim=True)
+    gap_C1 = (error[:, ids].gather(1, listed.indices) * is_head).sum(1, keepdim=True)
     total_C1 = error.sum(1, keepdim=True)
     return torch.where(total_C1 > 0, gap_C1 / total_C1, 0.5).clamp_max(1.0)
 

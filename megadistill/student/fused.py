@@ -41,8 +41,8 @@ MODES = ("forward", "recompute")
 # 256 MiB of float32 logits. At H = 1024, V = 32,768 on one core, N = 2048 positions took in their
 # three products 4.90 s in chunks of 256 rows, 4.70 s of 512, 4.67 s of 1024, and 5.00 s at once.
 BUFFER_ELEMENTS = 2**26
-# Whole distributions of a teacher are compared in ten such buffers, so each is smaller.
-DENSE_ELEMENTS = BUFFER_ELEMENTS // 8
+# Of whole distributions of a teacher there are three such buffers, so each is smaller.
+DENSE_ELEMENTS = BUFFER_ELEMENTS // 2
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden_NH, weight_VH, bias_V
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

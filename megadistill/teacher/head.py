@@ -72,10 +72,18 @@ class TeacherHead:
             softcap=softcap,
         )
 
-    def log_probs(self, hidden_CH: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
-        """float32 [C, V], this rank's slice; a view of the buffer, valid until the next call."""
-        C = len(hidden_CH)
-        logits_CV = self.buffer_CV[:C]
+    def log_probs(
+        self,
+        hidden_CH: torch.Tensor,
+        *,
+        temperature: float = 1.0,
+        out_CV: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """float32 [C, V], this rank's slice; a view of the buffer, valid until the next call.
+
+        out_CV: to be written to in place of the buffer, of as many rows as are asked for.
+        """
+        logits_CV = self.buffer_CV[: len(hidden_CH)] if out_CV is None else out_CV
         _matmul(hidden_CH.to(self.weight_VH.dtype), self.weight_VH, out=logits_CV)
         if self.bias_V is not None:
             logits_CV += self.bias_V

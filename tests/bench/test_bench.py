@@ -342,4 +342,33 @@ def test_the_subset_bench_prints_a_row_for_each_number_of_entries():
     assert [row["data"].split(", ")[-1] for row in rows] == [
         "3 ids of each side", "5 ids of each side",
     ]  # fmt: skip
-    assert all(row["whole_least"] <= row["whole_over_union"] <= row["whole_most"] for row in rows)
+    for name in ("whole", "listed", "step"):
+        for row in rows:
+            assert row[f"{name}_least"] <= row[f"{name}_ratio"] <= row[f"{name}_most"]
+
+
+def test_the_projector_bench_prints_a_row_for_each_vocabulary_of_the_student():
+    found = subprocess.run(
+        [sys.executable, str(TOOL), "projector", "--pairs", "2", "--positions", "4",
+         "--vocab_size", "500", "--hidden", "16", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [row["data"].split(", ")[-1] for row in rows] == ["student 100 x 8", "student 500 x 8"]
+    for name in ("map", "scored", "whole"):
+        for row in rows:
+            assert row[f"{name}_least"] <= row[f"{name}_ratio"] <= row[f"{name}_most"]
+
+
+def test_the_naive_way_of_the_projector_bench_is_over_the_embeddings():
+    from megadistill.bench.projector import Problem, ProjectorSizes
+
+    problem = Problem(ProjectorSizes(5, 60, 8, 20, 4))
+    averaged_NH = problem.over_embeddings(problem.probs_NV)
+    expected_NH = torch.einsum("nv,vh->nh", problem.probs_NV, problem.embeddings_VH)
+    torch.testing.assert_close(averaged_NH, expected_NH)
+    for way in problem.ways.values():
+        way()
+    assert problem.projector.weight.grad.abs().sum() > 0
+    problem.forget()
+    assert problem.projector.weight.grad is None

@@ -11,6 +11,7 @@ from megadistill.config import Config
 from megadistill.errors import ConfigError
 from tests.models import teacher_and_text, tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
+from tests.train.test_features import PARTITIONED
 from tests.train.test_online import series, settings, train
 
 STEPS = 6
@@ -112,7 +113,9 @@ def test_it_is_what_a_plain_torch_loop_does(pair, projected):
     [(1, 1, "tensor_parallel"), (2, 2, "tensor_parallel"), (2, 1, "zero3")],
 )
 def test_every_layout_of_the_teacher_trains_alike(pair, projected, ranks, tp, engine):
-    config = projecting(pair, f"{engine}{ranks}{tp}", teacher={"tp": tp, "engine": engine})
+    config = projecting(
+        pair, f"{engine}{ranks}{tp}", teacher={"tp": tp, "engine": engine}, deepspeed=PARTITIONED
+    )
     found = train(config, ranks, tp)
     np.testing.assert_allclose(series(found, *COLUMNS), series(projected, *COLUMNS), rtol=2e-5)
 

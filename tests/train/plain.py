@@ -15,6 +15,25 @@ from tests.student.reference import dense_terms
 FEATURES = ("hidden_weight", "attention_weight")
 
 
+def batch_of(store, order, step):
+    """(tokens_BT, documents, labels_N) of a global batch."""
+    samples = [store[i] for _, i in order.batch(step)]
+    tokens, documents = [s["tokens"] for s in samples], [s["documents"] for s in samples]
+    labels_N = torch.as_tensor(np.concatenate(list(map(labels, tokens, documents))))
+    return np.stack(tokens), documents, labels_N
+
+
+def clip_and_step(optimizer, model, loss, step, settings):
+    """The norm of the gradient before clipping."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings.steps, settings)
+    optimizer.step()
+    return norm
+
+
 def optimizer_and_order(config, model, cache):
     """AdamW, with decay on matrices alone, and the order of the run that `config` says."""
     settings = config.train
@@ -60,11 +79,6 @@ def plain_steps(config):
         if not loss.isfinite():
             results.append([None, None])
             continue
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.steps, settings)
-        optimizer.step()
+        norm = clip_and_step(optimizer, model, loss, step, settings)
         results.append([loss.item(), norm.item()])
     return results, dict(model.named_parameters())

@@ -1,6 +1,5 @@
 """Hidden states and attention of the teacher beside the student, aligned."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from megadistill.config import Config
 from tests.models import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
-from tests.train.test_online import RUN, series, settings, train
+from tests.train.test_online import RUN, series, settings, stand_at, train
 
 STEPS, PAIRS = 6, [(1, 2), (-1, -1)]
 # By default parameters of up to 100,000 elements, all of these, are left whole.
@@ -64,10 +63,8 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
 
     from megadistill.attention import forward_inputs
     from megadistill.blocks import BlockStore
-    from megadistill.data.packing import labels
     from megadistill.student.features import FeatureAlignment, FeaturePlan
-    from megadistill.train.schedule import learning_rate
-    from tests.train.plain import optimizer_and_order
+    from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
 
     config = aligning(pair, "aligned")
     teacher, student = (
@@ -84,10 +81,8 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
     store, both = BlockStore.open(pair / "tokens"), torch.nn.ModuleList([student, matrices])
     optimizer, order = optimizer_and_order(config, both, store)
     for step in range(STEPS):
-        samples = [store[i] for _, i in order.batch(step)]
-        tokens, documents = [s["tokens"] for s in samples], [s["documents"] for s in samples]
-        inputs = forward_inputs(student, np.stack(tokens), documents)
-        labels_N = torch.as_tensor(np.concatenate(list(map(labels, tokens, documents))))
+        tokens_BT, documents, labels_N = batch_of(store, order, step)
+        inputs = forward_inputs(student, tokens_BT, documents)
         valid = labels_N != -100
         with torch.no_grad():
             theirs, their_attention, logits = layers_of(teacher, inputs)
@@ -104,12 +99,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
             b.clamp_min(1e-30).log(), a, reduction="none"
         ).sum(1).mean()  # fmt: skip
         loss = kd + 0.5 * ce + 0.3 * hidden + 0.2 * attention
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(both.parameters(), config.train.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, config.train)
-        optimizer.step()
+        norm = clip_and_step(optimizer, both, loss, step, config.train)
         expected = [x.item() for x in (loss, kd, ce, hidden, attention, norm)]
         np.testing.assert_allclose([aligned[step][c] for c in COLUMNS], expected, rtol=1e-5)
 
@@ -130,10 +120,7 @@ def test_every_layout_of_the_teacher_aligns_alike(pair, aligned, ranks, tp, engi
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_at_any_number_of_ranks_the_matrices_go_on(pair, aligned, ranks):
     config = aligning(pair, f"resumed{ranks}")
-    shutil.copytree(pair / "aligned", config.train.out_dir)
-    shutil.rmtree(f"{config.train.out_dir}/model")
-    for step in range(4, STEPS + 1):
-        shutil.rmtree(f"{config.train.out_dir}/checkpoints/step-{step:06d}")
+    stand_at(3, config, run=pair / "aligned")
     found = train(config, ranks)
     if ranks == 2:
         np.testing.assert_array_equal(series(found, *COLUMNS), series(aligned, *COLUMNS))

@@ -55,6 +55,14 @@ def lines(config):
         return [json.loads(line) for line in file]
 
 
+def stand_at(step, config, *, run):
+    """Make the folder of `config` a copy of a finished run's that was stopped after `step`."""
+    shutil.copytree(run, config.train.out_dir)
+    shutil.rmtree(f"{config.train.out_dir}/model")
+    for later in range(step + 1, config.train.steps + 1):
+        shutil.rmtree(f"{config.train.out_dir}/checkpoints/step-{later:06d}")
+
+
 def series(records, *keys):
     return np.array([[record[key] for key in keys] for record in records])
 
@@ -125,9 +133,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, exact):
 
     from megadistill.attention import forward_inputs
     from megadistill.blocks import BlockStore
-    from megadistill.data.packing import labels
-    from megadistill.train.schedule import learning_rate
-    from tests.train.plain import optimizer_and_order
+    from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
 
     config = settings(pair)
     teacher, student = (
@@ -137,22 +143,15 @@ def test_it_is_what_a_plain_torch_loop_does(pair, exact):
     store = BlockStore.open(pair / "tokens")
     optimizer, order = optimizer_and_order(config, student, store)
     for step in range(STEPS):
-        samples = [store[i] for _, i in order.batch(step)]
-        tokens, documents = [s["tokens"] for s in samples], [s["documents"] for s in samples]
-        inputs = forward_inputs(student, np.stack(tokens), documents)
-        labels_N = torch.as_tensor(np.concatenate(list(map(labels, tokens, documents))))
+        tokens_BT, documents, labels_N = batch_of(store, order, step)
+        inputs = forward_inputs(student, tokens_BT, documents)
         valid = labels_N != -100
         with torch.no_grad():
             p = teacher(**inputs).logits.flatten(0, 1)[valid].double().log_softmax(1)
         q = student(**inputs).logits.flatten(0, 1)[valid].double().log_softmax(1)
         kd = (p.exp() * (p - q)).sum(1).mean()
         loss = kd + 0.5 * torch.nn.functional.nll_loss(q, labels_N[valid])
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.train.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, config.train)
-        optimizer.step()
+        norm = clip_and_step(optimizer, student, loss, step, config.train)
         found = exact[step]
         np.testing.assert_allclose(
             [found["loss"], found["kd_loss"], found["grad_norm"]],
@@ -238,10 +237,7 @@ def test_a_union_of_both_sides_trains(pair, loss):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_resumed_at_any_number_of_ranks_it_goes_on_with_the_next_sample(pair, exact, ranks):
     config = settings(pair, f"resumed{ranks}")
-    shutil.copytree(pair / "exact", config.train.out_dir)
-    shutil.rmtree(f"{config.train.out_dir}/model")
-    for step in range(5, STEPS + 1):
-        shutil.rmtree(f"{config.train.out_dir}/checkpoints/step-{step:06d}")
+    stand_at(4, config, run=pair / "exact")
     found = train(config, ranks)
     assert series(found, "sequences")[:, 0].tolist() == [8 * (n + 1) for n in range(STEPS)]
     if ranks == 2:

@@ -1,7 +1,6 @@
 """A teacher of another tokenizer beside the student: its hidden states, projected."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from megadistill.errors import ConfigError
 from tests.models import teacher_and_text, tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.test_features import PARTITIONED
-from tests.train.test_online import series, settings, train
+from tests.train.test_online import series, settings, stand_at, train
 
 STEPS = 6
 COLUMNS = ("loss", "kd_loss", "ce_loss", "projector_loss", "grad_norm")
@@ -53,9 +52,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, projected):
     from megadistill.attention import forward_inputs
     from megadistill.blocks import BlockStore
     from megadistill.data.alignment import Alignment
-    from megadistill.data.packing import labels
-    from megadistill.train.schedule import learning_rate
-    from tests.train.plain import optimizer_and_order
+    from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
 
     config = projecting(pair, "projected")
     teacher, student = (
@@ -78,10 +75,8 @@ def test_it_is_what_a_plain_torch_loop_does(pair, projected):
     all_of_it = torch.nn.ModuleList([student, torch.nn.ParameterList([matrix])])
     optimizer, order = optimizer_and_order(config, all_of_it, store)
     for step in range(STEPS):
-        samples = [store[i] for _, i in order.batch(step)]
-        tokens, documents = [s["tokens"] for s in samples], [s["documents"] for s in samples]
-        labels_N = torch.as_tensor(np.concatenate(list(map(labels, tokens, documents))))
-        aligned = alignment.align(np.stack(tokens), documents)
+        tokens_BT, documents, labels_N = batch_of(store, order, step)
+        aligned = alignment.align(tokens_BT, documents)
         rows = torch.as_tensor(aligned.rows_N)
         with torch.no_grad():
             states = teacher.model(
@@ -90,7 +85,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, projected):
         valid = labels_N != -100
         said = valid & (rows >= 0)
         assert 0.4 * valid.sum() < said.sum() < valid.sum()
-        z = student(**forward_inputs(student, np.stack(tokens), documents)).logits.flatten(0, 1)
+        z = student(**forward_inputs(student, tokens_BT, documents)).logits.flatten(0, 1)
         W = student.lm_head.weight.detach()
         own = states[rows[said]] @ matrix.T @ W.T
         p, q = own.detach().log_softmax(1), z[said].log_softmax(1)
@@ -98,12 +93,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, projected):
         ce = torch.nn.functional.cross_entropy(z[valid], labels_N[valid])
         projector = torch.nn.functional.cross_entropy(own, labels_N[said])
         loss = kd + 0.5 * ce + projector
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(all_of_it.parameters(), config.train.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, config.train)
-        optimizer.step()
+        norm = clip_and_step(optimizer, all_of_it, loss, step, config.train)
         expected = [x.item() for x in (loss, kd, ce, projector, norm)]
         np.testing.assert_allclose([projected[step][c] for c in COLUMNS], expected, rtol=2e-5)
 
@@ -123,10 +113,7 @@ def test_every_layout_of_the_teacher_trains_alike(pair, projected, ranks, tp, en
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_at_any_number_of_ranks_the_projector_goes_on(pair, projected, ranks):
     config = projecting(pair, f"resumed{ranks}")
-    shutil.copytree(pair / "projected", config.train.out_dir)
-    shutil.rmtree(f"{config.train.out_dir}/model")
-    for step in range(4, STEPS + 1):
-        shutil.rmtree(f"{config.train.out_dir}/checkpoints/step-{step:06d}")
+    stand_at(3, config, run=pair / "projected")
     found = train(config, ranks)
     if ranks == 2:
         np.testing.assert_array_equal(series(found, *COLUMNS), series(projected, *COLUMNS))

@@ -117,6 +117,15 @@ def test_every_layout_of_the_teacher_aligns_alike(pair, aligned, ranks, tp, engi
     np.testing.assert_allclose(series(found, *COLUMNS), series(aligned, *COLUMNS), rtol=1e-5)
 
 
+def test_in_bfloat16_it_is_about_the_same(pair, aligned):
+    config = aligning(
+        pair, "bf16", teacher={"attention": "eager", "dtype": "bfloat16"},
+        deepspeed={"bf16": {"enabled": True}, **PARTITIONED},
+    )  # fmt: skip
+    found = train(config, 2)
+    np.testing.assert_allclose(series(found, *COLUMNS), series(aligned, *COLUMNS), rtol=0.05)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_at_any_number_of_ranks_the_matrices_go_on(pair, aligned, ranks):
     config = aligning(pair, f"resumed{ranks}")

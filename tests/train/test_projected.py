@@ -110,6 +110,15 @@ def test_every_layout_of_the_teacher_trains_alike(pair, projected, ranks, tp, en
     np.testing.assert_allclose(series(found, *COLUMNS), series(projected, *COLUMNS), rtol=2e-5)
 
 
+def test_in_bfloat16_it_is_about_the_same(pair, projected):
+    config = projecting(
+        pair, "bf16", teacher={"dtype": "bfloat16"},
+        deepspeed={"bf16": {"enabled": True}, **PARTITIONED},
+    )  # fmt: skip
+    found = train(config, 2)
+    np.testing.assert_allclose(series(found, *COLUMNS), series(projected, *COLUMNS), rtol=0.05)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_at_any_number_of_ranks_the_projector_goes_on(pair, projected, ranks):
     config = projecting(pair, f"resumed{ranks}")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.commands import amount, count, parse, run
 from megadistill.config import Config, load_config
+from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from megadistill.plan.measure import Measured
@@ -58,6 +59,11 @@ def main(argv: list[str]) -> int:
         show_plan(config)
         return 0
 
+    if config.teacher.mode == "online":
+        raise ConfigError(
+            "teacher.mode: online keeps no cache whose size could be planned: `--dry_run` tells "
+            "what the run takes; or set teacher.mode=cached"
+        )
     from megadistill.plan import make_plan
     from megadistill.plan.report import Report
 

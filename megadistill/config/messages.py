@@ -121,7 +121,7 @@ def _expected(kind: str, context: dict) -> str | None:
         ("too_short", "at least one element"),
         ("list_", "a list"),
         ("tuple_", "a list of two numbers"),
-        ("too_long", "a shorter list"),
+        ("too_long", "a list of two numbers"),  # nothing else is bounded above
         ("model_", "a section, that is, keys with values"),
         ("dict_", "a section, that is, keys with values"),
     ):

@@ -26,9 +26,14 @@ QUIET_S = 10.0  # without a terminal: seconds between lines
 def step_line(record: dict[str, Any], steps: int) -> str:
     """One step for people."""
     kd = "" if record["kd_loss"] is None else f"  kd {record['kd_loss']:.4f}"
+    learned = "".join(
+        f"  {name} {record[f'{name}_loss']:.4f}"
+        for name in ("projector", "hidden", "attention") if f"{name}_loss" in record
+    )  # fmt: skip
     teacher = f"  teacher {record['teacher_s']:.3f} s" if "teacher_s" in record else ""
     return (
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}{kd}  ce {record['ce_loss']:.4f}"
+        f"{learned}"
         f"  lr {record['lr']:.2e}  |g| {record['grad_norm']:.3f}"
         f"  {record['tokens_per_s'] / 1e3:.1f}k tok/s  data {record['data_s']:.3f} s"
         f"{teacher}  step {record['step_s']:.3f} s{readings_line(record)}"

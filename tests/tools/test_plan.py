@@ -162,6 +162,17 @@ def test_without_a_run_bytes_are_assumed_and_hours_unknown(place, capsys):
     assert files() == before
 
 
+@pytest.mark.parametrize("method", ["exact", "projected", "varopt"])
+def test_of_a_teacher_beside_the_student_there_is_no_cache_to_plan(place, capsys, method):
+    online = ("teacher.mode=online", f"targets.method={method}", "student.model=teacher",
+              "train.steps=1")  # fmt: skip
+    for how in ((), ("--no_run",)):
+        code, out, error = plan(capsys, *how, *online)
+        assert (code, out) == (2, "")
+        assert error.startswith("error: teacher.mode: online keeps no cache whose size could be")
+    assert plan(capsys, "--dry_run", *online)[0] == 0
+
+
 def test_what_is_wrong_is_one_line_and_code_2(place, capsys):
     code, _, said = plan(capsys, "teacher.model=./none")
     assert code == 2

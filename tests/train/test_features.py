@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megadistill.config import Config
+from megadistill.train.metrics import step_line
 from tests.models import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
 from tests.train.test_online import RUN, series, settings, stand_at, train
@@ -163,6 +164,8 @@ def test_layers_alone_can_be_learned_from(pair):
     assert (hidden > 0).all()
     assert hidden[-1] < 0.8 * hidden[0]
     np.testing.assert_allclose(series(found, "loss")[:, 0], hidden, rtol=1e-6)
+    said = step_line(found[0], 10)
+    assert f"  ce {found[0]['ce_loss']:.4f}  hidden {hidden[0]:.4f}  lr" in said
 
 
 def test_phase_by_phase(pair):
@@ -187,6 +190,7 @@ def test_phase_by_phase(pair):
     ({"student": {"attention": "sdpa"}}, "student.attention: sdpa gives no attention weights"),
     ({"loss": {"kd_weight": 0.0, "curriculum": "three_phase"}}, "are both 0 at 0 of the run"),
     ({"features": {"hidden_layers": []}}, "hidden_layers"),
+    ({"features": {"hidden_layers": [[1, 2, 3]]}}, "hidden_layers.0"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(pair, sections, expected):
     keys = aligning(pair, "none").model_dump(mode="json")

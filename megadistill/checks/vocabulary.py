@@ -101,7 +101,8 @@ def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -
         _check_same_ids(
             config.student, config, tokenizer, student,
             few="choose a student of the same family, or one with student.init=random and "
-            "vocab_size at least {ids} in its config.json",
+            "vocab_size at least {ids} in its config.json, or train with "
+            f"{_PROJECTED}, for which they may differ",
             other="the student would learn from targets that are about other tokens; give it the "
             f"teacher's tokenizer, or train with {_PROJECTED}, for which they may differ",
         )  # fmt: skip

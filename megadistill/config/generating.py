@@ -189,7 +189,7 @@ class CacheSource(Section):
 class CacheTeacher(Section):
     """The cache of one more teacher, of the tokens that `cache.dir` holds."""
 
-    dir: Text = Field(description="the cache: a folder or a URL")
+    dir: Text = Field(description="the teacher's cache: a folder or a URL")
     weight: PositiveFloat = Field(
         default=1.0, description="of its teacher in the distillation loss; that of `cache.dir` is 1"
     )

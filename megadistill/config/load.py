@@ -161,6 +161,6 @@ def _repair(raw: dict, path: KeyPath, detail: Any) -> None:
         at[path[-1]] = {} if len(path) == 1 else "missing"
     elif isinstance(at, dict) and path[-1] in at:
         del at[path[-1]]
-    elif parents:  # an element of a list: the whole list goes
+    elif parents and not isinstance(at, dict):  # an element of a list: the whole list goes
         holder, part = parents[-1]
         holder.pop(part, None)

@@ -223,3 +223,12 @@ def test_a_configuration_made_in_python_obeys_the_same_rules():
     assert Config(data=data, teacher=teacher).order.groups == 64
     with pytest.raises(ValidationError, match="ZeRO-3 spreads the teacher over all ranks"):
         Config(data=data, teacher=teacher.model_copy(update={"engine": "zero3"}))
+
+
+def test_two_mistakes_in_an_element_of_a_list_cost_nothing_else():
+    _, found = validate(changed("teacher.mode=online", "teacher.ensemble=[{modl: x}]"))
+    assert [str(problem) for problem in found] == [
+        "teacher.ensemble.0.model: missing, expected a folder or a hub id: set "
+        "teacher.ensemble.0.model",
+        "teacher.ensemble.0.modl: unknown key, did you mean teacher.ensemble.0.model?",
+    ]

@@ -37,7 +37,9 @@ def tokenizer_if_there(config: Config) -> Any:
 
 def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) -> None:
     """The tokenizer's ids are ids of the teacher, and a data.tokenizer's those of its own."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    from megadistill.data.tokenizer import count_ids
+
+    largest = count_ids(tokenizer) - 1
     if teacher.vocab_size is not None and largest >= teacher.vocab_size:
         key = "teacher.model" if config.data.tokenizer is None else "data.tokenizer"
         raise ConfigError(
@@ -81,8 +83,8 @@ def check_projected(config: Config) -> None:
     from megadistill.train.projected import Tokenizers
 
     different = Tokenizers(config).alignment is not None
-    for name, aligned in zip(("hidden", "attention"), config.loss.aligns, strict=True):
-        if different and aligned:
+    for name in config.loss.aligned:
+        if different:
             raise ConfigError(
                 f"loss.{name}_weight: the teacher {config.teacher.model} has another tokenizer "
                 f"than {config.data.tokenizer}, so its layers stand at other positions: set it to 0"
@@ -123,7 +125,9 @@ def _check_same_ids(
     """
     if tokenizer is None:
         return
-    ids = 1 + max(tokenizer.get_vocab().values())
+    from megadistill.data.tokenizer import count_ids, tokenizer_identity
+
+    ids = count_ids(tokenizer)
     name = config.data.tokenizer or config.teacher.model
     if model.vocab_size is not None and model.vocab_size < ids:
         raise ConfigError(
@@ -133,8 +137,6 @@ def _check_same_ids(
     own = _tokenizer_of(section, model)
     if own is None:
         return
-    from megadistill.data.tokenizer import tokenizer_identity
-
     ours, theirs = (
         tokenizer_identity(t, chat=False, below=ids)["content"] for t in (tokenizer, own)
     )
@@ -144,7 +146,7 @@ def _check_same_ids(
             f"{model.key}: the tokenizer of {model.name} turns text into other ids than {name} "
             f"does{text}: {other}"
         )
-    its_ids = 1 + max(own.get_vocab().values())
+    its_ids = count_ids(own)
     if model.vocab_size is not None and model.vocab_size < its_ids:
         raise ConfigError(
             f"{model.key}: {model.name} has a tokenizer of {its_ids} ids and a vocabulary of "

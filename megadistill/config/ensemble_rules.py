@@ -65,7 +65,7 @@ def _models(config: Config) -> Iterator[Problem]:
         )
     # Where nothing of a teacher is wanted another rule says so.
     loss = config.loss
-    if config.student is not None and any(loss.aligns) and not loss.learns_from_teacher:
+    if config.student is not None and loss.aligned and not loss.learns_from_teacher:
         yield Problem(
             ("teacher.ensemble", "loss.kd_weight"),
             "with loss.kd_weight=0 only the layers of teacher.model are learned from: set it, or "

@@ -193,8 +193,8 @@ def _online(config: Config) -> Iterator[Problem]:
                 "teacher.mode=online, or targets.method to one of "
                 f"{', '.join(m for m in PARAMETERS if m not in DENSE)}",
             )
-        if any(loss.aligns):
-            key = "loss.hidden_weight" if loss.aligns[0] else "loss.attention_weight"
+        if loss.aligned:
+            key = f"loss.{loss.aligned[0]}_weight"
             yield Problem(
                 (key, "teacher.mode"),
                 "aligns the student's layers with the teacher's, which no cache keeps: set "
@@ -208,7 +208,7 @@ def _online(config: Config) -> Iterator[Problem]:
             "online puts the teacher beside a student, and there is none: set student.model, or "
             "teacher.mode=cached to generate a cache",
         )
-    elif not loss.learns_from_teacher and not any(loss.aligns):
+    elif not loss.learns_from_teacher and not loss.aligned:
         yield Problem(
             ("teacher.mode", "loss.kd_weight", "loss.hidden_weight", "loss.attention_weight"),
             "online with loss.kd_weight=0: the teacher would answer and nobody listen; set "
@@ -230,7 +230,7 @@ def _online(config: Config) -> Iterator[Problem]:
 
 
 def _attention(config: Config) -> Iterator[Problem]:
-    if config.student is None or not config.loss.aligns[1]:
+    if config.student is None or "attention" not in config.loss.aligned:
         return
     for part, section in (("teacher", config.teacher), ("student", config.student)):
         if section.attention != "eager":

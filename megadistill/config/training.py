@@ -128,17 +128,17 @@ class LossConfig(Section):
         return any(values(self.kd_weight))
 
     @property
-    def aligns(self) -> tuple[bool, bool]:
-        """Whether hidden states and whether attention have a weight at any time of the run."""
-        return any(values(self.hidden_weight)), any(values(self.attention_weight))
+    def aligned(self) -> tuple[str, ...]:
+        """Of "hidden" and "attention" those that have a weight at any time of the run."""
+        both = ("hidden", "attention")
+        return tuple(name for name in both if any(values(getattr(self, f"{name}_weight"))))
 
     @property
     def changes(self) -> tuple[str, ...]:
         """The keys whose value changes over the run."""
         preset: tuple[str, ...] = ()
         if self.curriculum:
-            named = zip(("hidden_weight", "attention_weight"), self.aligns, strict=True)
-            preset = ("ce_weight", *(name for name, aligned in named if aligned))
+            preset = ("ce_weight", *(f"{name}_weight" for name in self.aligned))
         return tuple(n for n in CURVES if n in preset or isinstance(getattr(self, n), tuple))
 
 

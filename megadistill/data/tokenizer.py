@@ -76,6 +76,11 @@ def encoder_spec(tokenizer: Any, *, chat: bool) -> EncoderSpec:
     )
 
 
+def count_ids(tokenizer: Any) -> int:
+    """One more than its largest id: ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def begin_token(tokenizer: Any) -> int | None:
     """The id that the tokenizer puts before a text, where it does."""
     ids = tokenizer("a").input_ids
@@ -94,7 +99,7 @@ def tokenizer_identity(tokenizer: Any, *, chat: bool, below: int | None = None) 
         backend["added_tokens"] = [token for token in added if token["id"] < below]
     identity = {
         "content": _digest(_settled({part: backend.get(part) for part in _TEXT_TO_ID})),
-        "vocab_size": 1 + max(tokenizer.get_vocab().values()),  # ids may have gaps
+        "vocab_size": count_ids(tokenizer),
         "bos": begin_token(tokenizer),
         "eos": tokenizer.eos_token_id,
     }

@@ -87,28 +87,28 @@ def feature_plan(config: Config, student: Any) -> FeaturePlan | None:
     student: its transformers configuration. ConfigError for layers that are not there, and for
     hidden states of different widths without matrices between them.
     """
-    hidden, attention = config.loss.aligns
-    if not (hidden or attention):
+    aligned = config.loss.aligned
+    if not aligned:
         return None
     teacher = model_settings(config.teacher, key="teacher.model").get_text_config()
     student, features = student.get_text_config(), config.features
     pairs = {
-        name: layer_pairs(
-            getattr(features, name), teacher=teacher.num_hidden_layers,
-            student=student.num_hidden_layers, key=f"features.{name}",
-        )
-        for name, wanted in (("hidden_layers", hidden), ("attention_layers", attention)) if wanted
+        name: tuple(layer_pairs(
+            getattr(features, f"{name}_layers"), teacher=teacher.num_hidden_layers,
+            student=student.num_hidden_layers, key=f"features.{name}_layers",
+        ))
+        for name in aligned
     }  # fmt: skip
     widths = teacher.hidden_size, student.hidden_size
-    if hidden and features.projection == "none" and widths[0] != widths[1]:
+    if "hidden" in aligned and features.projection == "none" and widths[0] != widths[1]:
         raise ConfigError(
             f"features.projection: none, and the teacher's hidden states are {widths[0]} wide, the "
             f"student's {widths[1]}: set it to learned, or loss.hidden_weight=0"
         )
     learned = features.projection == "learned" or widths[0] != widths[1]
     return FeaturePlan(
-        tuple(pairs.get("hidden_layers", ())), tuple(pairs.get("attention_layers", ())),
-        features.hidden_loss, *widths, learned=learned,
+        pairs.get("hidden", ()), pairs.get("attention", ()), features.hidden_loss, *widths,
+        learned=learned,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,11 +47,6 @@ class ProjectedTargets:
         """With space_NS, of which the projector learns."""
         dtype = next(projector.parameters()).dtype
         return dataclasses.replace(self, space_NS=projector(self.hidden_NH.to(dtype)))
-
-    def take(self, rows: Any) -> ProjectedTargets:
-        """The positions that `rows` picks, a slice or an index tensor."""
-        space_NS = None if self.space_NS is None else self.space_NS[rows]
-        return ProjectedTargets(self.hidden_NH[rows], self.has_N[rows], space_NS)
 
 
 class Projector(nn.Linear):

@@ -67,10 +67,8 @@ class DenseTargets:
         others_CV.fill_(-torch.inf)
         # All at once: in the head's own chunks, of 13 rows at 152,000 ids on a CPU, reading its
         # weight is most of the time.
-        if out_CV.dtype == torch.float32:
-            self.head.log_probs(self.hidden_NH, temperature=temperature, out_CV=ours_CV)
-            return out_CV
-        chunk = self.head.chunk
-        for part_CH, part_CV in zip(self.hidden_NH.split(chunk), ours_CV.split(chunk), strict=True):
-            part_CV.copy_(self.head.log_probs(part_CH, temperature=temperature))
+        narrow_CV = ours_CV.float()  # itself, but for a student in float64
+        ours_CV.copy_(
+            self.head.log_probs(self.hidden_NH, temperature=temperature, out_CV=narrow_CV)
+        )
         return out_CV

@@ -10,6 +10,7 @@ Shape letters: N positions, C positions of a chunk, H hidden size, V this rank's
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -43,10 +44,16 @@ class TeacherHead:
         device = weight_VH.device
         chunk_bytes = chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
         # Slices differ in size, but all ranks must come to the collectives equally often.
-        largest = int(vocabulary.gather(torch.tensor(vocabulary.size, device=device)).max())
+        largest = vocabulary.size
+        if vocabulary.ranks > 1:
+            largest = int(vocabulary.gather(torch.tensor(largest, device=device)).max())
         self.chunk = max(1, min(1024, chunk_bytes // (4 * largest)))
-        self.buffer_CV = torch.empty(
-            self.chunk, vocabulary.size, dtype=torch.float32, device=device
+
+    @functools.cached_property
+    def buffer_CV(self) -> torch.Tensor:
+        """float32 [C, V]: a chunk's logits. Whoever brings memory of his own needs none."""
+        return torch.empty(
+            self.chunk, self.vocabulary.size, dtype=torch.float32, device=self.weight_VH.device
         )
 
     @classmethod

@@ -106,9 +106,8 @@ class Trainer:
         train = config.train
         self.ema = Ema(self.engine, decay=train.ema_decay) if train.ema else None
         self._use_ema = train.use_ema
-        self.teacher: OnlineTeacher | OnlineEnsemble | None = (
-            None  # beside the student; loaded after it
-        )
+        # Beside the student; loaded after it.
+        self.teacher: OnlineTeacher | OnlineEnsemble | None = None
         self.background = Background(self.engine, mesh) if train.save_in_background else None
         self.readings = Readings(
             Flops.of(student, seq_len=seq_len), device=mesh.device, world=mesh.world,

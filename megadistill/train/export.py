@@ -208,10 +208,11 @@ def model_card(
 
 def _told_features(config: Config) -> str:
     loss = config.loss
-    hidden = f" + {told(loss.hidden_weight)} x hidden states ({config.features.hidden_loss})"
-    attention = f" + {told(loss.attention_weight)} x attention"
-    names = zip((hidden, attention), loss.aligns, strict=True)
-    return "".join(name for name, aligned in names if aligned)
+    said = {
+        "hidden": f" + {told(loss.hidden_weight)} x hidden states ({config.features.hidden_loss})",
+        "attention": f" + {told(loss.attention_weight)} x attention",
+    }
+    return "".join(said[name] for name in loss.aligned)
 
 
 def check_tokenizer(config: Config, stored: dict[str, Any], *, store: str) -> int:
@@ -220,7 +221,7 @@ def check_tokenizer(config: Config, stored: dict[str, Any], *, store: str) -> in
     stored: the tokenizer in the store's recipe. ConfigError where the student's gives other ids to
     a text; it may have tokens that were added to the store's.
     """
-    from megadistill.data.tokenizer import tokenizer_identity
+    from megadistill.data.tokenizer import count_ids, tokenizer_identity
 
     assert config.student is not None
     tokenizer = _tokenizer(config.student.model, config.student.revision)
@@ -234,4 +235,4 @@ def check_tokenizer(config: Config, stored: dict[str, Any], *, store: str) -> in
             f"with {content[:16]}: take a student of the same tokenizer, or remove the tokenizer "
             "from its folder if you know that the ids agree"
         )
-    return 1 + max(tokenizer.get_vocab().values())
+    return count_ids(tokenizer)

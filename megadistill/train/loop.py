@@ -255,10 +255,9 @@ def _losses(
     if trainer.student.projector is not None:
         losses["projector_loss"] = total.projector / max(kd_count, 1)
         whole += losses["projector_loss"]
-    for name, aligned in zip(("hidden", "attention"), run.config.loss.aligns, strict=True):
-        if aligned:
-            losses[f"{name}_loss"] = getattr(total, name) / labels
-            whole += getattr(loss, f"{name}_weight") * losses[f"{name}_loss"]
+    for name in run.config.loss.aligned:
+        losses[f"{name}_loss"] = getattr(total, name) / labels
+        whole += getattr(loss, f"{name}_weight") * losses[f"{name}_loss"]
     return {"loss": whole, **losses}
 
 

@@ -9,13 +9,20 @@ the student's, V shared tokens.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
 from megadistill.config import Config
 from megadistill.data.alignment import Alignment
 from megadistill.data.token_bytes import token_bytes
-from megadistill.data.tokenizer import load_tokenizer, open_tokenizer, tokenizer_identity
+from megadistill.data.tokenizer import (
+    count_ids,
+    load_tokenizer,
+    open_tokenizer,
+    tokenizer_identity,
+)
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
@@ -26,7 +33,7 @@ from megadistill.teacher.engine import Teacher
 class Tokenizers:
     """The data's tokenizer, which is the student's, and the teacher's own.
 
-    ConfigError where one is missing, or they cannot be aligned.
+    ConfigError where one is missing, and from `alignment` where they cannot be aligned.
     """
 
     def __init__(self, config: Config) -> None:
@@ -39,13 +46,17 @@ class Tokenizers:
         ours, theirs = (
             tokenizer_identity(each, chat=False)["content"] for each in (self.student, self.teacher)
         )
-        self.teacher_content = theirs
-        self.alignment = None if ours == theirs else Alignment(self.student, self.teacher)
+        self.same, self.teacher_content = ours == theirs, theirs
+
+    @functools.cached_property
+    def alignment(self) -> Alignment | None:
+        """None where both are one. Made when it is first asked for, which takes half a second."""
+        return None if self.same else Alignment(self.student, self.teacher)
 
     @property
     def teacher_ids(self) -> int:
         """Ids that the teacher has tokens for."""
-        return 1 + max(self.teacher.get_vocab().values())
+        return count_ids(self.teacher)
 
     def read(
         self, tokens_BT: np.ndarray, documents: list[np.ndarray], *, longest: int | None
@@ -67,7 +78,7 @@ class Tokenizers:
 
     def shared(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [V] each: the ids of student and teacher that stand for the same bytes."""
-        if self.alignment is None:
+        if self.same:
             ids_V = np.arange(self.teacher_ids)
             return ids_V, ids_V
         lost = b"\xff\xff"  # which no token is

@@ -98,7 +98,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
             "states and attention%s, from %g on the true tokens as well",
             config.loss.curriculum, FEATURES_FROM,
-            "" if any(config.loss.aligns) else " (which have no weight here)", ALL_TERMS_FROM,
+            "" if config.loss.aligned else " (which have no weight here)", ALL_TERMS_FROM,
         )  # fmt: skip
     evaluation = open_evaluation(
         config.eval.cache, max_sequences=config.eval.max_sequences, local=local_copies(config)

@@ -35,8 +35,12 @@ test: .venv/.installed ## the test suite; ARGS="-k store" picks
 	@$(WITH_VENV) python -m pytest -m "not long" $(HANGS) $(WORKERS) $(ARGS) tests
 
 .PHONY: test-long
-test-long: .venv/.installed ## the tests that take long; AREA=blocks picks tests/blocks
-	@$(WITH_VENV) python -m pytest -m long $(ARGS) tests/$(AREA)
+test-long: .venv/.installed ## the tests that take long; AREA names a marker (text) or a folder of tests/ (blocks)
+	@if [ -z "$(AREA)" ] || [ -e "tests/$(AREA)" ]; then
+	    $(WITH_VENV) python -m pytest -m long $(ARGS) tests/$(AREA)
+	else
+	    $(WITH_VENV) python -m pytest -m "long and $(AREA)" $(ARGS) tests
+	fi
 
 .PHONY: test-transformers-4
 test-transformers-4: .venv-transformers-4/.installed ## what meets transformers, on 4.57, as plain `pip install .` resolves it

@@ -22,6 +22,13 @@ class DataError(MegadistillError):
     """The corpus is missing, empty or not what the configuration says it is."""
 
 
+class BadDocumentError(DataError):
+    """One document cannot be used. `data.on_bad_document: skip` leaves it out.
+
+    Raised with the reason alone; where the document stands is added by who reads the corpus.
+    """
+
+
 class TeacherError(MegadistillError):
     """The teacher cannot be loaded, or says something that is not a distribution."""
 

@@ -54,6 +54,12 @@ class DataConfig(Section):
     completion_field: Text | None = Field(
         default=None, description="the column of completions; only these are learned from"
     )
+    on_bad_document: Literal["error", "skip"] = Field(
+        default="error",
+        description="a document that cannot be used (a value that is no text, a chat that the "
+        "template refuses): `error` stops with its file and row, `skip` leaves it out, counts it "
+        "and lists it in `<data.dir>.run/skipped.jsonl`",
+    )
     shuffle: bool = Field(default=False, description="shuffle the documents, by `data.seed`")
     seed: Seed = Field(default=0, description="seed of the shuffling")
     dir: Text = Field(default="runs/tokens", description="the token store")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -26,21 +26,27 @@ class Document:
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     completion: str | None = None
+    # Where it stands in the corpus, for messages, and why it cannot be used.
+    place: str = field(default="", compare=False)
+    problem: str | None = None
 
     def units(self, number: int, *, piece: int = PIECE) -> Iterator[Unit]:
         """The document, numbered `number`, in units that are tokenised in one go."""
-        if self.messages is not None:
-            yield Unit(number, messages=self.messages)
+        place = self.place
+        if self.problem is not None:
+            yield Unit(number, place=place, problem=self.problem)
+        elif self.messages is not None:
+            yield Unit(number, messages=self.messages, place=place)
         elif self.completion is not None:
-            yield Unit(number, prompt=self.prompt or "", completion=self.completion)
+            yield Unit(number, prompt=self.prompt or "", completion=self.completion, place=place)
         else:
             chunks = [self.text or ""] if self.file is None else _read(self.file)
             pieces = split_text(chunks, piece=piece)
             index, text = 0, next(pieces)
             for following in pieces:
-                yield Unit(number, index, index == 0, False, text)
+                yield Unit(number, index, index == 0, False, text, place=place)
                 index, text = index + 1, following
-            yield Unit(number, index, index == 0, True, text)
+            yield Unit(number, index, index == 0, True, text, place=place)
 
 
 def _read(file: str) -> Iterator[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from megadistill.errors import DataError
+from megadistill.errors import BadDocumentError, DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -30,9 +30,15 @@ class Unit:
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     completion: str | None = None
+    # Where the document stands in the corpus, for messages: file and row, or a name and a number.
+    place: str = ""
+    # Why the document cannot be used; such a unit has no tokens.
+    problem: str | None = None
 
     @property
     def characters(self) -> int:
+        if self.problem is not None:
+            return 0
         if self.messages is not None:
             return sum(len(m.get("content") or "") for m in self.messages)
         return len(self.text or "") + len(self.prompt or "") + len(self.completion or "")
@@ -72,17 +78,37 @@ class Encoder:
 
         A unit of length 0 is a document without text: it is dropped, and has no bos or eos either.
         """
-        if units[0].text is not None:
+        usable = next((unit for unit in units if unit.problem is None), None)
+        if usable is None:
+            return np.empty(0, np.uint32), np.zeros(len(units), np.int64), None
+        if usable.text is not None:
             return *_joined(self._texts(units)), None
-        one = self._completion if units[0].messages is None else self._messages
-        ids, masks = zip(*map(one, units), strict=True)
+        one = self._completion if usable.messages is None else self._messages
+        ids, masks = zip(*(one(u) if u.problem is None else ([], []) for u in units), strict=True)
         mask = np.concatenate([np.asarray(m, dtype=np.uint8) for m in masks])
         return *_joined(ids), mask
+
+    def answer(self, units: list[Unit]) -> tuple[dict[int, str], tuple]:
+        """({index of a unit that cannot be encoded: why}, what `encode` gives for the others)."""
+        problems: dict[int, str] = {}
+        try:
+            return problems, self.encode(units)
+        except BadDocumentError:
+            units = list(units)  # one by one, to find all of them
+        for index, unit in enumerate(units):
+            try:
+                self.encode([unit])
+            except BadDocumentError as error:
+                problems[index] = str(error)
+                units[index] = replace(unit, problem=str(error))
+        return problems, self.encode(units)
 
     def _texts(self, units: list[Unit]) -> list[list[int]]:
         result = []
         for unit, ids in zip(units, self._ids([u.text or "" for u in units]), strict=True):
-            if ids or not (unit.first and unit.last):
+            if unit.problem is not None:
+                ids = []
+            elif ids or not (unit.first and unit.last):
                 ids = (self.begin if unit.first else []) + ids + ([self.eos] if unit.last else [])
             result.append(ids)
         return result

@@ -134,21 +134,33 @@ def _column(table: Any, name: str, config: DataConfig) -> list[Any]:
             f"data.{key}: {_where(config)} has no column {name!r}; its columns are "
             f"{', '.join(table.column_names)}: set data.{key} to one of them"
         )
-    return table.column(name).to_pylist()
+    return _decoded(table.select([name]))
+
+
+def _decoded(table: Any) -> list[Any]:
+    """The only column of `table` as `datasets` gives it in Python format."""
+    import datasets
+    import pyarrow
+
+    values = table.column(0).to_pylist()
+    if pyarrow.types.is_string(table.schema.types[0]):
+        return values
+    features = datasets.Features.from_arrow_schema(table.schema)
+    return features.decode_batch({table.column_names[0]: values})[table.column_names[0]]
 
 
 def _document(config: DataConfig, number: int, values: tuple[Any, ...]) -> Document:
+    place = f"{_where(config)}: document {number}"
     if config.messages_field is not None:
-        return Document(messages=_chat(config, number, values[0]))
+        return Document(messages=_chat(config, number, values[0]), place=place)
     for field, value in zip(_fields(config), values, strict=True):
         if not isinstance(value, str | None):
-            raise DataError(
-                f"{_where(config)}: document {number}: expected text in column {field!r}, found "
-                f"{type(value).__name__}: name another column"
-            )
+            found = type(value).__name__
+            problem = f"expected text in column {field!r}, found {found}: name another column"
+            return Document(place=place, problem=problem)
     if len(values) == 2:
-        return Document(prompt=values[0] or "", completion=values[1] or "")
-    return Document(text=values[0] or "")
+        return Document(prompt=values[0] or "", completion=values[1] or "", place=place)
+    return Document(text=values[0] or "", place=place)
 
 
 def _chat(config: DataConfig, number: int, value: Any) -> list[dict[str, Any]]:

@@ -151,6 +151,11 @@ class Stream:
                 starts.append(begin - self._start)
             if end > stop:
                 break
+            if unit.problem is not None:
+                # Counted where there are any: stores of good corpora have no such count.
+                statistics["skipped_documents"] = statistics.get("skipped_documents", 0) + 1
+                self._pieces.popleft()
+                continue
             empty = begin == end and unit.first and unit.last
             statistics["empty_documents"] += empty
             statistics["documents"] += unit.last and not empty

@@ -24,11 +24,12 @@ from megadistill.config import Config, DataConfig
 from megadistill.data.encode import Unit
 from megadistill.data.packing import Sequence
 from megadistill.data.progress import Progress
+from megadistill.data.skipped import Skipped
 from megadistill.data.source import count_documents, documents, source_identity
 from megadistill.data.stream import Block, Cursor, Stream
 from megadistill.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_identity
 from megadistill.data.workers import Workers
-from megadistill.errors import DataError, RecipeError
+from megadistill.errors import BadDocumentError, DataError, RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,12 @@ def build_tokens(
                     store = BlockStore.create(data.dir, **settings)
                     _lock(store, stack)
                 _commit(store, block)
+                run.skipped.write()
                 if blocks is not None and len(store.committed()) >= blocks and not ahead:
                     return store
                 if ahead and covers(store, data):
                     break  # a gap is closed
+        run.skipped.write()
         if store is None or not covers(store, data):
             raise DataError(_too_short(data, run))
         store.plan(len(store))
@@ -140,12 +143,14 @@ class _Run:
             number=number or 0, cursor=cursor,
         )  # fmt: skip
         self.progress = progress
+        self.skipped = Skipped(data.dir)
 
     def blocks(self, workers: Workers) -> Iterator[Block]:
         total = count_documents(self.data)
         bar = Progress(total=total, done=self.cursor.document, show=self.progress)
         with bar:
             for units, encoded in workers.encode(_batches(self._units())):
+                self._note_problems(units)
                 self.stream.add(units, *encoded)
                 bar.add(sum(unit.last for unit in units), tokens=int(encoded[1].sum()))
                 yield from self.stream.full()
@@ -153,6 +158,17 @@ class _Run:
         last = self.stream.last(exhausted=limit is None or self.read < limit)
         if last is not None:
             yield last
+
+    def _note_problems(self, units: list[Unit]) -> None:
+        for unit in units:
+            if unit.problem is None:
+                continue
+            if self.data.on_bad_document == "error":
+                raise BadDocumentError(
+                    f"{unit.place}: {unit.problem}; data.on_bad_document=skip leaves such "
+                    "documents out"
+                )
+            self.skipped.add(unit)
 
     def _units(self) -> Iterator[Unit]:
         start = self.cursor.document

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from megadistill.data.encode import Encoder, EncoderSpec, Unit
@@ -44,17 +45,16 @@ class Workers:
     def encode(self, batches: Iterable[list[Unit]]) -> Iterator[tuple[list[Unit], Any]]:
         """Each batch with what Encoder.encode gives for it, in order.
 
-        At most two batches a process are under way: what bounds the memory.
+        A unit that cannot be encoded comes back with its `problem`. At most two batches a process
+        are under way: what bounds the memory.
         """
         under_way: deque[tuple[list[Unit], Future]] = deque()
         for batch in batches:
             if len(under_way) >= 2 * len(self._all):
-                units, future = under_way.popleft()
-                yield units, future.result()
+                yield _answered(*under_way.popleft())
             under_way.append((batch, self._threads.submit(self._encode, batch)))
         while under_way:
-            units, future = under_way.popleft()
-            yield units, future.result()
+            yield _answered(*under_way.popleft())
 
     def _encode(self, batch: list[Unit]) -> Any:
         worker = self._idle.get()
@@ -72,6 +72,13 @@ class Workers:
         for worker in self._all:
             worker.end()
         self._threads.shutdown(wait=True)
+
+
+def _answered(units: list[Unit], future: Future) -> tuple[list[Unit], Any]:
+    problems, encoded = future.result()
+    if problems:
+        units = [replace(u, problem=problems.get(i, u.problem)) for i, u in enumerate(units)]
+    return units, encoded
 
 
 class _Worker:
@@ -141,7 +148,7 @@ def serve() -> None:
             if encoder is None:
                 encoder = Encoder(request)
             else:
-                answer = encoder.encode(request)
+                answer = encoder.answer(request)
         except Exception as error:  # noqa: BLE001 - raised again in the parent
             answer = error
         try:

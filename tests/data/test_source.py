@@ -156,7 +156,6 @@ def test_prompts_come_with_their_completions(tmp_path):
             {"files": ["a.jsonl"], "text_field": "content"},
             "columns are text, id: set data.text_field",
         ),
-        ({"files": ["a.jsonl"], "text_field": "id"}, "document 0: expected text in column 'id'"),
         ({"files": ["a.jsonl", "a.txt"]}, "one kind at a time"),
         ({"files": ["a.bin"]}, "a.bin: cannot tell what it holds"),
         ({"files": ["broken.parquet"]}, "broken.parquet: cannot be read"),

@@ -11,7 +11,8 @@ PYTHON ?= python3
 # A test that hangs fails with its stack, and the others go on. The slowest takes a minute.
 HANGS = --timeout 600
 # Files of tests at a time. Half of what ranks do is to wait for each other, so two use two cores.
-WORKERS = --numprocesses 2 --dist loadfile
+# Files are handed out in the order of tests/conftest.py, the longest first.
+WORKERS = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 AREA ?=
 ARGS ?=
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+
+_TESTS = Path(__file__).parent
 
 # Before anything imports torch or Hugging Face's packages, which read these once. Processes that
 # tests start inherit them.
@@ -18,6 +21,7 @@ os.environ.update(
 )
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 # Many tests import transformers at their top: megadistill must have come before it.
 import megadistill  # noqa: E402, F401
@@ -25,3 +29,16 @@ import megadistill  # noqa: E402, F401
 # Other processes may be busy on the same cores: how long an example takes says nothing.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+# The files that take longest come first, so that no worker is left alone with one at the end.
+_SLOW = ("launch", "chaos", "train", "tools", "bench", "parallel", "student")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the folders of tests by how long they take; within a folder nothing changes."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        return _SLOW.index(folder) if folder in _SLOW else len(_SLOW)
+
+    items.sort(key=place)

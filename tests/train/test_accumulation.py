@@ -29,7 +29,15 @@ def test_the_completions_are_of_very_different_lengths(whole):
     assert max(lengths) >= 13
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, 4), (1, 1), (2, 4), (2, 1)])
+@pytest.mark.parametrize(
+    ("world", "micro_batch"),
+    [
+        (1, 4),
+        pytest.param(1, 1, marks=pytest.mark.long),
+        pytest.param(2, 4, marks=pytest.mark.long),
+        (2, 1),
+    ],
+)
 def test_a_batch_in_several_passes_is_the_batch_in_one(whole, world, micro_batch):
     config = elsewhere(whole, f"{world}x{micro_batch}", micro_batch=micro_batch)
     run_ranks(world, RUN, config=config)

@@ -59,7 +59,7 @@ def test_the_exported_average_is_that_of_the_formula(averaged):
         assert not torch.equal(value, series[-1][name][: len(value)])
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_an_average_is_resumed_at_any_number_of_ranks(averaged, world):
     config = cut(averaged, 5, f"resumed{world}")
     assert run_ranks(world, RUN, config=config) == [8] * world

@@ -73,8 +73,7 @@ def test_a_resumed_run_knows_the_lowest_loss_of_the_one_before(overfitted, tmp_p
     shutil.rmtree(folder / "checkpoints/step-000010")
     train = overfitted.train.model_copy(update={"out_dir": str(folder)})
     config = overfitted.model_copy(update={"train": train})
-    assert run_ranks(4, RUN, config=config.model_copy(
-        update={"train": train.model_copy(update={"micro_batch": 1})})) == [10] * 4  # fmt: skip
+    assert run_ranks(1, RUN, config=config) == [10]
     kept = {step for step, _ in checkpoint.checkpoints(folder / "checkpoints")}
     assert kept == {best, 8, 10}
     for key, value in exported(config, "model_best").items():

@@ -89,7 +89,8 @@ def test_exact_is_training_on_lists_of_every_id(exact, every_id):
 @pytest.mark.parametrize(
     ("ranks", "tp", "engine", "offload"),
     [(1, 1, "tensor_parallel", None), (2, 2, "tensor_parallel", "cpu"),
-     (4, 2, "tensor_parallel", None), (2, 1, "zero3", None)],
+     pytest.param(4, 2, "tensor_parallel", None, marks=pytest.mark.long),
+     (2, 1, "zero3", None)],
 )  # fmt: skip
 def test_every_layout_of_the_teacher_trains_alike(pair, exact, ranks, tp, engine, offload):
     teacher = {"tp": tp, "engine": engine, "offload": offload}
@@ -118,6 +119,7 @@ def weights_after(mesh, config):
     return masters(trainer.student)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("tp", "engine"), [(2, "tensor_parallel"), (1, "zero3")])
 def test_all_ranks_have_equal_weights_after_twenty_steps_beside_a_teacher(pair, tp, engine):
     teacher = {"tp": tp, "engine": engine, "offload": "cpu" if engine == "zero3" else None}
@@ -234,7 +236,7 @@ def test_a_union_of_both_sides_trains(pair, loss):
     assert f"- loss: 1 x {said} + 0 x cross-entropy" in card
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_resumed_at_any_number_of_ranks_it_goes_on_with_the_next_sample(pair, exact, ranks):
     config = settings(pair, f"resumed{ranks}")
     stand_at(4, config, run=pair / "exact")

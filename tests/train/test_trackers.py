@@ -123,7 +123,13 @@ NO_NETWORK = {
     [
         ("wandb", "kill", {}, r"wandb failed at step \d+ \(\w+Error"),
         ("wandb", "stop", {}, "wandb is not done with what it was given"),
-        ("wandb", None, NO_NETWORK, "wandb (is not done|failed at step 1 )"),
+        pytest.param(
+            "wandb",
+            None,
+            NO_NETWORK,
+            "wandb (is not done|failed at step 1 )",
+            marks=pytest.mark.long,
+        ),
         ("wandb", None, {"WANDB_MODE": "online", "HOME": "/"}, "wandb failed at step 1 .*API key"),
         ("tensorboard", "full", {}, r"tensorboard failed at step \d+ \(OSError.*File too large"),
     ],

@@ -83,15 +83,15 @@ clean: ## remove the environments and what tools left behind; runs/ stays
 # The stamps. Each is written last, so that an interrupted install is taken up again.
 
 .venv/.installed: requirements.lock overrides.txt setup.py
-	@$(call install,requirements.lock,--override overrides.txt)
+	@$(call install,requirements.lock)
 
 .venv-transformers-4/.installed: tests/transformers-4.lock setup.py
-	@$(call install,tests/transformers-4.lock,)
+	@$(call install,tests/transformers-4.lock)
 
-# $(1) the lock, $(2) options of uv. pip goes first and for torch alone: it knows where this machine
-# has its torch (a CPU build, or the CUDA build with all that belongs to it). uv takes that one as
-# it is and installs the rest in seconds; pip alone cannot overrule what streaming asks for. uv does
-# not read pip's settings: it trusts the machine's certificates, and UV_DEFAULT_INDEX names a mirror.
+# $(1) the lock. pip installs torch: it knows where this machine has its torch (a CPU build, or the
+# CUDA build with all that belongs to it). uv installs the rest without resolving: the lock holds
+# every package, and an override would replace its pin. uv does not read pip's settings: it trusts
+# the machine's certificates, and UV_DEFAULT_INDEX names a mirror.
 define install
 	venv=$(@D)
 	if ! $$venv/bin/python -c '' 2>/dev/null; then
@@ -105,7 +105,7 @@ define install
 	echo "installing $(1) into $$venv"
 	export PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_PROGRESS=1 UV_SYSTEM_CERTS=$${UV_SYSTEM_CERTS:-1}
 	$$venv/bin/python -m pip install --quiet --constraint $(1) torch uv
-	$$venv/bin/uv pip install --quiet --python $$venv/bin/python $(2) --requirement $(1)
+	$$venv/bin/uv pip install --quiet --python $$venv/bin/python --no-deps --requirement $(1)
 	$$venv/bin/uv pip install --quiet --python $$venv/bin/python --no-deps \
 	    --config-setting editable_mode=compat --editable .
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -135,3 +136,23 @@ def test_plain_pip_is_spared_from_searching() -> None:
     overruled = set(re.findall(r"^([a-z-]+)>=", (ROOT / "overrides.txt").read_text(), re.M))
     assert overruled <= bounded
     assert {"transformers", "datasets", "huggingface-hub", "tokenizers"} <= overruled
+
+
+@pytest.mark.parametrize(
+    ("environment", "lock"),
+    [(".venv", "requirements.lock"), (".venv-transformers-4", "tests/transformers-4.lock")],
+)
+def test_an_environment_that_make_installed_has_the_versions_of_its_lock(
+    environment: str, lock: str
+) -> None:
+    """An override had replaced the pin: a release of transformers changed the environment."""
+    folders = [str(f) for f in (ROOT / environment).glob("lib/python3*/site-packages")]
+    if not folders:
+        pytest.skip(f"{environment} is not installed")
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / lock).read_text(), re.M))
+    found = {
+        re.sub(r"[-_.]+", "-", each.name).lower(): each.version.partition("+")[0]
+        for each in importlib.metadata.distributions(path=folders)
+    }
+    assert len(pinned) > 80
+    assert {name: found.get(name) for name in pinned} == pinned

@@ -2,7 +2,8 @@
 
     deepspeed [--hostfile hosts | --num_gpus N] launch/train.py [--config zero3.yaml] [a.b=c ...]
 
-Goes on where the run in train.out_dir stopped; on a finished run it does nothing. With
+Resumes the run in train.out_dir; on a finished run it does nothing. Ctrl-C and SIGTERM finish the
+step and save it. With
 loss.kd_weight=0 it trains on the text of a token store (cache.dir) alone.
 """
 
@@ -32,8 +33,7 @@ def main(argv: list[str]) -> int:
     check_train(config, world=world)
     tp = config.teacher.tp if config.teacher.mode == "online" else 1
     with parallel.joined(tp=tp, **config.parallel.model_dump()) as mesh:
-        train(config, mesh)
-    return 0
+        return train(config, mesh).code
 
 
 if __name__ == "__main__":

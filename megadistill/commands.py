@@ -24,11 +24,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from megadistill.errors import ConfigError, MegadistillError
-from megadistill.launcher import leave_with_launcher
+from megadistill.launcher import INTERRUPTED, leave_with_launcher
+
+log = logging.getLogger(__name__)
 
 SILENCE_S = 2.0  # a rank that leaves the report to another waits so long before it leaves
 NOBODY_READS = 141  # what a shell gives a program that wrote into a closed pipe
-INTERRUPTED = 130  # what a shell gives a program that ended by control-C
 
 
 def parse(
@@ -99,6 +100,9 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         _report(error)
         return error.exit_code
     except KeyboardInterrupt:
+        # While a program imports or checks; `parallel` handles signals from its start on.
+        if _rank() == 0:
+            log.warning("interrupted: what is complete stays, and the same command resumes")
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read has read enough (`| head`). What is still buffered has nowhere to go.

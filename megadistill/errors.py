@@ -12,6 +12,7 @@ class MegadistillError(Exception):
 
     exit_code = 2
     common = False  # whether all ranks raise it, so that one of them reports it
+    secondary = False  # whether it follows from another rank's end, which is reported there
 
 
 class ConfigError(MegadistillError):

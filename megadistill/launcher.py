@@ -21,7 +21,8 @@ import psutil
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-TERMINATED = 143  # what a shell gives a program that SIGTERM ended
+# What a shell gives a program that SIGHUP, SIGINT or SIGTERM ended.
+HUNG_UP, INTERRUPTED, TERMINATED = 129, 130, 143
 _CHAINS: dict[int, list[psutil.Process]] = {}  # by process, since a child inherits this dict
 _TAKEN_OVER = threading.Event()
 

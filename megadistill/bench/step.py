@@ -20,7 +20,6 @@ import json
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from megadistill.train.loop import run_step
 from megadistill.train.nonfinite import NonFinite
 from megadistill.train.online import OnlineTeacher
 from megadistill.train.run import Run, build
+from megadistill.train.stopping import Flags
 
 BLOCK = 16  # sequences
 
@@ -118,7 +118,7 @@ def timed_steps(
                 started = time.perf_counter()
                 run_step(
                     run, trainer, batches[name], policy, at,
-                    None if reporter is None else reporter(name), told=threading.Event(),
+                    None if reporter is None else reporter(name), Flags(0, 0, 0),
                 )  # fmt: skip
                 mesh.barrier()
                 if number >= 0:

@@ -29,6 +29,11 @@ def first_difference(left: Any, right: Any) -> tuple[str, Any, Any] | None:
     return next(differences(left, right), None)
 
 
+def shown_differences(different: list[tuple[str, Any, Any]]) -> str:
+    """Differences for a log line: "name left -> right", by comma."""
+    return ", ".join(f"{n} {_shown(left)} -> {_shown(right)}" for n, left, right in different)
+
+
 def require_same_recipe(
     ours: dict[str, Any], theirs: dict[str, Any], *, file: str, other: str, way_out: str
 ) -> None:

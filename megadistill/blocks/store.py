@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megadistill.blocks.anew import begin_anew, shape_of, write_header
 from megadistill.blocks.derived import (
     RECORD,
     combined_hash,
@@ -57,7 +58,7 @@ from megadistill.blocks.layout import (
 )
 from megadistill.blocks.lock import StoreLock, require_holder, token_of
 from megadistill.blocks.recipe import require_same_recipe
-from megadistill.blocks.records import encode_json, put_file
+from megadistill.blocks.records import encode_json
 from megadistill.blocks.remote import read_only
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
 from megadistill.disk import is_url
@@ -106,9 +107,11 @@ class BlockStore:
     ) -> BlockStore:
         """A new store, or the one that is there if it has the same kind, shape and recipe.
 
-        header   must hold "recipe"; written once, never changed
+        header   must hold "recipe"; never changed once a block is committed
         columns  column name to MDS encoding; `sum` is added
-        Raises RecipeError for another recipe, StoreError for a folder that holds something else.
+        A store without blocks begins anew with another recipe, see `blocks.anew`.
+        Raises RecipeError for another recipe, StoreError for a folder that holds something else,
+        LockedError where a store without blocks would begin anew and another run writes it.
         """
         if is_url(path):
             raise read_only(str(path))
@@ -116,20 +119,14 @@ class BlockStore:
         full = new_header(
             header, kind=kind, columns=columns, block_size=block_size, ids_bin=ids_bin
         )
-        shape = ("recipe", "block_size", "columns", "ids_bin")
         if prepare_folder(layout, kind, files) is None:
-            temporary = temporary_folder(files, layout)
-            try:
-                if ids_bin is not None:
-                    put_file(files, layout.ids_bin, ids_bin, temporary=temporary / "ids")
-                data = encode_json(full)
-                put_file(files, layout.header(kind), data, temporary=temporary / "header")
-            finally:
-                files.remove_tree(temporary)
+            write_header(files, layout, kind, full, ids_bin)
         store = cls(path, kind=kind, files=files)
+        if begin_anew(store, files, full, ids_bin):
+            store = cls(path, kind=kind, files=files)
         require_same_recipe(
-            {key: store.header[key] for key in shape if key in store.header},
-            {key: full[key] for key in shape if key in full},
+            shape_of(store.header),
+            shape_of(full),
             file=str(layout.header(kind)),
             other="this run's is",
             way_out="restore the setting, or choose another folder",
@@ -374,9 +371,14 @@ class BlockStore:
         """Remove what dead runs left: shards without a marker, temporary files.
 
         For rank 0, under the lock, before the first block is claimed: a living writer's shard
-        looks the same as a dead one's.
+        looks the same as a dead one's. StoreError where the header is another one by now.
         """
         self._require_lock()
+        if read_header(self.layout, self.kind)[0] != self.header:
+            raise StoreError(
+                f"{self.path}: another run began it anew with other settings in this moment: run "
+                "the command again"
+            )
         shards = self._shard_names()
         # A rank of a dead run may still live for seconds. Without its temporary files it cannot
         # complete a commit that is under way, and one that it begins later is not in `shards`.

@@ -41,8 +41,8 @@ from megadistill.config import Config
 from megadistill.data.packing import labels as packed_labels
 from megadistill.data.tokens import build_tokens
 from megadistill.disk import free_bytes
-from megadistill.errors import TeacherError
-from megadistill.parallel import Mesh
+from megadistill.errors import MegadistillError, TeacherError
+from megadistill.parallel import Mesh, accounted
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
 from megadistill.teacher.select import selection
@@ -73,6 +73,7 @@ def build_cache(
     """
     started = time.monotonic()
     with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
+        held.enter_context(accounted(partial(_account, config)))
         missing = mesh.first(lambda: _prepare(config, held))
         tokens = BlockStore.open(config.data.dir)
         store = BlockStore.open(config.cache.folder)
@@ -85,6 +86,20 @@ def build_cache(
         if mesh.rank == 0:
             _tell(config, store, computed=len(missing))
     return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
+
+
+def _account(config: Config) -> str:
+    """What is committed, for a run that is stopped."""
+    for path, kind in ((config.cache.folder, "cache"), (config.data.dir, "tokens")):
+        with contextlib.suppress(MegadistillError, OSError):
+            store = BlockStore.open(path)
+            blocks = "" if store.num_blocks is None else f" of {store.num_blocks}"
+            if kind == "tokens" or store.present():
+                return (
+                    f"{path}: {len(store.present())}{blocks} blocks are committed; the same "
+                    "command resumes there"
+                )
+    return "no block is committed yet; the same command begins anew"
 
 
 def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
@@ -119,9 +134,11 @@ def create_store(config: Config, tokens: BlockStore) -> BlockStore:
 
 
 def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
-    """The ranking of ids: that of the cache which is there, whatever tokens have joined since."""
+    """The ranking of ids: that of the cache's blocks, whatever tokens have joined since."""
     if kind_of(Path(config.cache.folder)) == "cache":
-        return BlockStore.open(config.cache.folder).ids_bin()
+        store = BlockStore.open(config.cache.folder)
+        if store.present():
+            return store.ids_bin()
     return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
 
 

@@ -214,7 +214,14 @@ class TrainConfig(Section):
     betas: tuple[ShareBelowOne, ShareBelowOne] = Field(default=(0.9, 0.95), description="AdamW's")
     grad_clip: WeightFloat = Field(default=1.0, description="largest gradient norm; 0: not clipped")
     save_every: PositiveInt | None = Field(
-        default=None, description="steps between checkpoints; default: at the end only"
+        default=None,
+        description="steps between checkpoints, besides `save_minutes`; one is written at the end "
+        "in any case",
+    )
+    save_minutes: WeightFloat | None = Field(
+        default=15.0,
+        description="minutes after which a checkpoint is written, by rank 0's clock; 0 or null: "
+        "off",
     )
     save_in_background: bool = Field(
         default=False,

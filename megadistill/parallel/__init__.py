@@ -2,8 +2,8 @@
 
     with parallel.joined(tp=2) as mesh:   # ranks.py: the process group and where this rank stands
         ...                               # watchdog.py: when one rank stops, all of them do
-        with parallel.told_to_stop() as told:   # for work that ends by itself, such as saving
-            ...
+        with parallel.graceful_stop() as stop:  # for work that ends by itself, such as saving
+            while not stop.requested: ...
 
 Works the same under `deepspeed`, `torchrun` and plain `python` (one rank). Where there is no
 accelerator, DeepSpeed is told to run on the CPU before it is first imported: import deepspeed only
@@ -14,20 +14,24 @@ from __future__ import annotations
 
 from megadistill.parallel.ranks import (
     Mesh,
+    accounted,
     check_layout,
     choose_accelerator,
+    graceful_stop,
     joined,
     rank_from_environment,
     start,
-    told_to_stop,
 )
+from megadistill.parallel.watchdog import Stop
 
 __all__ = [
     "Mesh",
+    "Stop",
+    "accounted",
     "check_layout",
     "choose_accelerator",
+    "graceful_stop",
     "joined",
     "rank_from_environment",
     "start",
-    "told_to_stop",
 ]

@@ -12,7 +12,6 @@ import os
 import pickle
 import socket
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from megadistill.errors import ConfigError, MegadistillError
-from megadistill.parallel.watchdog import PATIENCE_S, Watchdog
+from megadistill.parallel import builds
+from megadistill.parallel.watchdog import PATIENCE_S, Stop, Watchdog
 
 log = logging.getLogger(__name__)
 _FIRST = itertools.count()  # names one call of Mesh.first on all ranks
@@ -123,6 +123,7 @@ class Mesh:
             except BaseException as error:
                 # The others leave quietly: the traceback is rank 0's to print.
                 failed = MegadistillError(f"rank 0 failed: {type(error).__name__}")
+                failed.secondary = True
                 self.store.set(key, pickle.dumps((None, failed)))  # type: ignore[arg-type]
                 raise
             if answer[1] is not None:
@@ -190,6 +191,7 @@ def start(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()),
         )  # fmt: skip
+    builds.install()
     import deepspeed
 
     cuda = torch.cuda.is_available()
@@ -251,8 +253,11 @@ def joined(**settings: Any) -> Iterator[Mesh]:
     error: BaseException | None = None
     try:
         yield start(**settings)
-    except RuntimeError as raised:  # also what collectives and the store raise when a rank is gone
+    # RuntimeError is also what collectives and the store raise when a rank is gone.
+    except (RuntimeError, MegadistillError) as raised:
         error = raised
+        if isinstance(raised, MegadistillError) and not raised.secondary:
+            raise
         cause = _WATCHDOG[0].settled(PATIENCE_S) if _WATCHDOG else None
         if cause is None:
             raise
@@ -269,6 +274,7 @@ def joined(**settings: Any) -> Iterator[Mesh]:
 def stop(error: BaseException | None = None) -> None:
     """Leave the process group. Without this a rank may die noisily at exit."""
     if _WATCHDOG and error is not None:
+        _WATCHDOG[0].conclude()
         _WATCHDOG[0].failed(error)
     try:
         if dist.is_initialized():
@@ -281,13 +287,29 @@ def stop(error: BaseException | None = None) -> None:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[threading.Event]:
-    """An event that is set when all ranks are to stop; the body has 15 s to end by itself."""
+def graceful_stop() -> Iterator[Stop]:
+    """A `Stop` that is set when all ranks are to stop; the body has 15 s to end by itself."""
     if _WATCHDOG:
-        with _WATCHDOG[0].told_to_stop() as told:
-            yield told
+        with _WATCHDOG[0].graceful_stop() as stop:
+            yield stop
     else:
-        yield threading.Event()
+        yield Stop()
+
+
+@contextlib.contextmanager
+def accounted(account: Callable[[], str]) -> Iterator[None]:
+    """Have account(), a line that says what is saved, logged where a stop ends the body.
+
+    Once, and on one rank: as SystemExit or an error leaves the body, or when the process is ended
+    where it stands. account() runs in any thread and must not wait for anything.
+    """
+    if not _WATCHDOG:
+        yield
+        return
+    watchdog = _WATCHDOG[0]
+    watchdog.account = account
+    yield
+    watchdog.account = None  # an error that leaves the body is accounted for in `stop`
 
 
 def _free_port() -> int:

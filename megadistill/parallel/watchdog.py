@@ -6,9 +6,15 @@ It waits for a signal to this process, the launcher's end, and news over the cir
     the main thread may leave by itself   0 s after a signal, 2 s after another rank's failure: it
                                           may be about to raise the same error, or a better one
     SystemExit is raised in it            so that locks are released and temporary files removed;
-                                          inside `told_to_stop` only an event is set
-    the process is ended                  5 s later (15 s inside `told_to_stop`): it stands in a
+                                          inside `graceful_stop` a `Stop` is set instead
+    the process is ended                  5 s later (15 s inside `graceful_stop`): it stands in a
                                           collective, which no signal handler interrupts
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) all stop a run in this way, each with its
+own exit code, unless the process was started with the signal ignored (nohup). A second Ctrl-C ends
+all ranks at once. Launchers forward signals, so what comes within 0.5 s counts as the same one:
+`deepspeed` sends SIGTERM to its ranks after Ctrl-C, and SIGKILL 30 s later; torchrun sends SIGINT,
+and SIGKILL 30 s later.
 
 Signals come through a wake-up pipe, which C code writes to at once; a Python handler runs only when
 the main thread returns from C (25 s late in a gloo collective). Should this thread get no turn, a
@@ -35,16 +41,30 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megadistill.launcher import LOOK_S, TERMINATED, launcher_is_there, take_over
+from megadistill.launcher import (
+    HUNG_UP,
+    INTERRUPTED,
+    LOOK_S,
+    TERMINATED,
+    launcher_is_there,
+    take_over,
+)
 from megadistill.parallel.circle import Line, call_hub, open_hub
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 2.0  # for the main thread to leave by itself after another rank's failure
 GRACE_S = 5.0  # from SystemExit to the end
-SAVING_S = 15.0  # the same inside `told_to_stop`
+SAVING_S = 15.0  # the same inside `graceful_stop`
 BACKSTOP_S = 5.0
-INTERRUPTED, FAILED = 130, 1  # exit codes, beside TERMINATED
+FORWARDED_S = 0.5  # a second SIGINT within this time is a launcher's copy of the first
+FAILED = 1  # exit code
+# Signal: (what its rank reports, exit code as a shell gives it).
+_SIGNALS = {
+    signal.SIGINT: ("got SIGINT (Ctrl-C)", INTERRUPTED),
+    signal.SIGTERM: ("got SIGTERM", TERMINATED),
+    signal.SIGHUP: ("got SIGHUP (its terminal closed)", HUNG_UP),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +79,33 @@ class Cause:
     told: bool = False  # whether the rank has reported it itself
 
 
+class Stop:
+    """Whether the ranks are to stop, for work inside `graceful_stop`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._until = float("inf")
+        self.code = 0  # for the process, once a stop is requested
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until this process is ended; infinity where no stop is requested."""
+        return self._until - time.monotonic()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for a request; whether there is one."""
+        return self._event.wait(seconds)
+
+    def set(self, code: int, until: float) -> None:
+        """Request the stop. `until` is of time.monotonic."""
+        self.code, self._until = code, until
+        self._event.set()
+
+
 class Watchdog:
     """Watches from `start` to `leave`; all methods but `_run` and below are the main thread's."""
 
@@ -68,7 +115,10 @@ class Watchdog:
         self._seen_at = self._acted_at = 0.0
         self._known = threading.Event()  # a cause is known
         self._alone = threading.Event()  # every other rank has left
-        self._told: threading.Event | None = None  # inside `told_to_stop`
+        self._graceful: Stop | None = None  # inside `graceful_stop`
+        self._interrupted_at: float | None = None  # the first Ctrl-C
+        self._at_once = False  # a second Ctrl-C
+        self.account: Callable[[], str] | None = None  # see `conclude`
         self._leaving = self._over = self._spoken = False
         self._selector = selectors.DefaultSelector()
         self._lines: dict[int, Line] = {}  # rank 0: of all others; elsewhere: to rank 0
@@ -92,12 +142,18 @@ class Watchdog:
         """Watch signals and the launcher. Signals only where this is the main thread."""
         launcher_is_there()  # from here on
         if self._main is threading.main_thread():
-            handler = signal.signal(signal.SIGTERM, self._in_main_thread)
+            # What is ignored stays ignored: nohup, and jobs in the background of a script.
+            handlers = {
+                number: signal.signal(number, self._in_main_thread)
+                for number in _SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN
+            }
             wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
 
             def restore() -> None:
                 signal.set_wakeup_fd(wakeup)
-                signal.signal(signal.SIGTERM, handler)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
             self._restore = restore
         me = weakref.ref(self)
@@ -125,19 +181,21 @@ class Watchdog:
         os.write(self._pipe[1], b"\0")
 
     @contextlib.contextmanager
-    def told_to_stop(self) -> Iterator[threading.Event]:
-        """An event in place of SystemExit: the main thread has SAVING_S to leave by itself."""
-        self._told, done = threading.Event(), False
+    def graceful_stop(self) -> Iterator[Stop]:
+        """A `Stop` in place of SystemExit: the main thread has SAVING_S to leave by itself."""
+        stop, done = Stop(), False
+        with self._lock:
+            self._graceful = stop
+            if self._acted_at and self.cause:
+                stop.set(self.cause.code, self._acted_at + SAVING_S)
         try:
-            if self._acted_at:
-                self._told.set()
-            yield self._told
+            yield stop
             done = True
         finally:
             with self._lock:
-                told, self._told = self._told.is_set(), None
+                self._graceful = None
                 # Not after an error, which another rank's leaving for the same cause may be.
-                if done and told and self.cause and self.cause.code != FAILED:
+                if done and stop.requested and self.cause and self.cause.code != FAILED:
                     self._forget()  # what was asked for is done
 
     def settled(self, wait_s: float) -> Cause | None:
@@ -200,45 +258,73 @@ class Watchdog:
             line.send({"stop": {**dataclasses.asdict(cause), "host": host}})
 
     def _stop(self, now: float, cause: Cause) -> None:
-        if self._acted_at:
-            if now > self._acted_at + (SAVING_S if self._told else GRACE_S):
-                os._exit(cause.code)
-        elif now >= self._seen_at + cause.patience_s and not self._leaving:
-            self._acted_at = now
-            faulthandler.dump_traceback_later(
-                (SAVING_S if self._told else GRACE_S) + BACKSTOP_S, exit=True, file=self._devnull
-            )
+        limit_s = SAVING_S if self._graceful else GRACE_S
+        if self._at_once or (self._acted_at and now > self._acted_at + limit_s):
+            faulthandler.dump_traceback_later(BACKSTOP_S, exit=True, file=self._devnull)
             self.speak()
-            if self._told is not None:
-                self._told.set()
+            self.conclude()
+            os._exit(cause.code)
+        if not self._acted_at and now >= self._seen_at + cause.patience_s and not self._leaving:
+            self._acted_at = now
+            faulthandler.dump_traceback_later(limit_s + BACKSTOP_S, exit=True, file=self._devnull)
+            self.speak()
+            if self._graceful is not None:
+                self._graceful.set(cause.code, now + limit_s)
             elif self._main is threading.main_thread():
                 signal.pthread_kill(self._main.ident, signal.SIGTERM)  # type: ignore[arg-type]
 
     def speak(self) -> None:
-        """Say once why we stop: rank 0 does; where it is rank 0 that is lost, all others do."""
+        """Log once why the ranks stop. On rank 0; where rank 0 is lost, on all others."""
         if self.cause is None or self._spoken or self.cause.told:
             return
         self._spoken = True
-        if self.rank == 0 or (self.cause.rank == 0 and self.cause.lost) or not self._lines:
-            log.error(
-                "rank %d on %s %s: all ranks stop; the same command goes on from what is saved",
-                self.cause.rank, self._hosts.get(self.cause.rank, "an unknown host"),
-                self.cause.reason,
-            )  # fmt: skip
+        if not self._speaks(self.cause):
+            return
+        then = "" if self.account else "; the same command resumes from what is saved"
+        if self._graceful is not None and self.cause.code != FAILED:
+            then = ", within 15 s, when the current step is done"
+            then += "; Ctrl-C again ends them at once" if self.cause.code == INTERRUPTED else ""
+        log.log(
+            logging.ERROR if self.cause.code == FAILED else logging.WARNING,
+            "rank %d on %s %s: all ranks stop%s",
+            self.cause.rank, self._hosts.get(self.cause.rank, "an unknown host"),
+            self.cause.reason, then,
+        )  # fmt: skip
+
+    def conclude(self) -> None:
+        """Log once what `account` returns: what is saved. On the ranks that `speak`."""
+        account, self.account = self.account, None
+        if account is not None and self.cause is not None and self._speaks(self.cause):
+            log.warning("%s", account())
+
+    def _speaks(self, cause: Cause) -> bool:
+        return self.rank == 0 or (cause.rank == 0 and cause.lost) or not self._lines
 
     def _on_signal_byte(self, pipe: int) -> None:
         with contextlib.suppress(BlockingIOError):
             for number in os.read(pipe, 4096):
-                if number in (signal.SIGTERM, signal.SIGINT):
+                if number in _SIGNALS:
                     self._on_signal(number)
 
     def _on_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted_at is None:
+                self._interrupted_at = now
+            elif now > self._interrupted_at + FORWARDED_S:
+                self._end_at_once()
         if self.cause is not None:  # a launcher that ends its ranks: no patience is left
             self.cause = dataclasses.replace(self.cause, patience_s=0.0)
-        elif number == signal.SIGTERM:
-            self._see(Cause(self.rank, "got SIGTERM", TERMINATED))
-        else:  # Python raises KeyboardInterrupt in the main thread by itself
-            self._see(Cause(self.rank, "was interrupted", INTERRUPTED, PATIENCE_S))
+            return
+        reason, code = _SIGNALS[signal.Signals(number)]
+        self._see(Cause(self.rank, reason, code))
+
+    def _end_at_once(self) -> None:
+        """End this process in the next round, and all others."""
+        if not self._at_once:
+            self._at_once = True
+            for line in list(self._lines.values()):
+                line.send({"at_once": True})
 
     def _on_call(self, hub: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -267,6 +353,8 @@ class Watchdog:
             told = dict(message["stop"])
             self._hosts[told["rank"]] = told.pop("host")
             self._see(Cause(**told))
+        elif "at_once" in message:
+            self._end_at_once()
         elif "left" in message:
             self._left |= {rank for rank, known in self._lines.items() if known is line}
             self._check_left()
@@ -278,13 +366,14 @@ class Watchdog:
     # Inside -------------------------------------------------------------------------------------
 
     def _in_main_thread(self, number: int, frame: object) -> None:
-        if self._acted_at and self.cause and not self._leaving and self._told is None:
+        if self._acted_at and self.cause and not self._leaving and self._graceful is None:
             sys.exit(self.cause.code)
 
     def _forget(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._known.clear()
         self.cause, self._acted_at, self._spoken = None, 0.0, False
+        self._interrupted_at = None
 
     def close(self) -> None:
         """Let go of signals and connections."""
@@ -295,7 +384,7 @@ class Watchdog:
 
 
 def _fork_signals(how: int) -> None:
-    signal.pthread_sigmask(how, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(how, set(_SIGNALS))
 
 
 def _forked(watchdog: Watchdog | None) -> None:

@@ -46,6 +46,7 @@ class Background:
         self._mesh, self._files = mesh, list[tuple[Path, io.BytesIO]]()
         self._thread: threading.Thread | None = None
         self._failed: Exception | None = None
+        self.took_s: float | None = None  # the last save, until rank 0 had sealed it
 
     def put(self, state: Any, path: Path) -> None:
         """What torch.save would write to `path`, to be written there by `start`."""
@@ -60,6 +61,11 @@ class Background:
             target=self._run, args=(files, next(_SAVES), seal), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def sealed(self) -> Callable[[], bool]:
+        """A function that says whether the save that is under way has been written."""
+        thread = self._thread
+        return lambda: thread is None or not (thread.is_alive() or self._failed)
 
     def wait(self) -> None:
         """Until the save that is under way is sealed; its error on all ranks. Collective."""
@@ -85,6 +91,7 @@ class Background:
     def _run(
         self, files: list[tuple[Path, io.BytesIO]], number: int, seal: Callable[[], None]
     ) -> None:
+        began = time.monotonic()
         keys = [f"megadistill/saved/{number}/{rank}" for rank in range(self._mesh.world)]
         said = _written(files)
         with contextlib.suppress(dist.DistError):  # rank 0 is gone: the watchdog stops this one
@@ -93,6 +100,7 @@ class Background:
             try:
                 self._gather(keys)
                 seal()
+                self.took_s = time.monotonic() - began
             except Exception as error:  # noqa: BLE001 - raised by `wait`, whatever it is
                 self._failed = error
 

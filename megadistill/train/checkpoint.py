@@ -72,13 +72,15 @@ def save(
     keep: int,
     keep_best: bool = False,
     figures: dict[str, float] | None = None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective.
 
     In the background, where the trainer has one: then it begins with waiting for the save before.
 
     figures: of the held-out evaluation of this step. keep_best: of those that have figures, that of
-    the lowest loss stays as well.
+    the lowest loss stays as well. guard: called on rank 0 before the first file is written and
+    before the checkpoint gets its name; raises where the folder is another run's.
     """
     mesh, background = trainer.mesh, trainer.background
     write: Callable[[Any, Path], None] = torch.save
@@ -86,8 +88,13 @@ def save(
         background.wait()
         write = background.put
     path, target = folder / _SAVING, folder / f"step-{position.step:06d}"
-    # What a killed save left there would otherwise be listed as part of this one.
-    mesh.first(lambda: LOCAL.remove_tree(path))
+
+    def clear() -> None:
+        guard()
+        # What a killed save left there would otherwise be listed as part of this one.
+        LOCAL.remove_tree(path)
+
+    mesh.first(clear)
     trainer.engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
     write(_random_states(), path / f"random-{mesh.rank:05d}.pt")
     if trainer.ema is not None:
@@ -96,6 +103,7 @@ def save(
 
     def seal() -> None:
         _seal(path, position, mesh.world, figures)
+        guard()
         _remove(target)  # a damaged one, that was passed over
         LOCAL.replace(path, target)
         LOCAL.fsync_dir(folder)

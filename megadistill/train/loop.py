@@ -4,8 +4,8 @@
 
 A step is one global batch. Each rank runs its micro-batches, every loss a sum divided by the valid
 positions of the whole batch, which are counted before the first of them; gradients add up to those
-of the one batch. All ranks decide together whether to go on: a rank that was told to stop, or met
-a number that is not finite (nonfinite.py), takes the others along.
+of the one batch. All ranks decide together whether to continue: a stop that one rank is asked for
+(stopping.py), or a number that is not finite on one (nonfinite.py), holds for all.
 
 Shapes: none; positions and sequences are counted.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import threading
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,10 +22,10 @@ from typing import NamedTuple
 import torch
 
 from megadistill.config import Config, LossConfig
-from megadistill.parallel import Mesh, told_to_stop
+from megadistill.parallel import Mesh, Stop, accounted, graceful_stop
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
-from megadistill.train.checkpoint import Position
+from megadistill.train.checkpoint import Checkpoint, Position
 from megadistill.train.data import MicroBatch
 from megadistill.train.engine import Trainer
 from megadistill.train.folder import run_identity
@@ -35,6 +34,7 @@ from megadistill.train.nonfinite import NonFinite
 from megadistill.train.online import tokenise
 from megadistill.train.run import Run, build, finish, prepare
 from megadistill.train.schedule import learning_rate
+from megadistill.train.stopping import Flags, Saving, Standing
 
 log = logging.getLogger(__name__)
 
@@ -44,44 +44,62 @@ class Trained:
     """What a run of `train` did."""
 
     steps: int  # of the whole run
-    done: int  # by now; fewer than `steps` where it was told to stop
+    done: int  # by now; fewer than `steps` where it was stopped
     ran: int  # in this process
     out_dir: str
+    code: int = 0  # for the process: that of the signal that stopped the run before its end
 
 
 def train(config: Config, mesh: Mesh) -> Trained:
-    """Train `config.student`, or go on where the run in `train.out_dir` stands. Collective.
+    """Train `config.student`, or resume the run in `train.out_dir`. Collective.
 
-    Raises ConfigError, StoreError, TrainError before a model is loaded, TrainError for numbers
-    that are not finite. On SIGTERM it finishes the step, saves and returns.
+    Raises ConfigError, StoreError, TrainError before a model is loaded, LockedError while another
+    process trains in the folder, TrainError for numbers that are not finite. On SIGINT, SIGTERM or
+    SIGHUP it finishes the step, saves where that fits (stopping.py), and returns.
     """
     if config.teacher.mode == "online":
         tokenise(config, mesh)
     run = prepare(config, mesh)
     identity = run_identity(config, run.stores, run.steps)
-    if mesh.first(lambda: run.folder.claim(identity)):
+    with contextlib.ExitStack() as held:  # rank 0 holds the folder's lock to the end
+        claimed = mesh.first(lambda: run.folder.claim(identity, config, held))
+        if claimed.finished:
+            if mesh.rank == 0:
+                log.info("%s: finished already, %d steps", run.folder.path, run.steps)
+            return Trained(run.steps, run.steps, 0, config.train.out_dir)
+        return _train(run, mesh, claimed.found)
+
+
+def _train(run: Run, mesh: Mesh, found: Checkpoint | None) -> Trained:
+    start = Position(0, 0, 0) if found is None else found.position
+    standing = Standing(step=start.step, steps=run.steps)
+    with accounted(standing.account):
+        trainer = build(run, mesh)
+        if found is not None:
+            checkpoint.load(trainer, found)
+            if mesh.rank == 0:
+                log.info("resumed at step %d of %d from %s", start.step, run.steps, found.path)
+        mesh.first(run.folder.require_lock)  # loading takes minutes
+        reporter = None
         if mesh.rank == 0:
-            log.info("%s: finished already, %d steps", run.folder.path, run.steps)
-        return Trained(run.steps, run.steps, 0, config.train.out_dir)
-    found = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints))
-    trainer = build(run, mesh)
-    start = Position(0, 0, 0)
-    if found is not None:
-        checkpoint.load(trainer, found)
-        start = found.position
-        if mesh.rank == 0:
-            log.info("resumed at step %d of %d from %s", start.step, run.steps, found.path)
-    reporter = None
-    if mesh.rank == 0:
-        reporter = Reporter(run.folder.path, config, done=start.step, steps=run.steps)
-    # Over the export as well: a rank that had forgotten it was told, when done with the steps, and
-    # one that was told a moment later would part, one exporting with the other gone.
-    with told_to_stop() as told:
-        with reporter or contextlib.nullcontext(), trainer.background or contextlib.nullcontext():
-            end, figures = run_steps(run, trainer, mesh, start, reporter, told=told)
-        if end.step == run.steps:
-            finish(run, trainer, mesh, figures)
-    return Trained(run.steps, end.step, end.step - start.step, config.train.out_dir)
+            reporter = Reporter(run.folder.path, run.config, done=start.step, steps=run.steps)
+            if found is not None and (reached := reporter.metrics.reached) > start.step:
+                log.info("steps %d to %d were not saved: done again", start.step + 1, reached)
+        code = 0
+        # Over the export as well: were the stop forgotten after the last step, one rank could
+        # export while another one, signalled a moment later, leaves.
+        with graceful_stop() as stop:
+            saving = Saving(run, trainer, standing)
+            with (
+                reporter or contextlib.nullcontext(),
+                trainer.background or contextlib.nullcontext(),
+            ):
+                end, figures = run_steps(run, trainer, mesh, start, reporter, saving, stop)
+            if end.step == run.steps:
+                finish(run, trainer, mesh, figures)
+            else:
+                code = max(mesh.gather(stop.code))
+    return Trained(run.steps, end.step, end.step - start.step, run.config.train.out_dir, code)
 
 
 def run_steps(
@@ -90,19 +108,21 @@ def run_steps(
     mesh: Mesh,
     start: Position,
     reporter: Reporter | None,
-    *,
-    told: threading.Event,
+    saving: Saving,
+    stop: Stop,
 ) -> tuple[Position, dict[str, float] | None]:
     """The steps from `start` on; where they ended, and the last evaluation. Collective."""
-    settings, position, saved, figures = run.config.train, start, start.step, None
+    settings, position, figures = run.config.train, start, None
     policy = NonFinite(settings, mesh, run.stores, skipped=start.skipped)
     lowest = mesh.first(lambda: checkpoint.lowest_loss(run.folder.checkpoints))
     with run.batches(mesh, first=start.step) as batches:
         while position.step < run.steps:
-            moved = run_step(run, trainer, batches, policy, position, reporter, told=told)
+            flags = saving.flags(stop)
+            moved = run_step(run, trainer, batches, policy, position, reporter, flags)
             if moved is None:
                 break
-            position = moved
+            position, asked = moved
+            saving.standing.step = position.step
             last = position.step == run.steps
             best = False
             evaluated = bool(run.evaluation) and (last or _due(position.step, settings.eval_every))
@@ -110,14 +130,9 @@ def run_steps(
                 figures = evaluate(run, trainer, position, reporter)
                 best = settings.keep_best and figures["loss"] < lowest
                 lowest = min(lowest, figures["loss"]) if best else lowest
-            if last or best or _due(position.step, settings.save_every):
-                saved = save(run, trainer, position, figures if evaluated else None)
-    if saved < position.step:
-        save(run, trainer, position, None)
-    if trainer.background is not None:
-        trainer.background.wait()
-    if position.step < run.steps and mesh.rank == 0:
-        log.info("told to stop: saved at step %d of %d", position.step, run.steps)
+            if best or saving.due(position.step, asked=asked):
+                saving.save(position, figures if evaluated else None)
+    saving.finish(position, stop)
     return position, figures
 
 
@@ -128,24 +143,25 @@ def run_step(
     policy: NonFinite,
     position: Position,
     reporter: Reporter | None,
-    *,
-    told: threading.Event,
-) -> Position | None:
-    """The step after `position`; where it leads, or None where all are to stop. Collective."""
+    flags: Flags,
+) -> tuple[Position, bool] | None:
+    """The step after `position`: where it leads, and whether rank 0 asks for a checkpoint of it.
+
+    None, and no step, where any rank is asked to stop. LockedError on all ranks where the folder
+    is another run's by now. Collective.
+    """
     started = time.monotonic()
     share = next(batches)
     data_s, teacher_s = time.monotonic() - started, {}
     if trainer.teacher is not None:
         share = trainer.teacher.answer(share)
         teacher_s = {"teacher_s": time.monotonic() - started - data_s}
-    counts = [
-        sum(b.kd_count for b in share),
-        sum(b.ce_count for b in share),
-        int(told.is_set()),
-    ]
+    counts = [sum(b.kd_count for b in share), sum(b.ce_count for b in share), *flags]
     totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-    kd_count, ce_count, stop = totals
-    if stop:
+    (kd_count, ce_count), asked = totals[:2], Flags(*totals[2:])
+    if asked.lost:
+        trainer.mesh.first(run.folder.require_lock)
+    if asked.stop:
         return None
     lr = learning_rate(position.step, run.steps, run.config.train)
     loss = run.config.loss.at(position.step / run.steps)
@@ -165,7 +181,7 @@ def run_step(
     position = Position(
         position.step + 1, position.sequences + batch_size, position.tokens + tokens, policy.skipped
     )
-    if reporter is not None:
+    if reporter is not None and run.folder.is_ours():  # else all ranks learn it in the next step
         seconds = time.monotonic() - started
         losses = _losses(run, trainer, loss, total, kd_count, ce_count)
         losses |= {"grad_norm": grad_norm}
@@ -178,7 +194,7 @@ def run_step(
             "tokens_per_s": tokens / seconds, "data_s": data_s, **teacher_s, "step_s": seconds,
             **trainer.readings.step(sequences=batch_size, labels=ce_count, seconds=seconds),
         })  # fmt: skip
-    return position
+    return position, bool(asked.save)
 
 
 def evaluate(
@@ -190,19 +206,9 @@ def evaluate(
         figures = run.evaluation.run(
             trainer, micro_batch_size=run.config.train.micro_batch, pack=run.config.data.pack
         )
-    if reporter is not None:
+    if reporter is not None and run.folder.is_ours():
         reporter.evaluation({"step": position.step, **figures})
     return figures
-
-
-def save(run: Run, trainer: Trainer, position: Position, figures: dict[str, float] | None) -> int:
-    """A checkpoint of this step, with its evaluation if there was one; the step. Collective."""
-    train = run.config.train
-    checkpoint.save(
-        trainer, run.folder.checkpoints, position,
-        keep=train.keep, keep_best=train.keep_best, figures=figures,
-    )  # fmt: skip
-    return position.step
 
 
 class Sums(NamedTuple):

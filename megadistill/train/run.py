@@ -179,6 +179,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
 
 def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | None) -> None:
     """Export the model, and the best one; with that the run is finished. Collective."""
+    mesh.first(run.folder.require_lock)
     if run.config.train.keep_best:
         _export_best(run, trainer, mesh)
     _export(

@@ -23,6 +23,14 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     if config.schedule == "cosine":
         done = (step - warmup) / max(1, steps - 1 - warmup)
         return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay = config.decay_steps or max(1, steps // 5)
-    left = min(1.0, (steps - 1 - step) / decay)
+    left = min(1.0, (steps - 1 - step) / _decay_steps(steps, config))
     return last + (peak - last) * left
+
+
+def decay_begins(steps: int, config: TrainConfig) -> int:
+    """With wsd: how many steps of a run of `steps` have the stable rate, or warm up to it."""
+    return steps - _decay_steps(steps, config)
+
+
+def _decay_steps(steps: int, config: TrainConfig) -> int:
+    return config.decay_steps or max(1, steps // 5)

@@ -109,7 +109,22 @@ def merge(root: Path, files: Recorder | Unsynced) -> None:
             files.report(block)
 
 
+def begun_with_other_settings(root: Path) -> None:
+    """By a run that died before its first commit."""
+    settings = {"header": {"recipe": {"other": 1}}, "block_size": 3, "ids_bin": b"others"}
+    store = create(root / "store", files=Unsynced(), **settings)
+    store.plan(99)
+    (root / "store/shard.000002.mds").write_bytes(b"a shard that has no marker")
+
+
+def begin_anew(root: Path, files: Recorder) -> None:
+    store = create(root / "store", ids_bin=IDS, files=files)
+    store.plan(10)
+    commit_all(store, 10, files)
+
+
 LIVES = {
+    "begun anew with other settings": Life(begun_with_other_settings, begin_anew, rerun),
     "created, filled and raised": Life(nothing, create_fill_and_raise, rerun),
     "grown": Life(lambda root: filled(root, total=6), grow_without_a_plan, rerun),
     "a damaged block replaced": Life(

@@ -140,7 +140,7 @@ def test_the_marker_says_what_the_block_is(tmp_path: Path) -> None:
 def test_another_recipe_is_refused_naming_the_field_both_values_and_the_way_out(
     tmp_path: Path,
 ) -> None:
-    create(tmp_path / "store")
+    commit(create(tmp_path / "store"), 0, make_samples(4))
     recipe = {"seq_len": 8, "tokenizer": "1a2b", "source": {"name": "corpus", "seed": 0}}
     with pytest.raises(RecipeError, match=r"recipe.tokenizer is '9f8e', .* '1a2b': .*folder"):
         create(tmp_path / "store", header={"recipe": recipe})

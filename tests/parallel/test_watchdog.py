@@ -67,10 +67,10 @@ def wait_for_each_other(folder: Path) -> None:
 
 
 def stop_softly(folder: Path) -> int:
-    with parallel.joined() as mesh, parallel.told_to_stop() as told:
+    with parallel.joined() as mesh, parallel.graceful_stop() as stop:
         there(folder, mesh)
-        told.wait(60)
-        mesh.barrier()  # the others were told, too
+        stop.wait(60)
+        mesh.barrier()  # the others were asked, too
         (folder / f"saved-{mesh.rank}").touch()
     return 0
 

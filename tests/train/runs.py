@@ -1,5 +1,7 @@
 """What training tests run on ranks. Results are plain numbers and arrays: they cross processes."""
 
+import contextlib
+import json
 import os
 import signal
 import threading
@@ -48,6 +50,25 @@ def run_until_told(mesh, config, lines):
     if mesh.rank == mesh.world - 1:
         threading.Thread(target=tell, daemon=True).start()
     return train(config, mesh).done
+
+
+def run_and_lose_the_lock(mesh, config, lines):
+    """Training whose lock another host takes after so many lines of metrics; how it ends."""
+    from megadistill.train.metrics import Reporter
+
+    out, step = Path(config.train.out_dir), Reporter.step
+
+    def lose(self, record):
+        step(self, record)
+        if record["step"] == lines:
+            other = {"nonce": "new", "host": "far", "pid": 7}
+            (out / "run.lock").write_text(json.dumps(other))
+
+    Reporter.step = lose
+    try:
+        return message(mesh, config)
+    finally:
+        Reporter.step = step
 
 
 def weights(mesh, config):
@@ -205,7 +226,8 @@ def masters(model):
 def claimed(mesh, config):
     """A folder that a run has made its own, and no more."""
     run = prepare(config, mesh)
-    return run.folder.claim(run_identity(config, run.stores, run.steps))
+    with contextlib.ExitStack() as held:
+        return run.folder.claim(run_identity(config, run.stores, run.steps), config, held).finished
 
 
 def error_with_the_average(mesh, config):

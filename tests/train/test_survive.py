@@ -122,7 +122,7 @@ def told(file, undisturbed, folder: Path, delay: float) -> str:
         assert None not in codes, f"after {delay:.2f} s\n{ranks.said()}"
         said = ranks.said()
     assert "Traceback" not in said, said
-    saved = re.findall(r"told to stop: saved at step (\d+) of", said)
+    saved = re.findall(r"stopped at step (\d+) of \d+: saved", said)
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().count("\n") if metrics.exists() else 0
     if saved:

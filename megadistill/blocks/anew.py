@@ -1,0 +1,75 @@
+"""A store without blocks begins anew with other settings: the one case in which a header changes.
+
+Nothing depends on the header of a store without blocks, and a run that died before its first commit
+should not fix the settings of the next one. Under the lock, since a living run may be about to
+commit. Everything but the header is removed first, and the header goes before the new one is
+written: a crash in between leaves a folder that can become a store.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from megadistill.blocks.files import Files
+from megadistill.blocks.install import temporary_folder
+from megadistill.blocks.layout import Layout, same_bytes
+from megadistill.blocks.recipe import differences, shown_differences
+from megadistill.blocks.records import encode_json, put_file
+
+if TYPE_CHECKING:
+    from megadistill.blocks.store import BlockStore
+
+log = logging.getLogger(__name__)
+
+# Of a header: what two runs of one store must agree on.
+_SHAPE = ("recipe", "block_size", "columns", "ids_bin")
+
+
+def shape_of(header: dict[str, Any]) -> dict[str, Any]:
+    """The part of a header that two runs of one store must agree on."""
+    return {key: header[key] for key in _SHAPE if key in header}
+
+
+def write_header(
+    files: Files, layout: Layout, kind: str, header: dict[str, Any], ids_bin: bytes | None
+) -> None:
+    """Write ids.bin and then the header of a store that has neither."""
+    temporary = temporary_folder(files, layout)
+    try:
+        if ids_bin is not None:
+            put_file(files, layout.ids_bin, ids_bin, temporary=temporary / "ids")
+        data = encode_json(header)
+        put_file(files, layout.header(kind), data, temporary=temporary / "header")
+    finally:
+        files.remove_tree(temporary)
+
+
+def begin_anew(
+    store: BlockStore, files: Files, header: dict[str, Any], ids_bin: bytes | None
+) -> bool:
+    """Replace the header of a store without blocks by another one; whether that was done.
+
+    LockedError while another run writes the store.
+    """
+    layout = store.layout
+    different = list(differences(shape_of(store.header), shape_of(header)))
+    damaged = ids_bin is not None and not same_bytes(layout.ids_bin, ids_bin)
+    if not (different or damaged) or store.present():
+        return False
+    with store.lock():
+        if store.present():  # committed since by a run that has ended
+            return False
+        store.clean()
+        for path in (layout.plan, layout.blocks_bin, layout.index):
+            files.unlink(path)
+        files.fsync_dir(layout.path)  # before the header is gone: a plan alone is no store
+        files.unlink(layout.header(store.kind))
+        files.fsync_dir(layout.path)
+        write_header(files, layout, store.kind, header, ids_bin)
+    if different:
+        log.warning(
+            "%s: holds no block yet: begun anew with other settings: %s", store.path,
+            shown_differences(different),
+        )  # fmt: skip
+    return True

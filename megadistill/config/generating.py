@@ -44,7 +44,11 @@ class DataConfig(Section):
         "`teacher.mode: online`, `train.steps`, and as much is read as they need",
     )
     max_samples: PositiveInt | None = Field(default=None, description="documents to read at most")
-    text_field: Text = Field(default="text", description="the column that holds the text")
+    text_field: Text | None = Field(
+        default=None,
+        description="the column that holds the text. Without any `*_field` key the columns are "
+        "found by name: `messages` or `conversations`, `prompt` with `completion`, or `text`",
+    )
     messages_field: Text | None = Field(
         default=None, description="the column that holds a chat, for the tokenizer's chat template"
     )
@@ -59,6 +63,10 @@ class DataConfig(Section):
         description="a document that cannot be used (a value that is no text, a chat that the "
         "template refuses): `error` stops with its file and row, `skip` leaves it out, counts it "
         "and lists it in `<data.dir>.run/skipped.jsonl`",
+    )
+    max_document_mib: PositiveInt = Field(
+        default=1024,
+        description="MiB of the longest document, decompressed; a longer one cannot be used",
     )
     shuffle: bool = Field(default=False, description="shuffle the documents, by `data.seed`")
     seed: Seed = Field(default=0, description="seed of the shuffling")

@@ -96,19 +96,21 @@ def _fields(config: Config) -> Iterator[Problem]:
             f"is set without data.{missing}_field: a {there} needs the column of its {missing}; "
             f"set data.{missing}_field too",
         )
-    masked = [f"data.{name}" for name in ("messages_field", "prompt_field") if getattr(data, name)]
-    if len(masked) > 1:
+    columns = ("messages_field", "prompt_field", "text_field")
+    given = [f"data.{name}" for name in columns if getattr(data, name)]
+    if len(given) > 1:
         yield Problem(
-            tuple(masked),
-            "data.messages_field and data.prompt_field are both set: a document is a chat or a "
-            "prompt with its completion; keep one",
+            tuple(given),
+            f"{' and '.join(given)} are set: a document is a chat, a prompt with its completion, "
+            "or a text; keep one",
         )
-    if masked and data.source is not None:
+    if given and data.source is not None:
         yield Problem(
-            (masked[0], "data.source"),
-            f"{data.source} has no columns: remove {masked[0]}, or read data.files or data.name",
+            (given[0], "data.source"),
+            f"{data.source} has no columns: remove {given[0]}, or read data.files or data.name",
         )
-    if config.targets.positions == "loss_mask" and not masked:
+    # Without a key the columns are found in the corpus, and may have a loss mask.
+    if config.targets.positions == "loss_mask" and (data.text_field or data.source):
         yield Problem(
             ("targets.positions", "data.messages_field", "data.prompt_field"),
             "loss_mask needs text that is part prompt, part completion: set data.prompt_field and "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import xxhash
 
 from megadistill.config import DataConfig
+from megadistill.data.compressed import SUFFIXES, is_compressed, plain_name, reason, shown
 from megadistill.data.document import Document
 from megadistill.data.hashing import permutation
 from megadistill.errors import DataError
@@ -25,39 +27,84 @@ KINDS = {
     "arrow": (".arrow",),
     "text": (".txt", ".text", ".md"),
 }
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHUFFLE = 4  # purpose of the permutation
 _MIB = 1 << 20
 
 
 def find(patterns: list[str]) -> list[str]:
-    """The files that the patterns name: in the order of the patterns, sorted within each."""
+    """The files that the patterns name: in the order of the patterns, sorted within each.
+
+    A name of a file or folder that exists is meant literally, also with `*`, `?` or brackets in it.
+    """
     found: dict[str, None] = {}
     for pattern in patterns:
-        matches = sorted(m for m in glob.glob(pattern, recursive=True) if Path(m).is_file())
-        if not matches:
-            raise DataError(f"data.files: no file matches {pattern!r} (looked from {Path.cwd()})")
-        found.update(dict.fromkeys(matches))
+        found.update(dict.fromkeys(_matches(pattern)))
     if not found:
         raise DataError("data.files: the list is empty: name a file or a pattern")
-    if not any(Path(f).stat().st_size for f in found):
-        raise DataError(f"{next(iter(found))}: the corpus is empty (0 bytes in {len(found)} files)")
+    if not any(_size(path) for path in found):
+        first = shown(next(iter(found)))
+        raise DataError(f"{first}: the corpus is empty (0 bytes in {len(found)} files)")
     return list(found)
+
+
+def _matches(pattern: str) -> list[str]:
+    if "\0" in pattern:
+        raise DataError(f"data.files: no file is named {shown(pattern)}")
+    if os.path.lexists(pattern) and not Path(pattern).is_file():
+        kind = "a folder" if Path(pattern).is_dir() else "no regular file"
+        if not os.path.exists(pattern):
+            kind = "a link to nothing"
+        advice = f", for example {os.path.join(shown(pattern), '*.jsonl')}"
+        raise DataError(
+            f"data.files: {shown(pattern)} is {kind}, expected files: name them"
+            + (advice if kind == "a folder" else "")
+        )
+    found = glob.glob(_escaped(pattern), recursive=True)
+    matches = sorted(match for match in found if Path(match).is_file())
+    if not matches:
+        raise DataError(
+            f"data.files: no file matches {shown(pattern)!r} (looked from {shown(str(Path.cwd()))})"
+        )
+    return matches
+
+
+def _escaped(pattern: str) -> str:
+    """`pattern` with its literal part escaped: the longest path at its beginning that exists."""
+    parts = pattern.split("/")
+    for count in range(len(parts), 0, -1):
+        literal = "/".join(parts[:count])
+        if literal and os.path.lexists(literal):
+            return "/".join([glob.escape(literal), *parts[count:]])
+    return pattern
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {reason(error)}") from error
 
 
 def kind(paths: list[str]) -> str:
     """What all of them are: parquet, json, arrow or text."""
     kinds: dict[str, str] = {}
     for path in paths:
-        suffixes = [s for s in Path(path).suffixes if s.lower() not in _COMPRESSED]
-        suffix = suffixes[-1].lower() if suffixes else ""
+        suffix = Path(plain_name(path)).suffix.lower()
         known = [k for k, endings in KINDS.items() if suffix in endings]
         if not known:
             endings = ", ".join(e for group in KINDS.values() for e in group)
-            raise DataError(f"{path}: cannot tell what it holds by its name: expected {endings}")
+            raise DataError(
+                f"{shown(path)}: cannot tell what it holds by its name: expected {endings}; text "
+                f"and json also with {', '.join(SUFFIXES)}"
+            )
+        if is_compressed(path) and known[0] not in ("json", "text"):
+            raise DataError(
+                f"{shown(path)}: {known[0]} files are compressed inside, and read at any place: "
+                "decompress it"
+            )
         kinds.setdefault(known[0], path)
     if len(kinds) > 1:
-        (a, first), (b, second), *_ = kinds.items()
+        (a, first), (b, second), *_ = ((k, shown(path)) for k, path in kinds.items())
         raise DataError(f"data.files: {first} is {a} and {second} is {b}: one kind at a time")
     return next(iter(kinds))
 
@@ -68,16 +115,19 @@ def fingerprint(path: str) -> str:
     Of a file over 64 MiB, 64 pieces of 1 MiB spread evenly over it are taken, so that looking at a
     corpus of terabytes again takes seconds a thousand files.
     """
-    size = Path(path).stat().st_size
+    size = _size(path)
     digest = xxhash.xxh3_128(str(size).encode())
-    with Path(path).open("rb") as file:
-        if size <= 64 * _MIB:
-            while chunk := file.read(_MIB):
-                digest.update(chunk)
-        else:
-            for piece in range(64):
-                file.seek((size - _MIB) * piece // 63)
-                digest.update(file.read(_MIB))
+    try:
+        with Path(path).open("rb") as file:
+            if size <= 64 * _MIB:
+                while chunk := file.read(_MIB):
+                    digest.update(chunk)
+            else:
+                for piece in range(64):
+                    file.seek((size - _MIB) * piece // 63)
+                    digest.update(file.read(_MIB))
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {reason(error)}") from error
     return digest.hexdigest()
 
 
@@ -95,7 +145,7 @@ def is_text(config: DataConfig) -> bool:
 def read(config: DataConfig, start: int) -> Iterator[Document]:
     """The documents from number `start` on."""
     for path in _ordered(config)[start:]:
-        yield Document(file=path)
+        yield Document(file=path, place=shown(path), limit=config.max_document_mib * _MIB)
 
 
 def identity(config: DataConfig) -> dict[str, Any]:

@@ -1,221 +1,239 @@
-"""Corpora made of rows, through `datasets`: a name on the hub, local parquet, json, arrow files.
+"""Corpora made of rows: local parquet, json, arrow files, or a dataset by its name (hub.py).
 
-Rows are read as Arrow tables and only the columns that are asked for become Python objects: a
-resumed run passes over millions of rows in seconds. Local files are streamed too unless they are
-shuffled, since `datasets` would first copy them into its cache.
+Local files are read one after the other, each with its own types, and as a stream. Files that are
+shuffled as a whole are copied to the cache of `datasets` first, where any row can be reached.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megadistill.config import DataConfig
-from megadistill.data import files
+from megadistill.data import arrow_rows, columns, files, hub, json_rows
+from megadistill.data.compressed import shown
 from megadistill.data.document import Document
 from megadistill.data.hashing import permutation
-from megadistill.errors import DataError
+from megadistill.data.row import Row, Skip
+from megadistill.data.values import Problem, described, text_problem, value_problem
+from megadistill.errors import BadDocumentError, DataError
 
 log = logging.getLogger(__name__)
 
-_ROWS = 64  # rows a table: their text may be large, so few
 # A stream cannot be shuffled whole: it is shuffled within windows of so many documents. Windows
 # rather than a rolling buffer, so that reading can start at any document.
 WINDOW = 1000
 _SHUFFLE_ALL, _SHUFFLE_WINDOW = 5, 6  # purposes of the permutations
+_MIB = 1 << 20
 
 
 def read(config: DataConfig, start: int) -> Iterator[Document]:
-    """The documents from number `start` on.
+    """The documents from number `start` on. `config` names its columns (see `resolved`).
 
     Raises DataError before the first one where there is no such corpus or column.
     """
-    import datasets
+    for row in _ordered(config, start):
+        yield _document(config, row)
 
-    try:
-        dataset = _load(config)
-        if isinstance(dataset, datasets.Dataset):
-            tables = _tables_of_all(dataset, config, start)
-        elif config.shuffle:
-            tables = _tables_by_window(dataset, config, start)
-        else:
-            tables = dataset.with_format("arrow").skip(start).iter(_ROWS)
-        number = start
-        for table in tables:
-            for values in zip(*(_column(table, c, config) for c in _fields(config)), strict=True):
-                yield _document(config, number, values)
-                number += 1
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise DataError(f"{_where(config)}: cannot be read: {lines[0]}") from error
+
+def resolved(config: DataConfig) -> DataConfig:
+    """`config` with the columns that are read. DataError: they are not configured nor found."""
+    if columns.configured(config):
+        return config
+    source = _local(config)
+    if source is None:
+        return columns.detect(config, hub.columns(config), hub.shown_name(config))
+    for path in source.paths:
+        found = source.columns(path)
+        if found is not None:
+            return columns.detect(config, found, shown(path))
+    for row in source.rows([], 0):
+        raise BadDocumentError(f"{row.place}: {row.problem}")
+    raise DataError(f"{_where(config)}: the corpus is empty: none of its files has a row")
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
-    """What the corpus is, for the recipe."""
-    fields: dict[str, Any] = {"fields": _fields(config)}
+    """The corpus in the recipe: by content or revision, and the columns that are read."""
+    fields: dict[str, Any] = {"fields": list(columns.configured(config).values())}
     if config.shuffle:
         window = WINDOW if config.streaming else None
         fields["shuffle"] = {"seed": config.seed, "window": window}
     if config.files is not None:
         paths = files.find(config.files)
         return {"source": files.kind(paths), "content": files.content_identity(paths), **fields}
-    fields |= {"config": config.config, "split": config.split}
-    if _is_folder(config):
-        paths = sorted(str(p) for p in Path(_name(config)).rglob("*") if p.is_file())
-        return {"source": "folder", "content": files.content_identity(paths), **fields}
-    return {"source": _name(config), "revision": _revision(config), **fields}
+    return {**hub.identity(config), **fields}
 
 
 def count(config: DataConfig) -> None:
     """How many documents there are is not known without reading."""
 
 
-def _load(config: DataConfig) -> Any:
-    import datasets
+class LocalFiles:
+    """Local files of one kind."""
 
-    # Its bars would be mixed with ours, and a row count is no measure of the work.
-    datasets.disable_progress_bars()
-    streaming = config.streaming or (config.files is not None and not config.shuffle)
+    def __init__(self, kind: str, paths: list[str], limit: int) -> None:
+        self.kind, self.paths, self.limit = kind, paths, limit
+
+    def columns(self, path: str, wanted: list[str] | None = None) -> list[str] | None:
+        """The columns of a file; None: it has no rows, or only rows that are no objects.
+
+        wanted: enough where these are found.
+        """
+        if self.kind == "json":
+            return json_rows.columns(path, wanted, limit=self.limit)
+        return arrow_rows.columns(path, self.kind)
+
+    def rows(self, fields: list[str], start: int) -> Iterator[Row]:
+        """The rows of all files from number `start` on, with the file in their place."""
+        skip = Skip(start)
+        for path in self.paths:
+            if self.kind == "json":
+                rows = json_rows.read(path, fields, skip, self.limit)
+            else:
+                rows = arrow_rows.read(path, self.kind, fields, skip)
+            name = shown(path)
+            for row in rows:
+                yield row._replace(place=f"{name}: {row.place}")
+
+
+def _local(config: DataConfig) -> LocalFiles | None:
+    """The local files of a corpus; None: `datasets` has to read it."""
+    limit = config.max_document_mib * _MIB
     if config.files is not None:
         paths = files.find(config.files)
-        return datasets.load_dataset(
-            files.kind(paths), data_files={"train": paths}, split="train", streaming=streaming
-        )
-    return datasets.load_dataset(
-        _name(config), config.config, split=config.split, streaming=streaming,
-        revision=None if _is_folder(config) else _revision(config),
-    )  # fmt: skip
+        return LocalFiles(files.kind(paths), paths, limit)
+    found = hub.folder_files(config)
+    return None if found is None else LocalFiles(*found, limit)
 
 
-def _tables_of_all(dataset: Any, config: DataConfig, start: int) -> Iterator[Any]:
-    """A whole dataset on disk: any row can be reached."""
-    if start >= len(dataset):
-        return iter(())
+def _ordered(config: DataConfig, start: int) -> Iterator[Row]:
+    fields = list(columns.configured(config).values())
+    source = _local(config)
+    if source is None:
+        return _of_name(config, fields, start)
+    for path in source.paths:
+        found = source.columns(path, fields)
+        if found is not None:
+            columns.check(config, found, shown(path))
+    if not config.shuffle:
+        return source.rows(fields, start)
+    if config.streaming:
+        return _by_window(config, lambda first: source.rows(fields, first), start)
+    return _of_all(config, source, fields, start)
+
+
+def _of_name(config: DataConfig, fields: list[str], start: int) -> Iterator[Row]:
+    """The rows of a dataset that `datasets` reads."""
+    import datasets
+
+    dataset = hub.load(config, fields)
+    columns.check(config, hub.column_names(dataset, config), hub.shown_name(config))
+    if isinstance(dataset, datasets.Dataset):
+        order = None
+        if config.shuffle:
+            order = permutation(len(dataset), config.seed, _SHUFFLE_ALL)
+            log.info("%s: %d documents shuffled, seed %d", config.name, len(order), config.seed)
+        return hub.rows_of_all(dataset, config, fields, start, order)
     if config.shuffle:
-        order = permutation(len(dataset), config.seed, _SHUFFLE_ALL)
-        log.info("%s: %d documents shuffled, seed %d", _where(config), len(order), config.seed)
-        dataset = dataset.select(order[start:])
-    else:
-        dataset = dataset.select(range(start, len(dataset)))
-    return dataset.with_format("arrow").iter(_ROWS)
+        return _by_window(config, lambda first: hub.rows(dataset, config, fields, first), start)
+    return hub.rows(dataset, config, fields, start)
 
 
-def _tables_by_window(dataset: Any, config: DataConfig, start: int) -> Iterator[Any]:
-    """A stream, shuffled within windows."""
+def _by_window(config: DataConfig, rows: Any, start: int) -> Iterator[Row]:
+    """A stream, shuffled within windows. rows(first): its rows from number `first` on."""
     log.info(
         "%s: documents shuffled in windows of %d, seed %d", _where(config), WINDOW, config.seed
     )
     window, passed = divmod(start, WINDOW)
-    stream = dataset.with_format("arrow").skip(window * WINDOW)
-    for table in stream.iter(WINDOW):
-        order = permutation(len(table), config.seed, _SHUFFLE_WINDOW, window)[passed:]
-        for at in range(0, len(order), _ROWS):
-            yield table.take(order[at : at + _ROWS])
+    stream = iter(rows(window * WINDOW))
+    while held := list(itertools.islice(stream, WINDOW)):
+        order = permutation(len(held), config.seed, _SHUFFLE_WINDOW, window)
+        yield from (held[i] for i in order[passed:])
         window, passed = window + 1, 0
 
 
-def _fields(config: DataConfig) -> list[str]:
-    if config.messages_field is not None:
-        return [config.messages_field]
-    if config.prompt_field is not None and config.completion_field is not None:
-        return [config.prompt_field, config.completion_field]
-    return [config.text_field]
+def _of_all(config: DataConfig, source: LocalFiles, fields: list[str], start: int) -> Iterator[Row]:
+    """All rows of local files, shuffled: copied once, as JSON, to the cache of `datasets`."""
+    dataset = hub.copied(
+        _json_rows,
+        {
+            "kind": source.kind,
+            "paths": source.paths,
+            "limit": source.limit,
+            "fields": fields,
+            "content": files.content_identity(source.paths),
+        },
+    )
+    order = permutation(len(dataset), config.seed, _SHUFFLE_ALL)
+    log.info("%s: %d documents shuffled, seed %d", _where(config), len(order), config.seed)
+    order = order[start:]
+    for at in range(0, len(order), arrow_rows.BATCH):
+        for text in dataset[order[at : at + arrow_rows.BATCH]]["row"]:
+            place, values, problem = json.loads(text)
+            yield Row(place, tuple(values), problem)
 
 
-def _column(table: Any, name: str, config: DataConfig) -> list[Any]:
-    if name not in table.column_names:
-        keys = ("messages_field", "prompt_field", "completion_field", "text_field")
-        key = next(k for k in keys if getattr(config, k) == name)
-        raise DataError(
-            f"data.{key}: {_where(config)} has no column {name!r}; its columns are "
-            f"{', '.join(table.column_names)}: set data.{key} to one of them"
-        )
-    return _decoded(table.select([name]))
+def _json_rows(
+    kind: str, paths: list[str], limit: int, fields: list[str], content: str
+) -> Iterator[dict[str, str]]:
+    """Rows for the copy. content: of the files; the copy is named by its arguments."""
+    for row in LocalFiles(kind, paths, limit).rows(fields, 0):
+        problem = row.problem or _first_problem(row.values, limit)
+        yield {"row": json.dumps([row.place, () if problem else row.values, problem])}
 
 
-def _decoded(table: Any) -> list[Any]:
-    """The only column of `table` as `datasets` gives it in Python format."""
-    import datasets
-    import pyarrow
-
-    values = table.column(0).to_pylist()
-    if pyarrow.types.is_string(table.schema.types[0]):
-        return values
-    features = datasets.Features.from_arrow_schema(table.schema)
-    return features.decode_batch({table.column_names[0]: values})[table.column_names[0]]
+def _first_problem(values: tuple[Any, ...], limit: int) -> str | None:
+    return next((p for value in values if (p := value_problem(value, limit=limit))), None)
 
 
-def _document(config: DataConfig, number: int, values: tuple[Any, ...]) -> Document:
-    place = f"{_where(config)}: document {number}"
-    if config.messages_field is not None:
-        return Document(messages=_chat(config, number, values[0]), place=place)
-    for field, value in zip(_fields(config), values, strict=True):
-        if not isinstance(value, str | None):
-            found = type(value).__name__
-            problem = f"expected text in column {field!r}, found {found}: name another column"
-            return Document(place=place, problem=problem)
-    if len(values) == 2:
-        return Document(prompt=values[0] or "", completion=values[1] or "", place=place)
-    return Document(text=values[0] or "", place=place)
+def _document(config: DataConfig, row: Row) -> Document:
+    place, limit = row.place, config.max_document_mib * _MIB
+    if row.problem is not None:
+        return Document(place=place, problem=row.problem)
+    found = dict(zip(columns.configured(config), row.values, strict=True))
+    for key, value in found.items():
+        why = value.why if isinstance(value, Problem) else None
+        if why is None and key == "messages_field":
+            why = value_problem(value, limit=limit)
+        elif why is None:
+            why = text_problem(value, limit=limit)
+        if why is not None:
+            column = getattr(config, key)
+            return Document(place=place, problem=f"column {column!r}: {why}")
+    if "messages_field" in found:
+        return _chat(config, place, found["messages_field"])
+    if "completion_field" in found:
+        prompt, completion = found["prompt_field"] or "", found["completion_field"] or ""
+        return Document(prompt=prompt, completion=completion, place=place)
+    return Document(text=found["text_field"] or "", place=place)
 
 
-def _chat(config: DataConfig, number: int, value: Any) -> list[dict[str, Any]]:
+def _chat(config: DataConfig, place: str, value: Any) -> Document:
     """The turns of a chat.
 
     Turns of mixed shape come as JSON, and a key that only some turns have comes as null in the
     others.
     """
-    value = json.loads(value) if isinstance(value, str) else value or []
-    turns = [json.loads(turn) if isinstance(turn, str) else turn for turn in value]
-    turns = [{k: v for k, v in turn.items() if v is not None or k == "content"} for turn in turns]
+    try:
+        value = json.loads(value) if isinstance(value, str) else value or []
+        turns = [json.loads(turn) if isinstance(turn, str) else turn for turn in value]
+        turns = [{k: v for k, v in t.items() if v is not None or k == "content"} for t in turns]
+    except (ValueError, TypeError, AttributeError) as error:
+        problem = f"column {config.messages_field!r}: expected a list of turns ({error})"
+        return Document(place=place, problem=f"{problem}, found {described(value)}")
     if not all("role" in turn for turn in turns):
-        raise DataError(
-            f"{_where(config)}: document {number}: expected turns with role and content in column "
-            f"{config.messages_field!r}, found {', '.join(turns[0])}"
-        )
-    return turns
-
-
-def _name(config: DataConfig) -> str:
-    assert config.name is not None
-    return config.name
-
-
-def _is_folder(config: DataConfig) -> bool:
-    return Path(_name(config)).is_dir()
+        wrong = next(i for i, turn in enumerate(turns) if "role" not in turn)
+        problem = f"expected role and content, found {', '.join(turns[wrong]) or 'nothing'}"
+        problem = f"column {config.messages_field!r}: turn {wrong}: {problem}"
+        return Document(place=place, problem=problem)
+    return Document(messages=turns, place=place)
 
 
 def _where(config: DataConfig) -> str:
     if config.files is not None:
-        return config.files[0] if len(config.files) == 1 else f"{config.files[0]} and others"
-    return _name(config) if config.config is None else f"{config.name} ({config.config})"
-
-
-def _revision(config: DataConfig) -> str:
-    """The commit of the hub dataset.
-
-    What a branch's name points to changes, so recipe and reading are bound to the commit.
-    """
-    if config.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.revision):
-        return config.revision
-    import huggingface_hub as hub
-
-    name = _name(config)
-    try:
-        revision = hub.HfApi().dataset_info(name, revision=config.revision).sha
-        assert revision is not None
-        return revision
-    except Exception as error:  # offline, refused, unknown: each client has errors of its own
-        folder = hub.constants.REPO_ID_SEPARATOR.join(["datasets", *name.split("/")])
-        noted = Path(hub.constants.HF_HUB_CACHE, folder, "refs", config.revision or "main")
-        if noted.is_file():
-            return noted.read_text().strip()  # what was downloaded last
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise DataError(
-            f"data.name: {name} cannot be found on the hub ({lines[0]}): check the name, the "
-            "connection and HF_TOKEN, or set data.files to local files"
-        ) from error
+        first = shown(config.files[0])
+        return first if len(config.files) == 1 else f"{first} and others"
+    return hub.shown_name(config)

@@ -16,7 +16,7 @@ from megadistill.data import files, rows, stdlib
 from megadistill.data.document import Document
 from megadistill.errors import DataError
 
-__all__ = ["Document", "count_documents", "documents", "source_identity"]
+__all__ = ["Document", "count_documents", "documents", "resolved", "source_identity"]
 
 
 def documents(config: DataConfig, start: int = 0) -> Iterator[Document]:
@@ -24,9 +24,18 @@ def documents(config: DataConfig, start: int = 0) -> Iterator[Document]:
 
     DataError: no such corpus, file or column; a file that cannot be read.
     """
+    config = resolved(config)
     if config.max_samples is None:
         return _reader(config).read(config, start)
     return islice(_reader(config).read(config, start), max(0, config.max_samples - start))
+
+
+def resolved(config: DataConfig) -> DataConfig:
+    """`config` with the columns that are read, where the corpus has columns.
+
+    DataError: `data.*_field` names none, and none or several are found.
+    """
+    return rows.resolved(config) if _reader(config) is rows else config
 
 
 def source_identity(config: DataConfig) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def source_identity(config: DataConfig) -> dict[str, Any]:
     Which documents and in which order, but not how many: raising `data.max_samples` goes on with
     the same corpus.
     """
-    return _reader(config).identity(config)
+    return _reader(config).identity(resolved(config))
 
 
 def count_documents(config: DataConfig) -> int | None:

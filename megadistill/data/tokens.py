@@ -25,7 +25,7 @@ from megadistill.data.encode import Unit
 from megadistill.data.packing import Sequence
 from megadistill.data.progress import Progress
 from megadistill.data.skipped import Skipped
-from megadistill.data.source import count_documents, documents, source_identity
+from megadistill.data.source import count_documents, documents, resolved, source_identity
 from megadistill.data.stream import Block, Cursor, Stream
 from megadistill.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_identity
 from megadistill.data.workers import Workers
@@ -49,6 +49,7 @@ def build_tokens(
     Raises DataError for a corpus that is missing, empty or shorter than a sequence (nothing is
     written), ConfigError for its tokenizer, RecipeError and StoreError for what is at `data.dir`.
     """
+    config = config.model_copy(update={"data": resolved(config.data)})
     data = config.data
     tokenizer = load_tokenizer(config)
     chat = data.messages_field is not None

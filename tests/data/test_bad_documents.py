@@ -40,7 +40,9 @@ def listed(folder):
 
 
 def test_the_first_value_that_is_no_text_ends_the_run_with_its_place(config, mixed, tmp_path):
-    with pytest.raises(BadDocumentError, match=r"mixed.jsonl: .*'text', found.*=skip") as error:
+    with pytest.raises(
+        BadDocumentError, match=r"mixed.jsonl: line 4: column 'text': .*=skip"
+    ) as error:
         build_tokens(config(files=mixed))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "tokens").exists()

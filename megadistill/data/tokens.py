@@ -29,13 +29,14 @@ from megadistill.data.source import count_documents, documents, resolved, source
 from megadistill.data.stream import Block, Cursor, Stream
 from megadistill.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_identity
 from megadistill.data.workers import Workers
-from megadistill.errors import BadDocumentError, DataError, RecipeError
+from megadistill.errors import BadDocumentError, ConfigError, DataError, RecipeError
 
 log = logging.getLogger(__name__)
 
 # A tokenizer holds some 100 bytes for each token under way, and a character can be a token.
 BATCH_CHARACTERS = 128 * 1024
 BATCH_UNITS = 1024
+LITTLE = 0.01  # learned tokens of all tokens, below which the log says so
 
 
 def build_tokens(
@@ -51,6 +52,11 @@ def build_tokens(
     """
     config = config.model_copy(update={"data": resolved(config.data)})
     data = config.data
+    if config.targets.positions == "loss_mask" and data.text_field is not None:
+        raise ConfigError(
+            f"targets.positions: loss_mask needs text that is part prompt, part completion, found "
+            f"the column {data.text_field!r} alone: set targets.positions=all"
+        )
     tokenizer = load_tokenizer(config)
     chat = data.messages_field is not None
     settings = store_settings(config, tokenizer)
@@ -83,6 +89,7 @@ def build_tokens(
         run.skipped.write()
         if store is None or not covers(store, data):
             raise DataError(_too_short(data, run))
+        _check_learned(store)
         store.plan(len(store))
         store.finish()
     _report(store)
@@ -262,10 +269,26 @@ def _sample(sequence: Sequence) -> dict[str, np.ndarray]:
     return sample if sequence.loss_mask is None else sample | {"loss_mask": sequence.loss_mask}
 
 
+def _check_learned(store: BlockStore) -> None:
+    """DataError where the loss mask leaves nothing to learn; a warning where it leaves little."""
+    counted = statistics(store)
+    learned, tokens = counted.get("learned_tokens"), counted["tokens"]
+    if learned == 0:
+        raise DataError(
+            f"{store.path}: none of the {tokens} tokens is learned: expected turns of the "
+            "assistant in the chats, or completions: check the roles of the turns and the "
+            "data.*_field keys, or set data.text_field to learn from all of a text"
+        )
+    if learned is not None and learned < LITTLE * tokens:
+        percent = f"{100 * learned / tokens:.2f} % of the tokens are learned"
+        log.warning("%s: only %s (%d of %d)", store.path, percent, learned, tokens)
+
+
 def _too_short(data: DataConfig, run: _Run) -> str:
     where = data.source or data.name or ", ".join(data.files or [])
     if run.stream.held == 0:
-        return f"{where}: the corpus is empty: {run.read} documents without text were read"
+        skipped = f", {run.skipped.count} of them skipped" if run.skipped.count else ""
+        return f"{where}: the corpus is empty: {run.read} documents without text were read{skipped}"
     return (
         f"{where}: {run.read} documents with {run.stream.held} tokens are less than one sequence "
         f"of data.seq_len {data.seq_len}: set data.seq_len lower, or read more text"

@@ -143,7 +143,7 @@ def texts(args: argparse.Namespace, config: Config | None, cache: Cache) -> Text
         tokenizer = open_tokenizer(args.tokenizer, key="--tokenizer")
     else:
         tokenizer = load_tokenizer(config)
-    found = tokenizer_identity(tokenizer, chat=False)["content"]
+    found = tokenizer_identity(tokenizer)["content"]
     recipe = cache.recipe.get("tokenizer") or {}
     if recipe.get("content") != found:
         log.warning(

@@ -137,9 +137,7 @@ def _check_same_ids(
     own = _tokenizer_of(section, model)
     if own is None:
         return
-    ours, theirs = (
-        tokenizer_identity(t, chat=False, below=ids)["content"] for t in (tokenizer, own)
-    )
+    ours, theirs = (tokenizer_identity(t, below=ids)["content"] for t in (tokenizer, own))
     if ours != theirs:
         text = _example_of_difference(tokenizer, own)
         raise ConfigError(

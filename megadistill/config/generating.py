@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from megadistill.config.fields import (
     ModelConfig,
@@ -20,6 +23,27 @@ from megadistill.config.fields import (
 )
 from megadistill.disk import is_url
 from megadistill.errors import ConfigError
+
+
+def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    taken = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"} & set(value)
+    if taken:
+        raise PydanticCustomError("taken", f"{min(taken)} is set for each chat: leave it out")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PydanticCustomError(
+            "no_json", "expected texts, numbers, truth values, lists and mappings of them"
+        ) from error
+    return value
+
+
+def _iso_date(value: Any) -> Any:
+    try:
+        # YAML reads an unquoted date as one.
+        return str(value) if type(value) is date else date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError) as error:
+        raise PydanticCustomError("date", "expected a date as YYYY-MM-DD") from error
 
 
 class DataConfig(Section):
@@ -57,6 +81,29 @@ class DataConfig(Section):
     )
     completion_field: Text | None = Field(
         default=None, description="the column of completions; only these are learned from"
+    )
+    tools_field: Text | None = Field(
+        default=None,
+        description="the column of tools that a chat may use, as JSON schemas, for the template",
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        description="a file with a chat template (.jinja); default: the tokenizer's own",
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_variables)] = Field(
+        default={},
+        description="variables for the chat template, for example `{enable_thinking: false}`",
+    )
+    chat_date: Annotated[str, BeforeValidator(_iso_date)] = Field(
+        default="2024-07-26",
+        description="the date (YYYY-MM-DD) for chat templates that print today's, so that the "
+        "same text is made on any day",
+    )
+    assistant_mask: Literal["generated", "template"] = Field(
+        default="generated",
+        description="the tokens of a chat that are learned: what the model would generate, from "
+        "the generation prompt to the end-of-turn token; or what the template marks with "
+        "`{% generation %}`",
     )
     on_bad_document: Literal["error", "skip"] = Field(
         default="error",

@@ -104,6 +104,11 @@ def _fields(config: Config) -> Iterator[Problem]:
             f"{' and '.join(given)} are set: a document is a chat, a prompt with its completion, "
             "or a text; keep one",
         )
+    if data.tools_field is not None and data.text_field is not None:
+        yield Problem(
+            ("data.tools_field", "data.text_field"),
+            "is set with data.text_field: only chats have tools; keep one of them",
+        )
     if given and data.source is not None:
         yield Problem(
             (given[0], "data.source"),

@@ -19,15 +19,16 @@ _CHUNK = 1 << 20  # bytes of a text file that are read at a time
 class Document:
     """One row or file, in one of four shapes. None of them: an empty row.
 
-    `text`; `file`, a text file that is read piece by piece; `messages`, a chat with {"role",
-    "content", ...} a turn; `prompt` with `completion`.
+    `text`; `file`, a text file that is read piece by piece; `messages`, a chat as the corpus
+    holds it, with its `tools`; `prompt` with `completion`, texts or lists of turns.
     """
 
     text: str | None = None
     file: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    prompt: str | None = None
-    completion: str | None = None
+    messages: Any = None
+    tools: Any = None
+    prompt: Any = None
+    completion: Any = None
     # Where it stands in the corpus, for messages, and why it cannot be used.
     place: str = field(default="", compare=False)
     problem: str | None = None
@@ -39,9 +40,12 @@ class Document:
         if problem is not None:
             yield Unit(number, place=place, problem=problem)
         elif self.messages is not None:
-            yield Unit(number, messages=self.messages, place=place)
+            yield Unit(number, messages=self.messages, tools=self.tools, place=place)
         elif self.completion is not None:
-            yield Unit(number, prompt=self.prompt or "", completion=self.completion, place=place)
+            yield Unit(
+                number, prompt=self.prompt or "", completion=self.completion, tools=self.tools,
+                place=place,
+            )  # fmt: skip
         else:
             chunks = [self.text or ""] if self.file is None else _decoded(self.file, self.limit)
             pieces = split_text(chunks, piece=piece)

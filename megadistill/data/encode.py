@@ -5,17 +5,14 @@ Imports neither torch nor, for plain text, transformers: a process starts in 0.2
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from megadistill.errors import BadDocumentError, DataError
-
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from megadistill.data.chat.encoder import ChatEncoder, ChatSpec
+from megadistill.errors import BadDocumentError
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,12 @@ class Unit:
     first: bool = True
     last: bool = True
     text: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    prompt: str | None = None
-    completion: str | None = None
+    # Chats as the corpus holds them; `data.conversation` reads them. A prompt and a completion are
+    # texts, or lists of turns.
+    messages: Any = None
+    tools: Any = None
+    prompt: Any = None
+    completion: Any = None
     # Where the document stands in the corpus, for messages: file and row, or a name and a number.
     place: str = ""
     # Why the document cannot be used; such a unit has no tokens.
@@ -39,23 +39,21 @@ class Unit:
     def characters(self) -> int:
         if self.problem is not None:
             return 0
-        if self.messages is not None:
-            return sum(len(m.get("content") or "") for m in self.messages)
-        return len(self.text or "") + len(self.prompt or "") + len(self.completion or "")
+        values = (self.text, self.messages, self.prompt, self.completion)
+        return sum(map(_characters, values))
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
     """What a tokenising process needs of a tokenizer.
 
-    `backend`: the tokenizers library's JSON. `chat`: the pickled transformers tokenizer, for chat
-    templates only.
+    `backend`: the tokenizers library's JSON. `chat`: the chat template, for chats only.
     """
 
     backend: str
     eos: int
     bos: int | None
-    chat: bytes | None = None
+    chat: ChatSpec | None = None
 
 
 class Encoder:
@@ -70,8 +68,9 @@ class Encoder:
         self.backend.no_padding()
         self.begin = [] if spec.bos is None else [spec.bos]
         self.eos = spec.eos
+        self.chat = None
         if spec.chat is not None:
-            self.chat: Any = pickle.loads(spec.chat)  # noqa: S301
+            self.chat = ChatEncoder(spec.chat, backend=spec.backend, eos=spec.eos)
 
     def encode(self, units: list[Unit]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(ids uint32 [n], lengths int64 [units], loss mask uint8 [n] or None: all is learned).
@@ -116,6 +115,13 @@ class Encoder:
     def _completion(self, unit: Unit) -> tuple[list[int], list[int]]:
         # Tokenised apart: no token lies across the border, so the mask is exact, and the prompt's
         # tokens are those that a user's prompt will have.
+        if self.chat is not None:
+            return self.chat.encode_completion(unit.prompt, unit.completion, unit.tools)
+        for column in ("prompt", "completion"):
+            if not isinstance(getattr(unit, column) or "", str):
+                raise BadDocumentError(
+                    f"{column}: expected text as in the corpus' first document, found a chat"
+                )
         prompt, completion = self._ids([unit.prompt or "", unit.completion or ""])
         if not completion:
             return [], []
@@ -123,67 +129,21 @@ class Encoder:
         return prompt + completion + [self.eos], [0] * len(prompt) + [1] * (len(completion) + 1)
 
     def _messages(self, unit: Unit) -> tuple[list[int], list[int]]:
-        messages = unit.messages or []
-        if not messages:
-            return [], []
-        try:
-            if GENERATION.search(self.chat.get_chat_template()):
-                ids, mask = self._marked(messages)
-            else:
-                ids, mask = self._by_difference(messages, unit.document)
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"document {unit.document}: the tokenizer's chat template refuses it: "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
-        if ids and ids[-1] != self.eos:
-            # The end of the last turn is learned with it; what the template adds after it is not.
-            ids, mask = [*ids, self.eos], [*mask, mask[-1]]
-        return ids, mask
-
-    def _marked(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-        encoded = self.chat.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
-
-    def _by_difference(
-        self, messages: list[dict[str, Any]], document: int
-    ) -> tuple[list[int], list[int]]:
-        """The mask under a template without {% generation %} marks.
-
-        An assistant's turn is what rendering the chat up to and with it adds to the chat before it
-        and the header of an assistant's turn.
-        """
-        whole = self._render(messages)
-        turns = []
-        for i, message in enumerate(messages):
-            if message.get("role") != "assistant":
-                continue
-            before = self._render(messages[:i], add_generation_prompt=True) if i else ""
-            through = self._render(messages[: i + 1])
-            if not (whole.startswith(through) and through.startswith(before)):
-                raise DataError(
-                    f"document {document}: the chat template renders turn {i} differently as the "
-                    "chat goes on, so the assistant's part cannot be told: mark it in the template "
-                    "with {% generation %} ... {% endgeneration %}"
-                )
-            turns.append((len(before), len(through)))
-        encoding = self.backend.encode(whole, add_special_tokens=False)
-        begins = np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)
-        mask = np.zeros(len(begins), dtype=np.uint8)
-        for begin, end in turns:
-            mask |= (begins >= begin) & (begins < end)
-        return encoding.ids, mask.tolist()
-
-    def _render(self, messages: list[dict[str, Any]], **options: bool) -> str:
-        return self.chat.apply_chat_template(messages, tokenize=False, **options)
+        assert self.chat is not None
+        return self.chat.encode(unit.messages, unit.tools)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The fast variant leaves out offsets, which are most of an encoding's memory.
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _characters(value: Any) -> int:
+    """Of a text, or of a chat's contents."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_characters(value.get(key)) for key in ("content", "value", "text"))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _joined(parts: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:

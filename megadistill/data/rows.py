@@ -18,7 +18,7 @@ from megadistill.data.compressed import shown
 from megadistill.data.document import Document
 from megadistill.data.hashing import permutation
 from megadistill.data.row import Row, Skip
-from megadistill.data.values import Problem, described, text_problem, value_problem
+from megadistill.data.values import Problem, text_problem, value_problem
 from megadistill.errors import BadDocumentError, DataError
 
 log = logging.getLogger(__name__)
@@ -41,15 +41,24 @@ def read(config: DataConfig, start: int) -> Iterator[Document]:
 
 def resolved(config: DataConfig) -> DataConfig:
     """`config` with the columns that are read. DataError: they are not configured nor found."""
-    if columns.configured(config):
+    given = set(columns.configured(config)) - {"tools_field"}
+    if given and (config.messages_field is None or config.tools_field is not None):
         return config
     source = _local(config)
     if source is None:
-        return columns.detect(config, hub.columns(config), hub.shown_name(config))
+        found = hub.columns(config)
+        if given:
+            return columns.with_tools(config, found)
+        return columns.detect(config, found, hub.shown_name(config))
     for path in source.paths:
-        found = source.columns(path)
-        if found is not None:
-            return columns.detect(config, found, shown(path))
+        seen = source.columns(path)
+        if seen is None:
+            continue
+        return (
+            columns.with_tools(config, seen) if given else columns.detect(config, seen, shown(path))
+        )
+    if given:
+        return config
     for row in source.rows([], 0):
         raise BadDocumentError(f"{row.place}: {row.problem}")
     raise DataError(f"{_where(config)}: the corpus is empty: none of its files has a row")
@@ -196,40 +205,20 @@ def _document(config: DataConfig, row: Row) -> Document:
     found = dict(zip(columns.configured(config), row.values, strict=True))
     for key, value in found.items():
         why = value.why if isinstance(value, Problem) else None
-        if why is None and key == "messages_field":
-            why = value_problem(value, limit=limit)
-        elif why is None:
-            why = text_problem(value, limit=limit)
+        chat = key in ("messages_field", "tools_field")
+        chat = chat or (key != "text_field" and isinstance(value, list))  # of turns
+        if why is None:
+            why = (value_problem if chat else text_problem)(value, limit=limit)
         if why is not None:
             column = getattr(config, key)
             return Document(place=place, problem=f"column {column!r}: {why}")
+    tools = found.get("tools_field")
     if "messages_field" in found:
-        return _chat(config, place, found["messages_field"])
+        return Document(messages=found["messages_field"] or [], tools=tools, place=place)
     if "completion_field" in found:
         prompt, completion = found["prompt_field"] or "", found["completion_field"] or ""
-        return Document(prompt=prompt, completion=completion, place=place)
+        return Document(prompt=prompt, completion=completion, tools=tools, place=place)
     return Document(text=found["text_field"] or "", place=place)
-
-
-def _chat(config: DataConfig, place: str, value: Any) -> Document:
-    """The turns of a chat.
-
-    Turns of mixed shape come as JSON, and a key that only some turns have comes as null in the
-    others.
-    """
-    try:
-        value = json.loads(value) if isinstance(value, str) else value or []
-        turns = [json.loads(turn) if isinstance(turn, str) else turn for turn in value]
-        turns = [{k: v for k, v in t.items() if v is not None or k == "content"} for t in turns]
-    except (ValueError, TypeError, AttributeError) as error:
-        problem = f"column {config.messages_field!r}: expected a list of turns ({error})"
-        return Document(place=place, problem=f"{problem}, found {described(value)}")
-    if not all("role" in turn for turn in turns):
-        wrong = next(i for i, turn in enumerate(turns) if "role" not in turn)
-        problem = f"expected role and content, found {', '.join(turns[wrong]) or 'nothing'}"
-        problem = f"column {config.messages_field!r}: turn {wrong}: {problem}"
-        return Document(place=place, problem=problem)
-    return Document(messages=turns, place=place)
 
 
 def _where(config: DataConfig) -> str:

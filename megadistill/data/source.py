@@ -54,6 +54,13 @@ def count_documents(config: DataConfig) -> int | None:
     return min(counts) if counts else None
 
 
+def holds_turns(config: DataConfig) -> bool:
+    """Whether prompts and completions are lists of turns: the first document decides."""
+    for document in islice(documents(config), 1):
+        return any(isinstance(v, list) for v in (document.prompt, document.completion))
+    return False
+
+
 def _reader(config: DataConfig) -> Any:
     """The module that reads this kind of corpus: read, identity, count."""
     if config.source == "python-stdlib":

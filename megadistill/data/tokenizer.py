@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+from pathlib import Path
 from typing import Any
 
 from megadistill.config import Config
+from megadistill.data.chat.encoder import ChatSpec
+from megadistill.data.chat.template import RANDOM, has_marks, template_names
 from megadistill.data.encode import EncoderSpec
 from megadistill.errors import ConfigError
 
@@ -36,11 +38,8 @@ def load_tokenizer(config: Config) -> Any:
             f"{key}: {name}: the tokenizer has no end token, which ends every document: set "
             "eos_token in its tokenizer_config.json"
         )
-    if config.data.messages_field is not None and not tokenizer.chat_template:
-        raise ConfigError(
-            f"{key}: {name}: data.messages_field is set and the tokenizer has no chat template: "
-            "set data.tokenizer to the folder of one that has (a chat_template.jinja)"
-        )
+    if config.data.messages_field is not None:
+        chat_spec(config, tokenizer)
     return tokenizer
 
 
@@ -66,14 +65,98 @@ def open_tokenizer(
     return tokenizer
 
 
-def encoder_spec(tokenizer: Any, *, chat: bool) -> EncoderSpec:
-    """What a tokenising process needs of it."""
+def encoder_spec(tokenizer: Any, *, chat: ChatSpec | None = None) -> EncoderSpec:
+    """What a tokenising process needs of it, and of the chat template for a corpus of chats."""
     return EncoderSpec(
         backend=tokenizer.backend_tokenizer.to_str(),
         eos=tokenizer.eos_token_id,
         bos=begin_token(tokenizer),
-        chat=pickle.dumps(tokenizer) if chat else None,
+        chat=chat,
     )
+
+
+def chat_spec(config: Config, tokenizer: Any) -> ChatSpec:
+    """The chat template with its options.
+
+    ConfigError: there is none, it cannot be read, it draws random numbers, or it lacks the marks
+    that `data.assistant_mask: template` asks for.
+    """
+    data = config.data
+    if data.chat_template is not None:
+        where = f"data.chat_template: {data.chat_template}"
+        templates = {"default": _read_template(data.chat_template)}
+    else:
+        own = data.tokenizer is not None
+        name = data.tokenizer if own else config.teacher.model
+        where = f"{'data.tokenizer' if own else 'teacher.model'}: {name}"
+        templates = _own_templates(tokenizer, where)
+    # A list of additional tokens, which transformers 4 has in the map, is no name in templates.
+    tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    spec = ChatSpec(
+        templates, tokens | data.chat_template_kwargs, data.chat_date, data.assistant_mask
+    )
+    for source in templates.values():
+        try:
+            names = template_names(source)
+        except ValueError as error:
+            raise ConfigError(f"{where}: the chat template cannot be read: {error}") from error
+        if names & RANDOM:
+            raise ConfigError(
+                f"{where}: the chat template draws random numbers ({', '.join(names & RANDOM)}), "
+                "so its text would be another one in each run: set data.chat_template to a file "
+                "without them"
+            )
+        if spec.mask == "template" and not has_marks(source):
+            raise ConfigError(
+                f"data.assistant_mask: template: {where}: the chat template has no "
+                "{% generation %} marks: set data.assistant_mask=generated, or data.chat_template "
+                "to a file that has them"
+            )
+    return spec
+
+
+def chat_identity(spec: ChatSpec) -> dict[str, Any]:
+    """The chat template's part of the recipe, next to the tokenizer's: what decides the text."""
+    names: set[str] = set().union(*map(template_names, spec.templates.values()))
+    identity: dict[str, Any] = {
+        "chat_template": _digest(spec.templates["default"]),
+        "assistant_mask": spec.mask,
+    }
+    if "tool_use" in spec.templates:
+        identity["tool_use_template"] = _digest(spec.templates["tool_use"])
+    used = {name: value for name, value in sorted(spec.variables.items()) if name in names}
+    if used:
+        identity["chat_variables"] = used
+    if "strftime_now" in names:
+        identity["chat_date"] = spec.date
+    return identity
+
+
+def _own_templates(tokenizer: Any, where: str) -> dict[str, str]:
+    templates = tokenizer.chat_template
+    if isinstance(templates, str) and templates:
+        return {"default": templates}
+    if not isinstance(templates, dict) or "default" not in templates:
+        raise ConfigError(
+            f"{where}: the corpus holds chats, and the tokenizer has no chat template: set "
+            "data.chat_template to a file (.jinja), or data.tokenizer to the folder of a "
+            "tokenizer that has one (a chat_template.jinja)"
+        )
+    return {k: v for k, v in templates.items() if k in ("default", "tool_use")}
+
+
+def _read_template(path: str) -> str:
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"data.chat_template: {path}: cannot be read: {reason}: expected a file with a jinja "
+            "template"
+        ) from error
+    if not source.strip():
+        raise ConfigError(f"data.chat_template: {path}: is empty: expected a jinja template")
+    return source
 
 
 def count_ids(tokenizer: Any) -> int:
@@ -87,7 +170,7 @@ def begin_token(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def tokenizer_identity(tokenizer: Any, *, chat: bool, below: int | None = None) -> dict[str, Any]:
+def tokenizer_identity(tokenizer: Any, *, below: int | None = None) -> dict[str, Any]:
     """Its part of the recipe: by content, so that a copy in another folder is the same.
 
     below: without the tokens that were added from this id on. So of a model whose vocabulary was
@@ -97,15 +180,12 @@ def tokenizer_identity(tokenizer: Any, *, chat: bool, below: int | None = None) 
     if below is not None:
         added = backend.get("added_tokens") or []
         backend["added_tokens"] = [token for token in added if token["id"] < below]
-    identity = {
+    return {
         "content": _digest(_settled({part: backend.get(part) for part in _TEXT_TO_ID})),
         "vocab_size": count_ids(tokenizer),
         "bos": begin_token(tokenizer),
         "eos": tokenizer.eos_token_id,
     }
-    if chat:
-        identity["chat_template"] = _digest(tokenizer.get_chat_template())
-    return identity
 
 
 def _settled(value: Any) -> Any:

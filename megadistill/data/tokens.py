@@ -21,13 +21,26 @@ import numpy as np
 
 from megadistill.blocks import BlockStore
 from megadistill.config import Config, DataConfig
+from megadistill.data.chat.encoder import ChatSpec
 from megadistill.data.encode import Unit
 from megadistill.data.packing import Sequence
 from megadistill.data.progress import Progress
 from megadistill.data.skipped import Skipped
-from megadistill.data.source import count_documents, documents, resolved, source_identity
+from megadistill.data.source import (
+    count_documents,
+    documents,
+    holds_turns,
+    resolved,
+    source_identity,
+)
 from megadistill.data.stream import Block, Cursor, Stream
-from megadistill.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_identity
+from megadistill.data.tokenizer import (
+    chat_identity,
+    chat_spec,
+    encoder_spec,
+    load_tokenizer,
+    tokenizer_identity,
+)
 from megadistill.data.workers import Workers
 from megadistill.errors import BadDocumentError, ConfigError, DataError, RecipeError
 
@@ -58,8 +71,8 @@ def build_tokens(
             f"the column {data.text_field!r} alone: set targets.positions=all"
         )
     tokenizer = load_tokenizer(config)
-    chat = data.messages_field is not None
-    settings = store_settings(config, tokenizer)
+    chat = _chat(config, tokenizer)
+    settings = store_settings(config, tokenizer, chat)
     with ExitStack() as stack:
         store = None
         if _occupied(data.dir):
@@ -96,16 +109,23 @@ def build_tokens(
     return store
 
 
-def store_settings(config: Config, tokenizer: Any) -> dict[str, Any]:
+def _chat(config: Config, tokenizer: Any) -> ChatSpec | None:
+    """The chat template of a corpus of chats; None for another corpus."""
+    data = config.data
+    if data.messages_field is not None or (data.completion_field is not None and holds_turns(data)):
+        return chat_spec(config, tokenizer)
+    return None
+
+
+def store_settings(config: Config, tokenizer: Any, chat: ChatSpec | None) -> dict[str, Any]:
     """What BlockStore.create is told: the recipe and the columns."""
     data = config.data
-    chat, masked = data.messages_field is not None, data.completion_field is not None
     columns = {"tokens": f"ndarray:uint32:{data.seq_len}", "documents": "ndarray:uint32"}
-    if chat or masked:
+    if chat is not None or data.completion_field is not None:
         columns["loss_mask"] = f"ndarray:uint8:{data.seq_len}"
     recipe = {
         "source": source_identity(data),
-        "tokenizer": tokenizer_identity(tokenizer, chat=chat),
+        "tokenizer": tokenizer_identity(tokenizer) | ({} if chat is None else chat_identity(chat)),
         "seq_len": data.seq_len,
         "pack": data.pack,
     }

@@ -228,7 +228,7 @@ def check_tokenizer(config: Config, stored: dict[str, Any], *, store: str) -> in
     if tokenizer is None or not tokenizer.is_fast:
         return 0
     content, ids = stored["content"], int(stored["vocab_size"])
-    own = tokenizer_identity(tokenizer, chat=False, below=ids)["content"]
+    own = tokenizer_identity(tokenizer, below=ids)["content"]
     if own != content:
         raise ConfigError(
             f"student.model: {config.student.model} has the tokenizer {own[:16]}, {store} was made "

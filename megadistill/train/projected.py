@@ -44,7 +44,7 @@ class Tokenizers:
             trust_remote_code=teacher.trust_remote_code,
         )  # fmt: skip
         ours, theirs = (
-            tokenizer_identity(each, chat=False)["content"] for each in (self.student, self.teacher)
+            tokenizer_identity(each)["content"] for each in (self.student, self.teacher)
         )
         self.same, self.teacher_content = ours == theirs, theirs
 

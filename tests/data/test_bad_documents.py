@@ -94,7 +94,7 @@ def test_units_that_the_encoder_refuses_are_found_one_by_one(tokenizer):
                 raise BadDocumentError("it is bad")
             return super().encode(units)
 
-    encoder = Picky(encoder_spec(AutoTokenizer.from_pretrained(tokenizer), chat=False))
+    encoder = Picky(encoder_spec(AutoTokenizer.from_pretrained(tokenizer)))
     units = [Unit(i, text=t) for i, t in enumerate(["a", "bad", "b", "bad"])]
     problems, (ids, lengths, mask) = encoder.answer(units)
     assert problems == {1: "it is bad", 3: "it is bad"}

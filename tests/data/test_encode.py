@@ -7,29 +7,7 @@ from transformers import AutoTokenizer
 from megadistill.config import Config
 from megadistill.data.encode import Encoder, Unit
 from megadistill.data.tokenizer import encoder_spec, load_tokenizer, tokenizer_identity
-from megadistill.errors import ConfigError, DataError
-
-PLAIN = (
-    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}<{{ m['role'] }}>\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|end|>\n{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
-)
-# Shows the thoughts of the last turn only, as templates of reasoning models do.
-FORGETFUL = (
-    "{% for m in messages %}<{{ m['role'] }}>{% if loop.last %}thoughts{% endif %}"
-    "{{ m['content'] }}<|end|>{% endfor %}"
-)
-CHAT = [
-    {"role": "user", "content": "What is 1 + 1?"},
-    {"role": "assistant", "content": "It is 2."},
-    {"role": "user", "content": "And 2 + 2?"},
-    {"role": "assistant", "content": "It is 4."},
-]
+from megadistill.errors import ConfigError
 
 
 @pytest.fixture
@@ -37,8 +15,8 @@ def hf(tokenizer):
     return AutoTokenizer.from_pretrained(tokenizer)
 
 
-def encode(hf, *units, chat=False):
-    ids, lengths, mask = Encoder(encoder_spec(hf, chat=chat)).encode(list(units))
+def encode(hf, *units):
+    ids, lengths, mask = Encoder(encoder_spec(hf)).encode(list(units))
     assert lengths.sum() == len(ids)
     return ids.tolist(), lengths.tolist(), None if mask is None else mask.tolist()
 
@@ -82,11 +60,11 @@ def test_a_begin_token_is_added_where_the_tokenizer_adds_one(hf):
 
 def test_settings_of_truncation_and_padding_in_the_file_change_nothing(hf):
     expected = encode(hf, Unit(0, text="x " * 100), Unit(1, text="y"))
-    identity = tokenizer_identity(hf, chat=False)
+    identity = tokenizer_identity(hf)
     hf.backend_tokenizer.enable_truncation(5)
     hf.backend_tokenizer.enable_padding(length=50)
     assert encode(hf, Unit(0, text="x " * 100), Unit(1, text="y")) == expected
-    assert tokenizer_identity(hf, chat=False) == identity
+    assert tokenizer_identity(hf) == identity
 
 
 def test_only_the_completion_and_its_end_are_learned(hf):
@@ -100,46 +78,12 @@ def test_only_the_completion_and_its_end_are_learned(hf):
     assert lengths[1] == 0
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_only_the_assistants_turns_of_a_chat_are_learned(hf, template):
-    hf.chat_template = template
-    ids, _, mask = encode(hf, Unit(0, messages=CHAT), chat=True)
-    assert hf.decode(ids) == hf.apply_chat_template(CHAT, tokenize=False) + "<|end|>"
-    turns = learned(hf, ids, mask)
-    assert turns == ["It is 2.<|end|>\n", "It is 4.<|end|>\n<|end|>"]
-
-
-def test_marks_and_difference_give_the_same_mask(hf):
-    hf.chat_template = PLAIN
-    by_difference = encode(hf, Unit(0, messages=CHAT), chat=True)
-    hf.chat_template = MARKED
-    assert encode(hf, Unit(0, messages=CHAT), chat=True) == by_difference
-
-
-def test_the_users_last_turn_is_not_learned(hf):
-    hf.chat_template = PLAIN
-    ids, _, mask = encode(hf, Unit(0, messages=CHAT[:3]), chat=True)
-    assert learned(hf, ids, mask) == ["It is 2.<|end|>\n"]
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(hf):
-    hf.chat_template = FORGETFUL
-    with pytest.raises(DataError, match=r"document 3: .* turn 1 differently .* generation"):
-        encode(hf, Unit(3, messages=CHAT), chat=True)
-
-
-def test_what_a_template_refuses_is_said_with_the_document(hf):
-    hf.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"document 5: .* roles must alternate"):
-        encode(hf, Unit(5, messages=CHAT), chat=True)
-
-
 def test_the_tokenizers_identity_is_its_content(hf, tokenizer, tmp_path):
     hf.save_pretrained(tmp_path / "copy")
     copy = AutoTokenizer.from_pretrained(tmp_path / "copy")
-    assert tokenizer_identity(copy, chat=False) == tokenizer_identity(hf, chat=False)
+    assert tokenizer_identity(copy) == tokenizer_identity(hf)
     copy.add_tokens(["another"])
-    assert tokenizer_identity(copy, chat=False) != tokenizer_identity(hf, chat=False)
+    assert tokenizer_identity(copy) != tokenizer_identity(hf)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(hf, tmp_path):

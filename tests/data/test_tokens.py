@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from megadistill.blocks import BlockStore
 from megadistill.data.tokens import build_tokens, statistics, token_counts
 from megadistill.errors import ConfigError, DataError, RecipeError, StoreError
+from tests.data.chats import CHAT, CHATML, stock
 from tests.data.stores import same_store
-from tests.data.test_encode import CHAT, PLAIN
 
 TEXTS = ["", *(f"def f{i}(x):\n    return x + {i}\n" * (i % 9) for i in range(120)), "end"]
 
@@ -184,7 +184,7 @@ def test_a_killed_tokenising_process_ends_the_run_with_a_line(config, corpus, mo
 
 def test_chats_have_a_loss_mask(config, tokenizer, tmp_path):
     hf = AutoTokenizer.from_pretrained(tokenizer)
-    hf.chat_template = PLAIN
+    hf.chat_template = stock(CHATML).replace("<|im_end|>", "<|end|>")
     hf.save_pretrained(tmp_path / "chat")
     rows = "".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(20))
     (tmp_path / "chats.jsonl").write_text(rows)
@@ -193,7 +193,7 @@ def test_chats_have_a_loss_mask(config, tokenizer, tmp_path):
     tokens = np.concatenate([s["tokens"] for s in store])
     mask = np.concatenate([s["loss_mask"] for s in store])
     learned = hf.decode(tokens[mask == 1])
-    assert learned.startswith("It is 2.<|end|>\nIt is 4.<|end|>\n<|end|>It is 2.")
+    assert learned.startswith("It is 2.<|end|>It is 4.<|end|>It is 2.")
     assert statistics(store)["learned_tokens"] == mask.sum()
 
 

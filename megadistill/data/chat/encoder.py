@@ -1,0 +1,199 @@
+"""Chats to token ids and loss masks.
+
+The ids are those of the rendered text, tokenised in one go. Only where a token would lie across the
+border of what is learned (a generation prompt that ends with a line break before an answer that
+begins with one) is the text tokenised in two parts there: the prompt then has the tokens that it
+has at inference, and the model learns all that it generates. If two parts would decode to another
+text (tokenizers that put a space before every text), the ids stay and the token is not learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megadistill.data.chat.boundaries import Boundaries, Chat, ChatError
+from megadistill.data.chat.template import ChatTemplate, Messages, TemplateError, Tools
+from megadistill.data.conversation import conversation
+from megadistill.data.conversation import tools as read_tools
+from megadistill.errors import BadDocumentError
+
+
+@dataclass(frozen=True)
+class ChatSpec:
+    """What turns chats into text.
+
+    templates: by name; `default`, and `tool_use` for chats with tools if the tokenizer has one.
+    variables: what templates see besides the chat. date: that of `strftime_now`, ISO.
+    mask: `generated`, or `template` for its own {% generation %} marks.
+    """
+
+    templates: dict[str, str]
+    variables: dict[str, Any]
+    date: str
+    mask: str = "generated"
+
+
+class ChatEncoder:
+    """Made once in each tokenising process. backend: the tokenizers library's JSON."""
+
+    def __init__(self, spec: ChatSpec, *, backend: str, eos: int) -> None:
+        from tokenizers import Tokenizer
+
+        # The post-processor of byte-level tokenizers cuts white space off the offsets.
+        parts = json.loads(backend) | {"post_processor": None, "truncation": None, "padding": None}
+        self._tokenizer = Tokenizer.from_str(json.dumps(parts))
+        self._eos, self._eos_text = eos, self._tokenizer.id_to_token(eos) or ""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special} | {self._eos_text}
+        self._marked = spec.mask == "template"
+        self._boundaries = {
+            name: Boundaries(
+                ChatTemplate(source, variables=spec.variables, date=spec.date), special
+            )
+            for name, source in spec.templates.items()
+        }
+
+    def encode(self, messages: Any, tools: Any = None) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a chat: every turn of the assistant is learned. BadDocumentError."""
+        return self._encode(conversation(messages), read_tools(tools), first=0)
+
+    def encode_completion(
+        self, prompt: Any, completion: Any, tools: Any = None
+    ) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a prompt and a completion, each a list of turns or one turn's text.
+
+        Only the assistant's turns of the completion are learned.
+        """
+        before = _turns(prompt, "prompt", "user")
+        after = _turns(completion, "completion", "assistant")
+        if not after:
+            return [], []
+        return self._encode(before + after, read_tools(tools), first=len(before))
+
+    def _encode(
+        self, messages: Messages, tools: Tools, *, first: int
+    ) -> tuple[list[int], list[int]]:
+        if not messages:
+            return [], []
+        name = "tool_use" if tools is not None and "tool_use" in self._boundaries else "default"
+        boundaries = self._boundaries[name]
+        refused: tuple[Messages, TemplateError] | None = None
+        for shaped in _shapes(messages, boundaries.template):
+            try:
+                if self._marked:
+                    text, spans = boundaries.template.marked(shaped, tools)
+                    return self._overlapping(text, spans)
+                return self._within(boundaries.find(shaped, tools, first=first))
+            except TemplateError as error:
+                refused = refused or (shaped, error)
+            except ChatError as error:
+                raise BadDocumentError(f"{_number(error.turn, first)}: {error}") from error
+        assert refused is not None
+        shaped, reason = refused
+        turn = _number(boundaries.refused_turn(shaped, tools), first)
+        raise BadDocumentError(f"{turn}: the chat template refuses it: {reason}") from reason
+
+    # Tokens
+
+    def _within(self, chat: Chat) -> tuple[list[int], list[int]]:
+        """Ids of the text, with a mask of the tokens inside what is learned."""
+        ids, begins, ends = self._tokens(chat.text)
+        borders = np.array([at for span in chat.learned for at in span], dtype=np.int64)
+        after = np.searchsorted(begins, borders, side="left") - 1  # the last token before each
+        across = (after >= 0) & (np.append(ends, 0)[after] > borders)
+        if across.any():
+            parts = self._parts(chat.text, sorted(set(borders[across].tolist())))
+            if self._text(parts[0]) == self._text(ids):
+                ids, begins, ends = parts
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        for begin, end in chat.learned:
+            mask |= (begins >= begin) & (ends <= end)
+        return self._ended(chat.text, ids, mask, learn=chat.unclosed)
+
+    def _overlapping(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """The mask of a template's own marks, as transformers makes it."""
+        ids, begins, ends = self._tokens(text)
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        for begin, end in spans:
+            mask |= (begins < end) & (ends > begin)
+        return self._ended(text, ids, mask, learn=len(mask) > 0 and bool(mask[-1]))
+
+    def _ended(
+        self, text: str, ids: np.ndarray, mask: np.ndarray, *, learn: bool
+    ) -> tuple[list[int], list[int]]:
+        """With an end token where the text lacks it. It is learned if the last turn was open."""
+        if self._eos_text and text.rstrip().endswith(self._eos_text):
+            return ids.tolist(), mask.tolist()
+        return [*ids.tolist(), self._eos], [*mask.tolist(), int(learn)]
+
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, begin of each in characters, end of each)."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int64), offsets[:, 0], offsets[:, 1]
+
+    def _parts(self, text: str, borders: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`_tokens` of the text cut at the borders."""
+        found = []
+        for begin, end in zip([0, *borders], [*borders, len(text)], strict=True):
+            ids, begins, ends = self._tokens(text[begin:end])
+            found.append((ids, begins + begin, ends + begin))
+        ids, begins, ends = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        return ids, begins, ends
+
+    def _text(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _turns(value: Any, column: str, role: str) -> Messages:
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        return [{"role": role, "content": value}] if value else []
+    try:
+        return conversation(value)
+    except BadDocumentError as error:
+        raise BadDocumentError(f"{column}: {error}") from error
+
+
+def _number(turn: int, first: int) -> str:
+    if first == 0:
+        return f"turn {turn}"
+    return f"prompt: turn {turn}" if turn < first else f"completion: turn {turn - first}"
+
+
+def _shapes(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
+    """The chat in the forms that templates expect; the first one that is not refused counts.
+
+    A content that is null is left out, as transformers 5 does, or null, or empty. Arguments of tool
+    calls are objects, or JSON text.
+    """
+    messages = [_content(m, template) for m in messages]
+    calls = any("tool_calls" in m for m in messages)
+    nulls = any("content" not in m for m in messages)
+    for as_text in (False, True) if calls else (False,):
+        for null in ({}, {"content": None}, {"content": ""}) if nulls else ({},):
+            yield [{**null, **(_with_text_arguments(m) if as_text else m)} for m in messages]
+
+
+def _content(message: dict[str, Any], template: ChatTemplate) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and not template.takes_parts:
+        return message | {"content": "".join(part["text"] for part in content)}
+    if isinstance(content, str) and not template.takes_text:
+        return message | {"content": [{"type": "text", "text": content}]}
+    return dict(message)
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": function | {"arguments": text}})
+    return message | {"tool_calls": calls}

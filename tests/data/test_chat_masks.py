@@ -1,0 +1,70 @@
+"""The loss mask of chats is what the model would generate, under templates without marks.
+
+The truth is transformers' own mask of the same template with {% generation %} marks put in by hand.
+"""
+
+import pytest
+
+from megadistill.data.chat.encoder import ChatEncoder, ChatSpec
+from tests.data.chats import (
+    TEMPLATES,
+    TOOLS,
+    TRUTH,
+    byte_tokenizer,
+    generated_chats,
+    marked,
+    stock,
+)
+
+
+def encoder(hf, template, *, mask="generated", date="2024-07-26", **variables):
+    tokens = {k: v for k, v in hf.special_tokens_map.items() if isinstance(v, str)}
+    spec = ChatSpec({"default": template}, tokens | variables, date, mask)
+    return ChatEncoder(spec, backend=hf.backend_tokenizer.to_str(), eos=hf.eos_token_id)
+
+
+def truth(hf, template, chat, tools=None, **variables):
+    """(ids, mask) by transformers, with the end token where the text has none."""
+    found = hf.apply_chat_template(
+        chat, chat_template=template, tools=tools, tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True, **variables,
+    )  # fmt: skip
+    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if not hf.decode(ids).rstrip().endswith(hf.eos_token):
+        ids, mask = [*ids, hf.eos_token_id], [*mask, 0]
+    return ids, mask
+
+
+def learned(hf, ids, mask):
+    """The text of each stretch of learned tokens."""
+    stretches, current = [], []
+    for token, on in zip([*ids, 0], [*mask, 0], strict=True):
+        if on:
+            current.append(token)
+        elif current:
+            stretches.append(hf.decode(current))
+            current = []
+    return stretches
+
+
+def chats_for(name):
+    strict = name in ("no generation prompt", "the end is printed with the next turn")
+    return generated_chats(
+        len(name), 40, tools=name == "tools", reasoning="reasoning" in name, alternate=strict
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mask_is_that_of_marks_put_in_by_hand(name):
+    template, special, eos = TEMPLATES[name]
+    hf = byte_tokenizer(special, eos=eos)
+    ours = encoder(hf, stock(template))
+    tools = TOOLS if name == "tools" else None
+    for chat in chats_for(name):
+        ids, mask = truth(hf, marked(TRUTH.get(name, template)), chat, tools)
+        if name == "the end is printed with the next turn" and chat[-1]["role"] == "assistant":
+            mask[-1] = 1  # the last turn has no end of its own
+        assert ours.encode(chat, tools) == (ids, mask), chat
+        text = hf.apply_chat_template(chat, chat_template=stock(template), tools=tools,
+                                      tokenize=False)  # fmt: skip
+        assert hf.decode(ids).removesuffix(hf.eos_token) == text.removesuffix(hf.eos_token)

@@ -160,7 +160,9 @@ def marked(template: str) -> str:
     return template.replace("<<", "{% generation %}").replace(">>", "{% endgeneration %}")
 
 
-def byte_tokenizer(special: list[str], *, eos: str, merges: Sequence[tuple[str, str]] = ()) -> Any:
+def byte_tokenizer(
+    special: list[str], *, eos: str, bos: str | None = None, merges: Sequence[tuple[str, str]] = ()
+) -> Any:
     """Every byte is a token, and every special token; merges may join bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(alphabet)}
@@ -172,7 +174,7 @@ def byte_tokenizer(special: list[str], *, eos: str, merges: Sequence[tuple[str, 
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in special]
     )
-    bos = "<|bos|>" if "<|bos|>" in special else None
+    bos = bos or ("<|bos|>" if "<|bos|>" in special else None)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos)
 
 
@@ -181,10 +183,13 @@ WORDS = ["", " ", "\n", "Yes.", "It is 4", " two  words ", "line\n\nbreak\n", "n
 
 
 def generated_chats(
-    seed: int, count: int, *, tools: bool = False, system: bool = True, reasoning: bool = False,
+    seed: int, count: int, *, calls: int = 0, system: bool = True, reasoning: bool = False,
     alternate: bool = False, empty: bool = True,
 ) -> list[list[dict[str, Any]]]:  # fmt: skip
-    """Chats of several turns, some with a system prompt, calls of tools and reasoning."""
+    """Chats of several turns, some with a system prompt, calls of tools and reasoning.
+
+    calls: most calls of a turn. alternate: no two turns of the assistant in a row.
+    """
     draw = random.Random(seed)
 
     def text() -> str:
@@ -198,8 +203,8 @@ def generated_chats(
             chat.append({"role": "system", "content": text()})
         for _ in range(draw.randint(1, 4)):
             chat.append({"role": "user", "content": text()})
-            if tools and draw.random() < 0.5:
-                chat += _calls(draw, text)
+            if calls and draw.random() < 0.5:
+                chat += _calls(draw, text, calls)
             answers = 1 if alternate else draw.choice([1, 1, 1, 1, 2])
             for _ in range(answers):
                 turn = {"role": "assistant", "content": text()}
@@ -215,16 +220,16 @@ def generated_chats(
     return chats
 
 
-def _calls(draw: random.Random, text: Any) -> list[dict[str, Any]]:
+def _calls(draw: random.Random, text: Any, most: int) -> list[dict[str, Any]]:
     results = []
     calls = []
-    for number in range(draw.choice([1, 1, 2])):
+    for number in range(draw.randint(1, most)):
         name = f"call{number:05d}"
         arguments = {"city": text(), "days": draw.randint(1, 9), "more": [None, {"a": True}]}
         function = {"name": draw.choice(["weather", "search"]), "arguments": arguments}
         calls.append({"type": "function", "id": name, "function": function})
         results.append({"role": "tool", "tool_call_id": name, "name": "weather", "content": text()})
-    turn = {"role": "assistant", "tool_calls": calls, "content": draw.choice(["", text()])}
+    turn = {"role": "assistant", "tool_calls": calls, "content": draw.choice(["", None, text()])}
     return [turn, *results]
 
 

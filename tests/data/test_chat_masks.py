@@ -48,10 +48,15 @@ def learned(hf, ids, mask):
 
 
 def chats_for(name):
-    strict = name in ("no generation prompt", "the end is printed with the next turn")
-    return generated_chats(
-        len(name), 40, tools=name == "tools", reasoning="reasoning" in name, alternate=strict
-    )
+    late = name == "the end is printed with the next turn"
+    chats = generated_chats(
+        len(name), 40, calls=2 * (name == "tools"), reasoning="reasoning" in name,
+        alternate=late or name == "no generation prompt",
+    )  # fmt: skip
+    if late:  # transformers leaves out the last bytes of a letter at the end of a mark
+        for turn in (turn for chat in chats for turn in chat):
+            turn["content"] = turn["content"].encode("ascii", "ignore").decode()
+    return chats
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

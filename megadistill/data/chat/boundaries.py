@@ -8,7 +8,8 @@ If the whole chat begins with the former, the turn opens there: the model was gi
 Otherwise (reasoning dropped from earlier turns, tools printed before the last question) the
 generation prompt is what the option adds, and it is found at the start of what the trace says the
 turn printed. A prompt that an earlier turn lacks in part, such as the empty `<think>` block of
-`enable_thinking=false`, counts as far as both agree, in whole printed pieces or special tokens.
+`enable_thinking=false`, counts as far as both agree, in whole printed pieces or, within the first
+piece, whole special tokens and lines.
 
 Closing. Behind the turn's last special token if only white space follows it. Otherwise behind the
 text that ends a probe's turn (a template whose end-of-turn is no token of this tokenizer), or
@@ -226,10 +227,10 @@ class Boundaries:
         return [piece for piece in pieces if piece]
 
     def _border(self, text: str, at: int, pieces: Iterable[str] = ()) -> int:
-        """The last place up to `at` where a piece, a special token or a line ends; else 0."""
-        lengths = accumulate(map(len, pieces))
-        ends = (found.end() for found in re.finditer(self.special.pattern + r"\s*|\n", text))
-        return max((end for end in (*lengths, *ends) if end <= at), default=0)
+        """The last place up to `at` where a printed piece ends; else a special token or a line."""
+        whole = [end for end in accumulate(map(len, pieces)) if end <= at]
+        inner = (found.end() for found in re.finditer(self.special.pattern + r"\s*|\n", text))
+        return max(whole or (end for end in inner if end <= at), default=0)
 
     # Closing
 

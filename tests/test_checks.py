@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megadistill.checks import check_generate, check_train
 from megadistill.config import Config, load_config
@@ -354,6 +355,30 @@ def test_a_tokenizer_that_does_not_match_the_model(place):
     assert refused(check_generate, "data.tokenizer=./large", "student=null").startswith(
         "data.tokenizer: the tokenizer ./large has ids up to 699, and the teacher ./teacher a "
         "vocabulary of 512"
+    )
+
+
+def test_an_added_token_without_a_row_is_named_with_its_cure(place):
+    tokenizer = AutoTokenizer.from_pretrained("teacher")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained("teacher")
+    said = refused(check_generate, "student=null")
+    assert said.startswith("teacher.model: the tokenizer ./teacher has ids up to 512, and")
+    assert "the added token '[PAD]' (id 512) has no row in the model: remove" in said
+    assert "data.tokenizer" not in said
+
+
+def test_a_sentencepiece_model_alone_is_named_with_its_cure(place):
+    (place / "pieces").mkdir()
+    (place / "pieces/tokenizer.model").write_bytes(
+        b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+    )
+    Path("pieces/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    Path("pieces/config.json").write_text('{"model_type": "llama"}')
+    said = refused(check_generate, "data.tokenizer=./pieces", "student=null")
+    assert said.startswith(
+        "data.tokenizer: ./pieces: found tokenizer.model and no tokenizer.json, expected a fast "
+        "tokenizer: convert it once (pip install sentencepiece"
     )
 
 

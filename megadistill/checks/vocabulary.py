@@ -42,11 +42,21 @@ def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) ->
     largest = count_ids(tokenizer) - 1
     if teacher.vocab_size is not None and largest >= teacher.vocab_size:
         key = "teacher.model" if config.data.tokenizer is None else "data.tokenizer"
-        raise ConfigError(
+        found = (
             f"{key}: the tokenizer {config.data.tokenizer or config.teacher.model} has ids up to "
-            f"{largest}, and the teacher {teacher.name} a vocabulary of {teacher.vocab_size}: they "
-            "do not belong together; set data.tokenizer to the teacher's own"
+            f"{largest}, and the teacher {teacher.name} a vocabulary of {teacher.vocab_size}"
         )
+        added = _added_beyond(tokenizer, teacher.vocab_size)
+        if added:
+            raise ConfigError(
+                f"{found}: the added {added} no row in the model: remove from the tokenizer what "
+                "was added (megadistill pads nothing), or give the model rows with "
+                "resize_token_embeddings"
+            )
+        cure = "set data.tokenizer to the teacher's own"
+        if config.data.tokenizer is None:
+            cure = f"put the model's own tokenizer into {teacher.name}, or set data.tokenizer to it"
+        raise ConfigError(f"{found}: they do not belong together; {cure}")
     if config.data.tokenizer is not None:
         _check_same_ids(
             config.teacher, config, tokenizer, teacher,
@@ -54,6 +64,16 @@ def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) ->
             other="the teacher would be asked about other tokens; leave data.tokenizer out, or "
             f"train with {_PROJECTED}, for which teacher and student may differ",
         )  # fmt: skip
+
+
+def _added_beyond(tokenizer: Any, rows: int) -> str:
+    """The added tokens whose ids have no row; empty where other tokens lack one as well."""
+    added = {id_: token for token, id_ in tokenizer.get_added_vocab().items() if id_ >= rows}
+    if not added or set(added) != {id_ for id_ in tokenizer.get_vocab().values() if id_ >= rows}:
+        return ""
+    names = [f"{added[id_]!r} (id {id_})" for id_ in sorted(added)]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"token {shown} has" if len(names) == 1 else f"tokens {shown} have"
 
 
 def student_if_there(config: Config) -> ModelFiles | None:

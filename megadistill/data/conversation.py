@@ -103,7 +103,8 @@ def _turn(value: Any, where: str) -> Turn:
         )
     role = _ROLES.get(name, turn[key])
     text = next((k for k in ("content", "value", "text") if turn.get(k) is not None), None)
-    stated = text is not None or any(k in value for k in ("content", "value"))
+    # A null `value` is no key any more in parquet.
+    stated = text is not None or key == "from" or any(k in value for k in ("content", "value"))
     content = None if text is None else turn[text]
     rest = {k: v for k, v in turn.items() if k not in (key, text, "role", "content", "from")}
     result: Turn = {"role": role}

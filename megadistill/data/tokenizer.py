@@ -54,6 +54,15 @@ def open_tokenizer(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
+        models = ", ".join(sorted(path.name for path in Path(name).glob("*.model")))
+        if models and not Path(name, "tokenizer.json").exists():
+            # transformers names the library that it tried last, which may be the wrong one.
+            raise ConfigError(
+                f"{key}: {name}: found {models} and no tokenizer.json, expected a fast tokenizer: "
+                "convert it once (pip install sentencepiece protobuf tiktoken; AutoTokenizer."
+                "from_pretrained(...).save_pretrained(FOLDER)), and set data.tokenizer to that "
+                "folder"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{key}: {name}: no tokenizer can be loaded: {lines[0]}") from error
     if not tokenizer.is_fast:

@@ -36,14 +36,14 @@ RANDOM = frozenset({"random", "lipsum"})
 
 def template_names(source: str) -> set[str]:
     """The variables and filters that a template uses. ValueError: it cannot be parsed."""
-    from jinja2 import TemplateSyntaxError, meta, nodes
+    from jinja2 import TemplateSyntaxError, nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
         tree = _compile_jinja_template(source).environment.parse(source)
     except TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno}: {error.message}") from error
-    return meta.find_undeclared_variables(tree) | {f.name for f in tree.find_all(nodes.Filter)}
+    return {found.name for found in tree.find_all((nodes.Name, nodes.Filter))}
 
 
 def has_marks(source: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing as mp
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ class Ranks:
 def _run(
     function: str, arguments: tuple[Any, ...], rank: int, world: int, port: int, log: str
 ) -> None:
+    # As a terminal starts a program; a shell starts jobs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megadistill import parallel
 from megadistill.parallel.circle import KEY, call_hub
 from megadistill.parallel.ranks import _STORE
+from megadistill.parallel.watchdog import FORWARDED_S, GRACE_S
 from tests.forked import Ranks
 
 HERE = "tests.parallel.test_watchdog"
@@ -72,6 +73,34 @@ def stop_softly(folder: Path) -> int:
         stop.wait(60)
         mesh.barrier()  # the others were asked, too
         (folder / f"saved-{mesh.rank}").touch()
+    return 0
+
+
+def stand_still_softly(folder: Path) -> None:
+    """As a save, or a step, that takes longer than the ranks are given."""
+    with (
+        parallel.joined() as mesh,
+        parallel.accounted(lambda: "step 30 is saved"),
+        parallel.graceful_stop(),
+    ):
+        there(folder, mesh)
+        time.sleep(300)
+
+
+def stand_still(folder: Path) -> None:
+    with parallel.joined() as mesh, parallel.accounted(lambda: "step 30 is saved"):
+        there(folder, mesh)
+        time.sleep(300)
+
+
+def ignore_the_terminal(folder: Path) -> int:
+    """As under nohup, in the background of a script."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with parallel.joined() as mesh:
+        there(folder, mesh)
+        until_exists(folder / "go")
+        mesh.barrier()
     return 0
 
 
@@ -153,6 +182,48 @@ def test_a_sigterm_to_any_rank_ends_all_though_they_stand_in_a_collective(ranks,
     assert begun.wait(STOP_S) == [143] * 3, begun.said()
     assert begun.said().count(f"rank {told} on {socket.gethostname()} got SIGTERM") == 1
     assert "Traceback" not in begun.said()
+
+
+def to_all(begun: Ranks, number: int) -> None:
+    """As a terminal sends it."""
+    for process in begun.processes:
+        os.kill(process.pid, number)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "named"),
+    [(signal.SIGINT, 130, "got SIGINT (Ctrl-C)"), (signal.SIGHUP, 129, "got SIGHUP (its term")],
+)
+def test_ctrl_c_and_a_closed_terminal_end_all_ranks_and_one_line_says_what_is_saved(
+    ranks, number, code, named
+):
+    begun = ranks("stand_still")
+    to_all(begun, number)
+    assert begun.wait(STOP_S) == [code] * 3, begun.said()
+    assert begun.said().count(f"rank 0 on {socket.gethostname()} {named}") == 1, begun.said()
+    assert begun.said().count("step 30 is saved") == 1, begun.said()
+    assert "Traceback" not in begun.said()
+
+
+def test_a_second_ctrl_c_ends_all_ranks_at_once_and_says_what_is_saved(ranks):
+    begun = ranks("stand_still_softly")
+    to_all(begun, signal.SIGINT)
+    until(lambda: "Ctrl-C again ends them at once" in begun.said(), begun)
+    to_all(begun, signal.SIGTERM)  # a launcher's: it changes nothing
+    to_all(begun, signal.SIGINT)  # of a launcher that forwards it
+    assert begun.wait(FORWARDED_S) == [None] * 3, begun.said()
+    os.kill(begun.processes[1].pid, signal.SIGINT)
+    assert begun.wait(GRACE_S) == [130] * 3, begun.said()
+    assert begun.said().count("step 30 is saved") == 1, begun.said()
+
+
+def test_what_a_process_was_started_to_ignore_stops_nobody(ranks):
+    begun = ranks("ignore_the_terminal")
+    to_all(begun, signal.SIGINT)
+    to_all(begun, signal.SIGHUP)
+    (begun.logs[0].parent / "go").touch()
+    assert begun.wait(STOP_S) == [0] * 3, begun.said()
+    assert "stop" not in begun.said()
 
 
 @pytest.mark.parametrize("killed", [0, 1, 2])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -69,6 +70,47 @@ def run_and_lose_the_lock(mesh, config, lines):
         return message(mesh, config)
     finally:
         Reporter.step = step
+
+
+def run_and_be_stopped(mesh, config, step, number, save_s):
+    """Training that gets a signal right after a step, and whose saves take `save_s`.
+
+    Exit code, and what is logged of it; the time of a save is that of a clock which stands still
+    otherwise.
+    """
+    from megadistill.parallel.ranks import _WATCHDOG
+    from megadistill.train import stopping
+    from megadistill.train.metrics import Reporter
+
+    said, now = [], [0.0]
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    save, init, report = checkpoint.save, stopping.Saving.__init__, Reporter.step
+
+    def slow_save(*arguments, **options):
+        save(*arguments, **options)
+        now[0] += save_s
+
+    def with_our_clock(self, *arguments):
+        init(self, *arguments, clock=lambda: now[0])
+
+    def report_and_signal(self, record):
+        report(self, record)
+        if record["step"] == step:
+            os.kill(os.getpid(), number)
+            assert _WATCHDOG[0]._graceful.wait(20)
+
+    log = logging.getLogger("megadistill.train")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    checkpoint.save, stopping.Saving.__init__ = slow_save, with_our_clock
+    Reporter.step = report_and_signal
+    try:
+        return train(config, mesh).code, said
+    finally:
+        checkpoint.save, stopping.Saving.__init__, Reporter.step = save, init, report
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
 
 
 def weights(mesh, config):

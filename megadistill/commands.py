@@ -150,6 +150,7 @@ def _report(error: MegadistillError) -> None:
         time.sleep(SILENCE_S)
         return
     where = "" if rank == 0 else f"[{socket.gethostname()} rank {rank}] "
-    for line in str(error).splitlines() or [type(error).__name__]:
-        sys.stderr.write(f"error: {where}{line}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal is closed
+        for line in str(error).splitlines() or [type(error).__name__]:
+            sys.stderr.write(f"error: {where}{line}\n")
+        sys.stderr.flush()

@@ -55,8 +55,9 @@ def each_block(
 
 def _begin(task: Callable[[Any, Any], Any], context: Any) -> None:
     global _task
-    # Control-C reaches the whole group: the caller ends the pool, and one of them speaks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Control-C and a closed terminal reach the whole group: the caller ends the pool.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _task = lambda item: task(context, item)  # noqa: E731
 
 

@@ -133,7 +133,8 @@ class _Worker:
 
 def serve() -> None:
     """What a tokenising process does until its input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the parent, which ends us
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not come between the answers
     requests = sys.stdin.buffer

@@ -55,24 +55,25 @@ def _try_acquire(baton: Any) -> bool:
     Takes the place of `FileBaton.try_acquire`, and waits where torch would wait afterwards.
     """
     path, began = Path(baton.lock_file_path), time.monotonic()
-    said_at: float | None = None
+    waited, said_at, abandoned = False, began + SAY_AFTER_S - SAY_AGAIN_S, None
     while True:
-        holders: list[int] = []
         with _guarded(path):
+            if waited and not path.exists():
+                return False  # released: it is built
             if _create(baton):
                 return True
-            with contextlib.suppress(FileNotFoundError):  # released in this moment
-                holders, known = _holders(path)
-                if known and not holders:
-                    log.warning("%s: the process that built here is gone: building again", path)
-                    path.unlink()
-                    continue
-        if not path.exists():
-            return False
+            holders, held = _holders(path)
+            # At two looks: a builder closes the file a moment before it removes it.
+            if held is not None and held == abandoned:
+                log.warning("%s: the process that built here is gone: building again", path)
+                path.unlink()
+                return bool(_create(baton))
+            abandoned = held
         now = time.monotonic()
-        if now - began > SAY_AFTER_S and (said_at is None or now - said_at > SAY_AGAIN_S):
+        if now > said_at + SAY_AGAIN_S:
             said_at = now
             _say(path, holders)
+        waited = True
         time.sleep(_POLL_S)
 
 
@@ -92,16 +93,15 @@ def _guarded(path: Path) -> Iterator[None]:
         os.close(guard)
 
 
-def _holders(path: Path) -> tuple[list[int], bool]:
-    """(processes that hold the lock or still compile there, whether those are all there can be).
-
-    FileNotFoundError where the lock is gone.
-    """
-    status, folder = path.stat(), path.parent.stat()
-    found = []
+def _holders(path: Path) -> tuple[list[int], int | None]:
+    """The processes that hold the lock or still compile there; its inode where nobody can."""
+    found: list[int] = []
+    try:
+        status, folder = path.stat(), path.parent.stat()
+    except FileNotFoundError:  # released in this moment
+        return found, None
     kind = _file_system(path.parent)
     private = kind == "overlay" or (kind in _LOCAL and _link("/proc/self/ns/pid") == _ALL_PROCESSES)
-    known = private and status.st_uid == os.getuid()
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -110,7 +110,8 @@ def _holders(path: Path) -> tuple[list[int], bool]:
             compiles = _is(process / "cwd", folder) and _is_compiler(process)
             if compiles or any(_is(fd, status) for fd in (process / "fd").iterdir()):
                 found.append(int(name))
-    return found, known
+    nobody = private and status.st_uid == os.getuid() and not found
+    return found, status.st_ino if nobody else None
 
 
 def _is(path: Path, status: os.stat_result) -> bool:

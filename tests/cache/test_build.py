@@ -332,6 +332,22 @@ def test_another_recipe_in_the_same_folder_is_refused_by_name(
         _prepare(config, held)
 
 
+def test_before_the_first_block_micro_batch_may_change_as_after_running_out_of_memory(
+    corpus, tmp_path
+):
+    import contextlib
+
+    from megadistill.cache.build import _prepare
+
+    for size in (8, 2):
+        config = settings(corpus, tmp_path / "cache", teacher={"micro_batch": size})
+        with contextlib.ExitStack() as held:
+            missing = _prepare(config, held)
+            store = BlockStore.open(tmp_path / "cache")
+            assert store.recipe["micro_batch"] == size
+            assert missing == list(range(store.num_blocks))
+
+
 def test_another_teacher_under_the_same_path_is_refused(corpus, tmp_path, single):
     from megadistill.cache.recipe import model_identity
 

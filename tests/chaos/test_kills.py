@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megadistill.blocks import BlockStore
 from tests.blocks.stores import commit, create, fill, make_samples, tree
-from tests.chaos.harness import Chaos, make_corpus
+from tests.chaos.harness import STOP_S, Chaos, make_corpus, markers, start
 
 PARTS, KILLS = 9, 20
 
@@ -22,6 +25,31 @@ def corpus(tmp_path_factory) -> Path:
 def test_a_few_kills_leave_the_bytes_of_an_undisturbed_run(corpus, tmp_path):
     chaos = Chaos(corpus, tmp_path, seed=2, layouts=("tp1",))
     assert len(chaos.run(4)) >= 4  # the last series is brought to its end
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long)],
+)
+def test_interrupted_it_says_how_many_blocks_are_committed_and_resumes(
+    corpus, tmp_path, number, code
+):
+    chaos = Chaos(corpus, tmp_path, seed=3, layouts=("tp1",))
+    with start(corpus, tmp_path, "tp1", 2, tmp_path / "notes") as ranks:
+        while not markers(tmp_path / "cache"):
+            assert ranks.codes == [None, None], ranks.said()
+            time.sleep(0.01)
+        for process in ranks.processes:  # as a terminal sends it
+            os.kill(process.pid, number)
+        assert ranks.wait(STOP_S) == [code, code], ranks.said()
+        said = ranks.said()
+    committed, blocks = len(markers(tmp_path / "cache")), chaos.blocks("tp1")
+    assert committed < blocks
+    line = f"cache: {committed} of {blocks} blocks are committed; the same command resumes there"
+    assert said.count(line) == 1, said
+    assert "Traceback" not in said, said
+    chaos.finish(tmp_path, "tp1", 2)
+    chaos.compare(tmp_path, "tp1")
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.ports import free_port
 from tests.train.survive import ROOT, RUN_S, STOP_S, newest_step
@@ -39,14 +40,19 @@ def command(how: str, file: Path, out: Path) -> list[str]:
 class Started:
     """One start, in a session of its own. A context manager; no process of it outlives it."""
 
-    def __init__(self, argv: list[str], log: Path) -> None:
+    def __init__(self, argv: list[str], log: Path, **options: Any) -> None:
+        """options: of subprocess.Popen, in place of a log file's."""
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         self.log = log
         with log.open("w") as output:
+            given = {
+                "stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT,
+                "preexec_fn": as_from_a_terminal,
+            }  # fmt: skip
             self.process = subprocess.Popen(
-                argv, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                start_new_session=True, preexec_fn=_as_from_a_terminal, cwd=ROOT,
+                argv, start_new_session=True, cwd=ROOT,
                 env=kept | {"PATH": os.pathsep.join([str(BINARIES), kept["PATH"]])},
+                **given | options,
             )  # fmt: skip
 
     def said(self) -> str:
@@ -84,7 +90,7 @@ class Started:
         self.process.wait()
 
 
-def _as_from_a_terminal() -> None:
+def as_from_a_terminal() -> None:
     # A shell starts jobs in the background, as these tests may be, with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

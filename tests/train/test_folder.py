@@ -97,6 +97,16 @@ def test_a_folder_without_a_checkpoint_takes_another_lr_and_says_so(tmp_path, sa
     assert "other settings than before: train.lr 0.5 -> 0.25" in second
 
 
+def test_begun_anew_a_run_ends_as_one_in_an_empty_folder(tmp_path):
+    config = make_config(tmp_path)
+    run_ranks(1, CLAIMED, config=elsewhere(config, "out", lr=0.5))
+    (tmp_path / "out/metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    whole = elsewhere(config, "whole")
+    for each in (config, whole):
+        assert run_ranks(1, RUN, config=each) == [4]
+    assert series(config) == series(whole)
+
+
 def test_the_same_command_in_a_folder_that_lost_everything_says_that_it_begins_at_step_1(
     tmp_path, said
 ):

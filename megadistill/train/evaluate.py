@@ -17,6 +17,7 @@ multiplied by T squared.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,26 @@ class Evaluation:
         self.count = min(len(self.sequences), max_sequences or len(self.sequences))
 
     @torch.no_grad()
-    def run(self, trainer: Trainer, *, micro_batch_size: int, pack: Any) -> dict[str, float]:
-        """The figures of the current student. Collective: ranks run equally many forwards."""
+    def run(
+        self,
+        trainer: Trainer,
+        *,
+        micro_batch_size: int,
+        pack: Any,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
+        """The figures of the current student; None where a stop is requested of any rank meanwhile.
+
+        Collective: ranks run equally many forwards.
+        """
         trainer.engine.eval()
         mesh, rows = trainer.mesh, micro_batch_size
         sums = torch.zeros(8, dtype=torch.float64)
         calibration_M3 = torch.zeros(BINS, 3, dtype=torch.float64)
         for start in range(0, self.count, rows * mesh.world):
+            if mesh.sum(torch.tensor(float(stop_requested()))):
+                trainer.engine.train()
+                return None
             mine = np.arange(start + mesh.rank * rows, start + (mesh.rank + 1) * rows)
             names = [(0, int(i)) for i in np.minimum(mine, self.count - 1)]
             batch = micro_batch(

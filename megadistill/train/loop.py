@@ -29,6 +29,7 @@ from megadistill.train.checkpoint import Checkpoint, Position
 from megadistill.train.data import MicroBatch
 from megadistill.train.engine import Trainer
 from megadistill.train.folder import run_identity
+from megadistill.train.journal import read_records
 from megadistill.train.metrics import Reporter
 from megadistill.train.nonfinite import NonFinite
 from megadistill.train.online import tokenise
@@ -94,12 +95,21 @@ def _train(run: Run, mesh: Mesh, found: Checkpoint | None) -> Trained:
                 reporter or contextlib.nullcontext(),
                 trainer.background or contextlib.nullcontext(),
             ):
-                end, figures = run_steps(run, trainer, mesh, start, reporter, saving, stop)
-            if end.step == run.steps:
-                finish(run, trainer, mesh, figures)
+                end = run_steps(run, trainer, mesh, start, reporter, saving, stop)
+            if end.complete:
+                finish(run, trainer, mesh, end.figures)
             else:
                 code = max(mesh.gather(stop.code))
-    return Trained(run.steps, end.step, end.step - start.step, run.config.train.out_dir, code)
+    step = end.position.step
+    return Trained(run.steps, step, step - start.step, run.config.train.out_dir, code)
+
+
+class Ended(NamedTuple):
+    """Where the steps ended."""
+
+    position: Position
+    figures: dict[str, float] | None  # of the last evaluation
+    complete: bool  # False where a stop was requested before
 
 
 def run_steps(
@@ -110,30 +120,44 @@ def run_steps(
     reporter: Reporter | None,
     saving: Saving,
     stop: Stop,
-) -> tuple[Position, dict[str, float] | None]:
-    """The steps from `start` on; where they ended, and the last evaluation. Collective."""
-    settings, position, figures = run.config.train, start, None
-    policy = NonFinite(settings, mesh, run.stores, skipped=start.skipped)
+) -> Ended:
+    """The steps from `start` on. Collective.
+
+    An evaluation that a stop cut short is done first, where the run resumes.
+    """
+    position, figures, complete = start, None, True
+    policy = NonFinite(run.config.train, mesh, run.stores, skipped=start.skipped)
     lowest = mesh.first(lambda: checkpoint.lowest_loss(run.folder.checkpoints))
+    owed = run.evaluates_after(start.step) and not mesh.first(lambda: _is_evaluated(run, start))
     with run.batches(mesh, first=start.step) as batches:
-        while position.step < run.steps:
-            flags = saving.flags(stop)
-            moved = run_step(run, trainer, batches, policy, position, reporter, flags)
-            if moved is None:
-                break
-            position, asked = moved
-            saving.standing.step = position.step
-            last = position.step == run.steps
-            best = False
-            evaluated = bool(run.evaluation) and (last or _due(position.step, settings.eval_every))
-            if evaluated:
-                figures = evaluate(run, trainer, position, reporter)
-                best = settings.keep_best and figures["loss"] < lowest
-                lowest = min(lowest, figures["loss"]) if best else lowest
-            if best or saving.due(position.step, asked=asked):
-                saving.save(position, figures if evaluated else None)
-    saving.finish(position, stop)
-    return position, figures
+        while complete and (owed or position.step < run.steps):
+            asked = False
+            if not owed:
+                flags = saving.flags(stop)
+                moved = run_step(run, trainer, batches, policy, position, reporter, flags)
+                if moved is None:
+                    complete = False
+                    break
+                position, asked = moved
+                saving.standing.step = position.step
+            best, evaluated = False, None
+            if owed or run.evaluates_after(position.step):
+                evaluated = evaluate(run, trainer, position, reporter, stop)
+                complete = evaluated is not None
+            if evaluated is not None:
+                figures = evaluated
+                best = run.config.train.keep_best and figures["loss"] < lowest
+                lowest = min(lowest, figures["loss"])
+            if best or (not owed and complete and saving.due(position.step, asked=asked)):
+                saving.save(position, evaluated)
+            owed = False
+    saving.finish(position, stop, complete=complete)
+    return Ended(position, figures, complete)
+
+
+def _is_evaluated(run: Run, start: Position) -> bool:
+    records = read_records(run.folder.path / "eval.jsonl")
+    return bool(records) and records[-1]["step"] >= start.step
 
 
 def run_step(
@@ -150,19 +174,19 @@ def run_step(
     None, and no step, where any rank is asked to stop. LockedError on all ranks where the folder
     is another run's by now. Collective.
     """
+    asked = Flags(*trainer.mesh.sum(torch.tensor(flags, dtype=torch.float64)).tolist())
+    if asked.lost:
+        trainer.mesh.first(run.folder.require_lock)
+    if asked.stop:
+        return None
     started = time.monotonic()
     share = next(batches)
     data_s, teacher_s = time.monotonic() - started, {}
     if trainer.teacher is not None:
         share = trainer.teacher.answer(share)
         teacher_s = {"teacher_s": time.monotonic() - started - data_s}
-    counts = [sum(b.kd_count for b in share), sum(b.ce_count for b in share), *flags]
-    totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-    (kd_count, ce_count), asked = totals[:2], Flags(*totals[2:])
-    if asked.lost:
-        trainer.mesh.first(run.folder.require_lock)
-    if asked.stop:
-        return None
+    counts = [sum(b.kd_count for b in share), sum(b.ce_count for b in share)]
+    kd_count, ce_count = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
     lr = learning_rate(position.step, run.steps, run.config.train)
     loss = run.config.loss.at(position.step / run.steps)
     sums = [
@@ -198,15 +222,18 @@ def run_step(
 
 
 def evaluate(
-    run: Run, trainer: Trainer, position: Position, reporter: Reporter | None
-) -> dict[str, float]:
-    """The held-out figures of the student as it stands. Collective."""
+    run: Run, trainer: Trainer, position: Position, reporter: Reporter | None, stop: Stop
+) -> dict[str, float] | None:
+    """The held-out figures of the student as it stands; None after a stop. Collective."""
     assert run.evaluation is not None
     with trainer.judged():
         figures = run.evaluation.run(
-            trainer, micro_batch_size=run.config.train.micro_batch, pack=run.config.data.pack
+            trainer,
+            micro_batch_size=run.config.train.micro_batch,
+            pack=run.config.data.pack,
+            stop_requested=lambda: stop.requested,
         )
-    if reporter is not None and run.folder.is_ours():
+    if figures is not None and reporter is not None and run.folder.is_ours():
         reporter.evaluation({"step": position.step, **figures})
     return figures
 
@@ -265,7 +292,3 @@ def _losses(
         losses[f"{name}_loss"] = getattr(total, name) / labels
         whole += getattr(loss, f"{name}_weight") * losses[f"{name}_loss"]
     return {"loss": whole, **losses}
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -61,6 +61,12 @@ class Run:
     features: FeaturePlan | None = None  # to be aligned with a teacher beside the student
     projected_width: int | None = None  # of a teacher whose hidden states are projected
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a held-out evaluation follows a step."""
+        every = self.config.train.eval_every
+        due = step == self.steps or (every is not None and step % every == 0)
+        return self.evaluation is not None and step > 0 and due
+
     def batches(self, mesh: Mesh, *, first: int = 0) -> Batches:
         """This rank's micro-batches of each step, from step `first` on."""
         return Batches(

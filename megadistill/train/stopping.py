@@ -1,13 +1,14 @@
 """When a run is saved, and what it leaves when it is stopped.
 
 A checkpoint is due every train.save_every steps, at the last step, at a new lowest loss with
-train.keep_best, and when train.save_minutes have passed since the last one. Rank 0's clock decides
-that; its answer travels with the sums of positions that every step needs, and costs no collective
-of its own. When a checkpoint is written changes nothing in what is trained.
+train.keep_best, and when train.save_minutes have passed since the last one by rank 0's clock. When
+a checkpoint is written changes nothing in what is trained.
 
-All ranks learn of a stop in the same collective. They finish the step before it, and save it if the
-last save's time fits what is left of the 15 s (`parallel.watchdog`); before the first save, they
-try. One line says what is saved, also when the process is ended in the middle of a step.
+All ranks learn of both, and of a stop, in one small collective at the beginning of a step, before
+they wait for data or a teacher. A stop leaves the step before it done, and an evaluation undone. It
+is saved if the last save's time fits what is left of the 15 s (`parallel.watchdog`); before the
+first save, the ranks try. One line says what is saved, also when the process is ended in the middle
+of a step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Flags(NamedTuple):
-    """What one rank adds to the sums of a step. Numbers, because they are summed over the ranks."""
+    """What one rank knows at the beginning of a step. Numbers, to be summed over the ranks."""
 
     stop: float  # a stop is requested
     save: float  # train.save_minutes have passed; rank 0 alone
@@ -111,16 +112,16 @@ class Saving:
             position.step, (lambda: True) if background is None else background.sealed()
         )
 
-    def finish(self, position: Position, stop: Stop) -> None:
+    def finish(self, position: Position, stop: Stop, *, complete: bool) -> None:
         """At the end of the steps, or after a stop: save what is not saved yet, where it fits."""
         mesh, background = self._trainer.mesh, self._trainer.background
-        if position.step < self._run.steps:
+        if not complete:
             stop.wait(2.0)  # it may have been asked of another rank, and come here in a moment
         if self._newest < position.step and mesh.first(lambda: self._fits(stop)):
             self.save(position, None)
         if background is not None:
             background.wait()
-        if position.step < self._run.steps and mesh.rank == 0:
+        if not complete and mesh.rank == 0:
             log.info("%s", self._last_line(position, stop))
 
     def _fits(self, stop: Stop) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from megadistill.train.stopping import Standing
 from tests.ranks import run_ranks
-from tests.train.stores import make_config
+from tests.train.stores import make_config, make_store
 from tests.train.test_folder import saved
 from tests.train.test_loop import elsewhere, series, weights
 
@@ -62,6 +62,25 @@ def test_a_signal_in_the_last_step_ends_a_finished_run_with_code_0(undisturbed):
     found = run_ranks(2, STOPPED, config=config, step=6, number=signal.SIGINT, save_s=1.0)
     assert [code for code, _ in found] == [0, 0]
     assert weights(config).keys() == weights(undisturbed).keys()
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(tmp_path, step):
+    make_store(tmp_path / "heldout", method="topk", seed=5)
+    config = make_config(
+        tmp_path, eval={"cache": str(tmp_path / "heldout")},
+        train={"steps": 6, "eval_every": 3, "keep_best": True, "keep": 9},
+    )  # fmt: skip
+    whole = elsewhere(config, "whole")
+    assert run_ranks(2, RUN, config=whole) == [6, 6]
+    found = run_ranks(2, STOPPED, config=config, step=step, number=signal.SIGTERM, save_s=1.0)
+    assert [code for code, _ in found] == [143, 143]
+    assert found[0][1][-1] == f"stopped at step {step} of 6: saved; the same command resumes there"
+    assert (tmp_path / "out/eval.jsonl").read_text().count("\n") == step // 3 - 1
+    assert run_ranks(2, RUN, config=config) == [6, 6]
+    for name in ("eval.jsonl", "model/model.safetensors", "model_best/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert saved(config) == saved(whole)
 
 
 def test_the_account_of_a_run_that_is_ended_in_the_middle_of_a_step():

@@ -131,7 +131,16 @@ def test_one_checkpoint_fixes_the_settings(tmp_path):
     assert (tmp_path / "out/run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("settings", [{}, {"schedule": "wsd", "decay_steps": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param(
+            {"schedule": "wsd", "decay_steps": 2}, marks=[pytest.mark.long, pytest.mark.runs]
+        ),
+    ],
+    ids=["constant", "wsd"],
+)
 def test_a_run_that_grows_is_to_the_bit_the_longer_run(tmp_path, settings):
     """Finished with a constant rate; or stopped before the decay of `wsd` began."""
     config = make_config(tmp_path, train=CONSTANT | {"ema": True, "use_ema": True} | settings)

@@ -13,6 +13,7 @@ from tests.train.stores import make_config, make_store
 from tests.train.test_folder import saved
 from tests.train.test_loop import elsewhere, series, weights
 
+LONG = [pytest.mark.long, pytest.mark.runs]
 RUN, STOPPED = "tests.train.runs:run", "tests.train.runs:run_and_be_stopped"
 
 
@@ -24,8 +25,10 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=LONG),
+     pytest.param(signal.SIGHUP, 129, marks=LONG)],
+)  # fmt: skip
 def test_a_signal_saves_the_step_and_the_run_ends_the_same_to_the_bit(undisturbed, number, code):
     """Without a save so far it is tried, however long it will take."""
     config = elsewhere(undisturbed, signal.Signals(number).name)
@@ -64,7 +67,7 @@ def test_a_signal_in_the_last_step_ends_a_finished_run_with_code_0(undisturbed):
     assert weights(config).keys() == weights(undisturbed).keys()
 
 
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("step", [3, pytest.param(6, marks=LONG)])
 def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(tmp_path, step):
     make_store(tmp_path / "heldout", method="topk", seed=5)
     config = make_config(

@@ -127,6 +127,7 @@ def interrupt(
             started.wait(rng.uniform(0, 1))
         else:
             started.wait(rng.uniform(0, whole_s))
+        assert not started.gone() or (out / "model").exists(), started.said()
         done, began = lines(out), time.monotonic()
         started.send(number)
         left = started.wait(STOP_S + (LAUNCHER_S if how == "deepspeed" else 0))

@@ -22,7 +22,6 @@ from megadistill.commands import run
 
 def main(argv):
     from megadistill.parallel import builds
-from tests.ranks import run_ranks
     builds.install()
     from torch.utils import cpp_extension
     cpp_extension.load(name="operator", sources=argv, is_python_module=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from megadistill.data.row import Row
 from megadistill.errors import DataError
 
 _OURS = ("json", "parquet", "arrow")
+_PATTERN = re.compile(r"[*?\[\]:#%]")
+_links: list[tempfile.TemporaryDirectory] = []
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
@@ -33,10 +37,13 @@ def folder_files(config: DataConfig) -> tuple[str, list[str]] | None:
     if not _is_folder(config):
         return None
     with _errors(config):
-        builder = _datasets().load_dataset_builder(_name(config), config.config)
+        base = _path(config)
+        builder = _datasets().load_dataset_builder(base, config.config)
     found = (builder.config.data_files or {}).get(config.split)
-    kind = getattr(builder, "name", None) or builder.dataset_name
+    folder = os.path.abspath(_name(config))
+    # The files themselves, not through the link.
     paths = [str(path) for path in found or []]
+    paths = [folder + p.removeprefix(base) if p.startswith(base) else p for p in paths]
     if not paths or not all(Path(path).is_file() for path in paths):
         return None
     with contextlib.suppress(DataError):
@@ -49,7 +56,7 @@ def load(config: DataConfig, fields: list[str]) -> Any:
     """The split of a dataset: a Dataset, or with `data.streaming` an IterableDataset."""
     with _errors(config):
         return _datasets().load_dataset(
-            _name(config),
+            _path(config),
             config.config,
             split=config.split,
             streaming=config.streaming,
@@ -142,6 +149,24 @@ def _errors(config: DataConfig) -> Iterator[None]:
 def _name(config: DataConfig) -> str:
     assert config.name is not None
     return config.name
+
+
+def _path(config: DataConfig) -> str:
+    """The name for `datasets`, which reads `[`, `*` and the like in a folder's name as a pattern.
+
+    Such a folder is given by a folder of links to its files, which stays until the program ends: a
+    stream opens its files late.
+    """
+    name = _name(config)
+    if not _is_folder(config) or not _PATTERN.search(os.path.abspath(name)):
+        return name
+    _links.append(tempfile.TemporaryDirectory())
+    base, folder = Path(_links[-1].name).resolve(), Path(os.path.abspath(name))
+    for file in filter(Path.is_file, folder.rglob("*")):
+        link = base / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    return str(base)
 
 
 def _is_folder(config: DataConfig) -> bool:

@@ -272,9 +272,11 @@ class _Reader:
             except json.JSONDecodeError as error:
                 # Near the end of what was read, more text may complete the value.
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
-                if not (cut and self._more()):
-                    self._pass(error.pos)
-                    raise self.error(f"no JSON: {error.msg}") from error
+                if cut and self._more():
+                    continue
+                self._pass(error.pos)
+                what = "it ends in the middle of a value" if cut else f"no JSON: {error.msg}"
+                raise self.error(what) from error
             except RecursionError as error:
                 raise self.error("it is nested too deeply") from error
             else:

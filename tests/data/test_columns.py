@@ -128,13 +128,3 @@ def test_zstd_is_read(tmp_path):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx")
     assert texts(files=[str(tmp_path / "a.txt")]) == ["x"]
-
-
-def test_the_turn_that_is_wrong_is_the_one_that_is_named(tmp_path):
-    chats = [[{"role": "user", "content": "x"}] for _ in range(40)]
-    chats[30] = [{"role": "user", "content": "x"}, {"text": "no role"}]
-    file = write(tmp_path / "a.jsonl", [{"chat": one} for one in chats])
-    (wrong,) = [u for us in units(files=[file], messages_field="chat") for u in us if u.problem]
-    assert wrong.place.endswith("a.jsonl: line 31")
-    assert "turn 1" in wrong.problem
-    assert "'chat'" in wrong.problem

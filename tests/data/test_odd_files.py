@@ -1,6 +1,7 @@
 """Odd files: each gives the text that `datasets` in Python format gives, or one line."""
 
 import contextlib
+import json
 import logging
 import os
 import subprocess
@@ -107,6 +108,19 @@ def test_names_that_are_no_utf8_are_found_by_a_pattern(tmp_path):
         first = next(documents(config))
         assert "".join(u.text for u in first.units(0)) == "first text"
         assert "caf\\udce9" in first.place
+
+
+@pytest.mark.parametrize("name", ["[folder]", "a*b?", "x::y", "c#d%20e", "plain"])
+def test_a_folder_by_its_name_may_have_any_name(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    Odd(f"{name}/train.jsonl", odd_files.PLAIN).write(tmp_path)
+    found = list(documents(DataConfig(name=str(tmp_path / name))))
+    assert [d.text for d in found] == odd_files.TWO
+    assert found[0].place == f"{tmp_path / name}/train.jsonl: line 1"
+    (tmp_path / name / "train.jsonl").rename(tmp_path / name / "train.txt")
+    for streaming in ({}, {"streaming": True, "max_samples": 9}):
+        (first, _) = documents(DataConfig(name=str(tmp_path / name), **streaming))
+        assert json.loads(first.text) == A
 
 
 def test_columns_that_are_not_read_may_differ_between_files(tmp_path):

@@ -10,7 +10,11 @@ from megadistill.blocks import BlockStore
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens, statistics
 from megadistill.errors import ConfigError, DataError
-from tests.data.test_encode import PLAIN
+
+PLAIN = (
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
 
 
 @pytest.fixture

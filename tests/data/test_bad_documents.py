@@ -66,7 +66,7 @@ def test_a_corpus_without_bad_documents_gives_the_same_store_either_way(config, 
 
 def test_a_run_that_stopped_at_a_bad_document_continues_with_skip(config, mixed, tmp_path):
     Path(mixed[0]).write_text(Path(mixed[0]).read_text().replace(": 42}", ': "was 42"}'))
-    small = {"files": mixed, "seq_len": 8, "block_size": 2, "workers": 1}
+    small = {"files": mixed, "seq_len": 16, "block_size": 16, "workers": 1}
     with pytest.raises(BadDocumentError):
         build_tokens(config(**small))
     build_tokens(config(**small, on_bad_document="skip"))

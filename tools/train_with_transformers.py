@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
-from megadistill.data.packing import labels
+from megadistill.data.packing import sample_labels
 from megadistill.student.model import check_fits, student_settings
 from megadistill.targets import concatenate
 
@@ -59,9 +59,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "tokens": np.stack([s["tokens"] for s in samples]),
         "documents": [s["documents"] for s in samples],
-        "labels_N": np.concatenate(
-            [labels(s["tokens"], s["documents"], s.get("loss_mask")) for s in samples]
-        ),
+        "labels_N": np.concatenate([sample_labels(s) for s in samples]),
         "targets": concatenate([s["targets"] for s in samples]),
     }
 

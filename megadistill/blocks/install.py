@@ -17,6 +17,7 @@ import xxhash
 
 from megadistill.blocks.files import Files, open_regular, xxh3_of
 from megadistill.blocks.layout import Layout, same_bytes, shard_name
+from megadistill.blocks.padding import without_padding
 from megadistill.blocks.records import hex64, put_file
 from megadistill.blocks.shard import Shard
 from megadistill.errors import CorruptBlockError
@@ -98,10 +99,15 @@ def marker_of(
 
 
 def tokens_hash(samples: list[dict[str, Any]]) -> str:
-    """xxh3_64 over the token ids of the samples, uint32, one sequence after another."""
+    """xxh3_64 over the token ids of the samples, uint32, one sequence after another.
+
+    With the column `padding`, padding counts as its length (uint64) and not as token ids.
+    """
     digest = xxhash.xxh3_64()
     for sample in samples:
-        digest.update(np.ascontiguousarray(sample["tokens"]).data)
+        digest.update(np.ascontiguousarray(without_padding(sample)).data)
+        if "padding" in sample:
+            digest.update(int(sample["padding"]).to_bytes(8, "little"))
     return digest.hexdigest()
 
 

@@ -18,7 +18,9 @@ from megadistill.blocks.shard import SHARD_LIMIT
 from megadistill.errors import CorruptBlockError, StoreError
 
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset()  # flags a store may carry that change how it is read
+# Flags a store may carry that change how it is read. A reader that does not know one refuses.
+# padding: the column `padding` counts the tokens at a sequence's end that belong to no document.
+FEATURES = frozenset({"padding"})
 KINDS = {"tokens": "tokens.json", "cache": "cache.json"}
 MAX_BLOCKS = 1_000_000  # six digits
 # Above what is ever written, and low enough that reading a hostile file takes no memory to speak of
@@ -128,7 +130,7 @@ def new_header(
     full = {
         **header,
         "format_version": FORMAT_VERSION,
-        "features": [],
+        "features": sorted(FEATURES & columns.keys()),
         "kind": kind,
         "block_size": block_size,
         "columns": columns | {"sum": "uint64"},
@@ -150,7 +152,11 @@ def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]
         )
     features = header.get("features")
     if features != [] and (not isinstance(features, list) or set(map(str, features)) - FEATURES):
-        raise StoreError(f"{file}: features {_shown(features)}, this program knows none of them")
+        known = ", ".join(sorted(FEATURES))
+        raise StoreError(
+            f"{file}: features {_shown(features)}, this program knows {known}: read it "
+            "with the version of megadistill that wrote it"
+        )
     _expect(file, "kind", header.get("kind"), header.get("kind") == kind, kind)
     size, columns, recipe = (header.get(key) for key in ("block_size", "columns", "recipe"))
     fits = type(size) is int and 0 < size <= MAX_BLOCK_SIZE
@@ -170,6 +176,12 @@ def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]
     parsed = parse_columns(columns)
     uint32 = any(c.name == "tokens" and c.encoding.startswith("ndarray:uint32") for c in parsed)
     _expect(file, "columns.tokens", columns["tokens"], uint32, "ndarray:uint32")
+    padded = "padding" in columns
+    flagged = bool(features) == padded
+    _expect(file, "features", features, flagged, "padding with the column padding, and only then")
+    if padded:
+        fits = columns["padding"] == "uint64" and "documents" in columns
+        _expect(file, "columns.padding", columns["padding"], fits, "uint64, with documents")
     return header, parsed
 
 

@@ -367,6 +367,20 @@ class BlockStore:
                 put(self._files, self.layout, path, data)
         self._records = read_blocks_bin(self.layout.blocks_bin)
 
+    def retract(self, blocks: list[int]) -> None:
+        """Take blocks back, the last one first: they are to be done again with other bytes.
+
+        A crash in between leaves a prefix of the store. The plan stays as it is.
+        """
+        self._require_lock()
+        for block in sorted(blocks, reverse=True):
+            retract_block(self._files, self.layout, block)
+            self._shards.drop(block)
+            self._files.unlink(self.layout.shard(block))
+        if blocks:
+            self._files.fsync_dir(self.path)
+            self._forget()
+
     def clean(self) -> None:
         """Remove what dead runs left: shards without a marker, temporary files.
 

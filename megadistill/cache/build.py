@@ -38,8 +38,8 @@ from megadistill.cache.recipe import cache_recipe, made_with
 from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
-from megadistill.data.packing import labels as packed_labels
-from megadistill.data.tokens import build_tokens
+from megadistill.data.packing import sample_labels
+from megadistill.data.tokens import build_tokens, count_tokens
 from megadistill.disk import free_bytes
 from megadistill.errors import MegadistillError, TeacherError
 from megadistill.parallel import Mesh, accounted
@@ -106,10 +106,17 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
     tokens = build_tokens(config)
     store = create_store(config, tokens)
-    if store.num_sequences == len(tokens) and not _to_do(config, store) and store.consistent():
+    outdated = _outdated(store, tokens)
+    planned = store.num_sequences == len(tokens) and not outdated
+    if planned and not _to_do(config, store) and store.consistent():
         return []
     held.enter_context(store.lock())
     store.clean()
+    if outdated:
+        log.info("%s: %d blocks hold other tokens than %s by now, and are done again",
+                 store.path, len(outdated), config.data.dir)  # fmt: skip
+        store.plan(None)
+        store.retract(outdated)
     store.plan(len(tokens))
     missing = _to_do(config, store)
     if not missing:
@@ -117,12 +124,22 @@ def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
     return missing
 
 
+def _outdated(store: BlockStore, tokens: BlockStore) -> list[int]:
+    """The blocks whose token ids are others in the token store, which has grown since.
+
+    The last sequences of a token store are padded, or fewer than a block, until more documents
+    come. From blocks.bin of both stores, where it is there; no shard is read.
+    """
+    now = dict(zip(tokens.committed(), tokens.tokens_xxh3().tolist(), strict=True))
+    then = zip(store.committed(), store.tokens_xxh3().tolist(), strict=True)
+    return [block for block, found in then if now.get(block) != found]
+
+
 def create_store(config: Config, tokens: BlockStore) -> BlockStore:
     """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
     recipe = cache_recipe(config, tokens.recipe)
-    columns = {"tokens": tokens.columns["tokens"], "documents": tokens.columns["documents"]}
-    if "loss_mask" in tokens.columns:
-        columns["loss_mask"] = tokens.columns["loss_mask"]
+    names = ("tokens", "documents", "loss_mask", "padding")
+    columns = {name: tokens.columns[name] for name in names if name in tokens.columns}
     return BlockStore.create(
         config.cache.folder,
         kind="cache",
@@ -175,7 +192,10 @@ def _compute(
     groups = mesh.world if teacher.lockstep else mesh.dp
     index, parts = config.cache.share
     share = len(range(index, store.num_blocks or 0, parts))
-    bar = Progress(mesh, reserve, store, missing, blocks=share, groups=groups)
+    tokens_a_block = count_tokens(tokens) / (tokens.num_blocks or 1) if mesh.rank == 0 else 0
+    bar = Progress(
+        mesh, reserve, missing, blocks=share, groups=groups, tokens_a_block=tokens_a_block
+    )
     with CacheWriter(
         store,
         made_with=made_with(
@@ -254,12 +274,7 @@ def _targets(
     first: int,
 ) -> list[SparseTargets]:
     seq_len, masked = config.data.seq_len, config.targets.positions == "loss_mask"
-    labels_BT = np.stack(
-        [
-            packed_labels(s["tokens"], s["documents"], s.get("loss_mask") if masked else None)
-            for s in samples
-        ]
-    )
+    labels_BT = np.stack([sample_labels(s, masked=masked) for s in samples])
     numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
     keys_N2 = np.stack([first + numbers, positions], 1)
     targets = teacher.head.targets(

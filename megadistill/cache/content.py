@@ -23,6 +23,8 @@ def content_hash(samples: list[dict[str, Any]], *, file: str = "targets") -> str
             if name in sample:
                 part = np.ascontiguousarray(sample[name]).tobytes()
                 digest.update(len(part).to_bytes(8, "little") + part)
+        if "padding" in sample:
+            digest.update(int(sample["padding"]).to_bytes(8, "little"))
         part = content(sample["targets"], file=file)
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

@@ -126,6 +126,7 @@ def _targets(
     if store.kind == "cache":
         return {**_summary(store, statistics), "made_with": made_with}
     positions = facts["num_sequences"] * (_recipe(store)["seq_len"] or 0)
+    positions -= statistics.get("padding_tokens", 0)
     return {
         "num_positions": positions,
         "entries_per_position": None,

@@ -7,7 +7,6 @@ import time
 
 from tqdm import tqdm
 
-from megadistill.blocks import BlockStore
 from megadistill.cache.reserve import Reserve
 from megadistill.disk import readable_bytes
 from megadistill.parallel import Mesh
@@ -20,19 +19,20 @@ class Progress:
 
     blocks  that this run is to see done, with those that are there
     groups  blocks that are computed at the same time
+    tokens_a_block  on average, without padding
     """
 
     def __init__(
         self,
         mesh: Mesh,
         reserve: Reserve,
-        store: BlockStore,
         missing: list[int],
         *,
         blocks: int,
         groups: int,
+        tokens_a_block: float,
     ) -> None:
-        self._mesh, self._reserve, self._store = mesh, reserve, store
+        self._mesh, self._reserve, self._tokens_a_block = mesh, reserve, tokens_a_block
         self._missing, self._groups = len(missing), min(groups, len(missing))
         self._own, self._measured = 0, False
         self._started = self._warm = time.monotonic()
@@ -69,7 +69,7 @@ class Progress:
 
     def _measure(self, blocks: int, size: int) -> str:
         """By the durable blocks' bytes, and by rank 0's pace, without its first block if it can."""
-        tokens = self._store.block_size * self._store.recipe["seq_len"]
+        tokens = self._tokens_a_block
         now = time.monotonic()
         if self._own > 1:
             pace = (self._own - 1) * self._groups / (now - self._warm)

@@ -23,6 +23,7 @@ class Cache:
     tokens     uint32 [T]
     documents  uint32 [D], where documents start
     loss_mask  uint8 [T], where the data has one
+    padding    int, tokens of padding at the end; in stores that were packed with padding
     targets    SparseTargets of T positions, as numpy arrays; as torch tensors where a device was
                given: the packed bytes travel to it, and are taken apart there
     """
@@ -121,6 +122,9 @@ class Cache:
             found, wanted = getattr(targets, name), self.recipe.get(name)
             if found != wanted:
                 raise CorruptBlockError(file, f"{name} {str(wanted)[:40]}", found)
+        padding = int(sample.get("padding", 0))
+        if padding and int(targets.offsets[-1 - min(padding, len(targets))]) != len(targets.ids):
+            raise CorruptBlockError(file, "no targets in padding", "some")
         return {k: v for k, v in sample.items() if k != "sum"} | {"targets": targets}
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from megadistill.blocks import BlockStore
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
-from megadistill.data.packing import labels as packed_labels
+from megadistill.data.packing import sample_labels
 from megadistill.errors import ConfigError, CorruptBlockError, StoreError
 from megadistill.targets import METHODS, PARAMETERS, SAMPLED, SparseTargets, concatenate
 
@@ -226,10 +226,7 @@ def _block(
     targets = retruncate_targets(
         concatenate([s.pop("targets") for s in samples]),
         keys_N=np.stack([first + numbers, positions], 1),
-        labels_N=np.concatenate([
-            packed_labels(s["tokens"], s["documents"], s.get("loss_mask") if masked else None)
-            for s in samples
-        ]),
+        labels_N=np.concatenate([sample_labels(s, masked=masked) for s in samples]),
         seed=seed,
         times=times,
         **given,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megadistill.cache.reader import Cache
-from megadistill.data.packing import IGNORED, labels
+from megadistill.data.packing import IGNORED, sample_labels
 from megadistill.data.token_text import escaped
 from megadistill.errors import StoreError
 from megadistill.targets import SAMPLED, SparseTargets
@@ -52,15 +52,17 @@ def sequence_facts(cache: Cache, index: int, positions: str | None = None) -> Fa
     """
     sample = _sample(cache, index)
     length = len(sample["tokens"])
-    next_tokens = labels(sample["tokens"], sample["documents"])
+    next_tokens = sample_labels(sample, masked=False)
     masked = sample.get("loss_mask", np.ones(length, np.uint8)) == 0
     starts = set(sample["documents"].tolist())
+    padding = int(sample.get("padding", 0))
     return {
         "path": str(cache.path),
         "sequence": index,
         "block": index // cache.store.block_size,
         "length": length,
-        "documents": len(starts),
+        "padding": padding,
+        "documents": len(starts) - (padding > 0),
         "method": sample["targets"].method,
         "positions": [
             {
@@ -68,6 +70,7 @@ def sequence_facts(cache: Cache, index: int, positions: str | None = None) -> Fa
                 "token": int(sample["tokens"][n]),
                 "document_begins": n in starts,
                 "masked": bool(masked[n]),
+                "padding": n >= length - padding,
                 "next_token": None if next_tokens[n] == IGNORED else int(next_tokens[n]),
                 **target_row(sample["targets"], n),
             }
@@ -109,8 +112,9 @@ def sequence_text(facts: Facts, *, text_of: Text | None, width: int) -> str:
     text_of  an id's text; None shows ids
     """
     quoted = str if text_of is None else (lambda token: f'"{escaped(text_of(token))}"')
-    width, rows = max(80, width), facts["positions"]
-    column = min(_TOKEN, max(5, *(_columns(quoted(row["token"])) for row in rows)))
+    width, positions = max(80, width), facts["positions"]
+    rows = [row for row in positions if not row["padding"]]
+    column = min(_TOKEN, max([5, *(_columns(quoted(row["token"])) for row in rows)]))
     lines = [
         f"{facts['path']}: sequence {facts['sequence']} (block {facts['block']}): "
         f"{facts['length']} positions, documents or pieces of documents: {facts['documents']}",
@@ -131,6 +135,8 @@ def sequence_text(facts: Facts, *, text_of: Text | None, width: int) -> str:
         lines.append(
             start + _expected(row, lambda t: _cut(quoted(t), _TOKEN), width - _columns(start))
         )
+    if len(rows) < len(positions):
+        lines.append("         " + f"-- padding: {len(positions) - len(rows)} tokens")
     return "\n".join(lines)
 
 

@@ -107,6 +107,9 @@ class CacheWriter:
         for sample, target in zip(samples, targets, strict=True):
             if len(target) != len(sample["tokens"]):
                 raise ValueError(f"{len(target)} targets for {len(sample['tokens'])} tokens")
+            padding = int(sample.get("padding", 0))
+            if padding and target.counts[-padding:].any():
+                raise ValueError(f"targets in the {padding} tokens of padding, expected none")
         self._store.commit(
             block,
             full,

@@ -129,6 +129,12 @@ class DataConfig(Section):
         default="isolate",
         description="whether attention and positions stay within a document, or cross",
     )
+    packing: Literal["best_fit", "in_order"] | None = Field(
+        default=None,
+        description="how documents fill sequences: `best_fit` cuts only documents longer than a "
+        "sequence, and pads; `in_order` cuts at every sequence's end; default: as the token store "
+        "that is there, else `best_fit`, and `in_order` under `pack: concat`",
+    )
     workers: PositiveInt | None = Field(
         default=None, description="tokenising processes; default: one a core, at most 16"
     )

@@ -52,7 +52,8 @@ def _worst_bytes_a_sequence(config: Config) -> float:
 
 def problems(config: Config) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
-    for rule in (_source, _fields, _folders, _teacher, _online, _targets, *ENSEMBLES, *TRAINING):
+    general = (_source, _packing, _fields, _folders, _teacher, _online, _targets)
+    for rule in (*general, *ENSEMBLES, *TRAINING):
         yield from rule(config)
     for path, message in deepspeed_problems(config.deepspeed):
         yield Problem((".".join(("deepspeed", *path)),), message)
@@ -83,6 +84,15 @@ def _source(config: Config) -> Iterator[Problem]:
             "tokenising): set data.max_samples to the number of documents to read, for example "
             "data.max_samples=1000000, or data.streaming=false to download a small one whole"
             + (", or train.steps, and as much is read as they need" if online else ""),
+        )
+
+
+def _packing(config: Config) -> Iterator[Problem]:
+    if config.data.packing == "best_fit" and config.data.pack == "concat":
+        yield Problem(
+            ("data.packing", "data.pack"),
+            "best_fit with data.pack=concat, which joins all documents to one text: set "
+            "data.packing=in_order, or data.pack=isolate",
         )
 
 

@@ -109,10 +109,17 @@ class Alignment:
         # The second half: the same without the space that a tokenizer puts before a text.
         self._own = own + [text.removeprefix(b" ") for text in own]
 
-    def align(self, tokens_BT: np.ndarray, documents: Sequence[np.ndarray]) -> Aligned:
+    def align(
+        self,
+        tokens_BT: np.ndarray,
+        documents: Sequence[np.ndarray],
+        padding_B: np.ndarray | None = None,
+    ) -> Aligned:
         """The rows of a batch as the teacher reads them.
 
         tokens_BT: the student's ids, of any integer dtype. documents: each row's starts of pieces.
+        padding_B: tokens of padding at each row's end, the last piece of `documents`. The teacher
+        reads none of them, and their positions have -1.
 
         The teacher's begin tokens stand where the student's stands. Of a student that has none the
         store does not say whether a row's first piece is a document's start: they stand before
@@ -123,21 +130,26 @@ class Alignment:
         positions within it have -1.
         """
         tokens_BT = np.minimum(np.asarray(tokens_BT).astype(np.int64), self._last)
+        if padding_B is None:
+            padding_B = np.zeros(len(tokens_BT), np.int64)
         pieces = [
             (row, tokens_L, n > 0)
             for row, (tokens_T, starts) in enumerate(zip(tokens_BT, documents, strict=True))
-            for n, tokens_L in enumerate(np.split(tokens_T, np.asarray(starts[1:], np.int64)))
+            for n, tokens_L in enumerate(_pieces(tokens_T, starts, int(padding_B[row])))
         ]
         students = [self._student_reads(tokens_L, starts=new) for _, tokens_L, new in pieces]
         teachers = self._teacher_reads([student.data for student in students])
         rows_P = np.array([row for row, _, _ in pieces])
         tokens_BU, starts, begins_P = _lay_out(teachers, rows_P, len(tokens_BT), self._filler)
-        rows_N = [
+        T = tokens_BT.shape[1]
+        rows_BT = np.full((len(tokens_BT), T), -1, np.int64)
+        found = [
             _rows(student, teacher, begin)
             for student, teacher, begin in zip(students, teachers, begins_P, strict=True)
         ]
+        rows_BT[np.arange(T) < T - padding_B.reshape(-1, 1)] = np.concatenate(found)
         longest = max(len(teacher.ids_L) for teacher in teachers)
-        return Aligned(tokens_BU, starts, np.concatenate(rows_N), longest)
+        return Aligned(tokens_BU, starts, rows_BT.reshape(-1), longest)
 
     def _student_reads(self, tokens_L: np.ndarray, *, starts: bool) -> _Reading:
         """starts: the piece is known to be a document's start, begin token or not."""
@@ -172,6 +184,11 @@ class Alignment:
                 ids += found
                 chunks += _without_own_space([self._teachers[i] for i in found], part)
         return _reading(np.array(ids, np.int64), chunks, _cut(split[0]))
+
+
+def _pieces(tokens_T: np.ndarray, starts: np.ndarray, padding: int) -> list[np.ndarray]:
+    pieces = np.split(tokens_T, np.asarray(starts[1:], np.int64))
+    return pieces[:-1] if padding else pieces
 
 
 def _spaced_behind(student: Any, texts: list[bytes]) -> tuple[bool, np.ndarray]:

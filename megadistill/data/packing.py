@@ -1,20 +1,19 @@
-"""From a stream of tokens to sequences of equal length, and their positions and labels.
+"""Packed sequences of equal length: their segments, positions and labels.
 
-Pure functions on numpy arrays.
+Pure functions on numpy arrays. How documents become sequences: `best_fit` and `in_order`.
 
-    stream     d0 d0 d0 d0 d0 | d1 d1 d1 | d2 d2 d2 d2 d2 d2 | ...      every document ends with eos
-    sequences  [d0 d0 d0 d0] [d0 d1 d1 d1] [d2 d2 d2 d2] [d2 d2 ...     cut at every T-th token
-    documents  [0]           [0 1]         [0]           [0 ...
+    tokens     [d0 d0 d0 d1 d1 d1 d1 eos eos]     two documents, and two tokens of padding
+    documents  [0        3           7]           where each segment begins, padding last
+    positions  [0  1  2  0  1  2  3  0   1]
+    labels     [d0 d0 -  d1 d1 d1 -  -   -]       -: -100
 
-A document that is cut goes on in the next sequence as a segment of its own, with positions from 0:
-nothing is padded and nothing dropped, at the price of one cut document per sequence end.
-
-T sequence length, D documents (segments) in one sequence.
+T sequence length, D segments in one sequence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,46 +25,17 @@ class Sequence:
     """One row of a training batch.
 
     tokens     uint32 [T]
-    documents  uint32 [D], rising, beginning with 0: where in `tokens` a document, or the rest of
-               one, begins
+    documents  uint32 [D], rising, beginning with 0: where in `tokens` a document, a part of one,
+               or the padding begins
     loss_mask  uint8 [T], 1: learn to predict this token; None: learn all of them
+    padding    tokens of padding at the end: a last segment that belongs to no document. None: the
+               store's sequences have no padding
     """
 
     tokens: np.ndarray
     documents: np.ndarray
     loss_mask: np.ndarray | None = None
-
-
-def pack(
-    tokens: np.ndarray,
-    starts: np.ndarray,
-    *,
-    seq_len: int,
-    loss_mask: np.ndarray | None = None,
-    isolate: bool = True,
-) -> list[Sequence]:
-    """Cut a stream of tokens into whole sequences; what is left at the end is the caller's.
-
-    `starts`: rising positions in the stream at which documents begin. With `isolate` False the
-    stream is one text (`data.pack: concat`): every sequence is one segment.
-    """
-    count = len(tokens) // seq_len
-    edges = np.arange(count + 1) * seq_len
-    bounds = np.searchsorted(starts, edges)
-    sequences = []
-    for s in range(count):
-        inside = starts[bounds[s] : bounds[s + 1]] - edges[s] if isolate else starts[:0]
-        if not len(inside) or inside[0] != 0:
-            inside = np.concatenate([[0], inside])
-        cut = slice(edges[s], edges[s + 1])
-        sequences.append(
-            Sequence(
-                tokens[cut].astype(np.uint32, copy=False),
-                inside.astype(np.uint32),
-                None if loss_mask is None else loss_mask[cut].astype(np.uint8, copy=False),
-            )
-        )
-    return sequences
+    padding: int | None = None
 
 
 def position_ids(documents: np.ndarray, seq_len: int) -> np.ndarray:
@@ -75,13 +45,27 @@ def position_ids(documents: np.ndarray, seq_len: int) -> np.ndarray:
     return np.arange(seq_len) - np.repeat(starts, lengths)
 
 
+def sample_labels(sample: dict[str, Any], *, masked: bool = True) -> np.ndarray:
+    """int64 [T]: `labels` of a sequence as a store returns it. masked: use its loss mask."""
+    return labels(
+        sample["tokens"],
+        sample["documents"],
+        sample.get("loss_mask") if masked else None,
+        padding=int(sample.get("padding", 0)),
+    )
+
+
 def labels(
-    tokens: np.ndarray, documents: np.ndarray, loss_mask: np.ndarray | None = None
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    loss_mask: np.ndarray | None = None,
+    *,
+    padding: int = 0,
 ) -> np.ndarray:
     """int64 [T]: the token after each position, or -100 where there is none to learn.
 
-    There is none at the last position, where the next token lies in another document, and where
-    the mask of the next token is 0.
+    There is none at the last position, where the next token lies in another document, where the
+    mask of the next token is 0, and in the `padding` tokens at the end.
     """
     result = np.empty(len(tokens), dtype=np.int64)
     result[:-1] = tokens[1:]
@@ -89,4 +73,5 @@ def labels(
     result[documents[1:].astype(np.int64) - 1] = IGNORED
     if loss_mask is not None:
         result[:-1][loss_mask[1:] == 0] = IGNORED
+    result[len(tokens) - padding :] = IGNORED
     return result

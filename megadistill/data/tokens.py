@@ -4,8 +4,10 @@
 
 The processes' answers are taken in the order of the batches, and a block's bytes depend on the
 corpus alone, so any number of processes writes the same store. Every marker says where in the
-corpus the next block begins: a run that was killed passes over the documents before and goes on.
-Memory: one block of tokens, two batches a process, and what the source holds.
+corpus the next block begins: a run that was killed continues there. When `data.max_samples` grows,
+the blocks with sequences that the corpus' end has closed are made again, and no other.
+Memory: one block of tokens, a window of `best_fit`, two batches a process, and what the source
+holds.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import kind_of
+from megadistill.blocks.padding import without_padding
 from megadistill.config import Config, DataConfig
+from megadistill.data.best_fit import BestFit
 from megadistill.data.chat.encoder import ChatSpec
-from megadistill.data.encode import Unit
+from megadistill.data.encode import EncoderSpec, Unit
+from megadistill.data.in_order import InOrder
 from megadistill.data.packing import Sequence
 from megadistill.data.progress import Progress
 from megadistill.data.skipped import Skipped
@@ -60,8 +66,9 @@ def build_tokens(
     A complete store is returned as it is. `blocks`: so many are enough, of a corpus whose end is
     nowhere near; the store is complete only where the corpus ended before. `progress`: a bar; by
     default where there is a terminal.
-    Raises DataError for a corpus that is missing, empty or shorter than a sequence (nothing is
-    written), ConfigError for its tokenizer, RecipeError and StoreError for what is at `data.dir`.
+    Raises DataError for a corpus that is missing, empty or, packed in order, shorter than a
+    sequence (nothing is written), ConfigError for its tokenizer, RecipeError and StoreError for
+    what is at `data.dir`.
     """
     config = config.model_copy(update={"data": resolved(config.data)})
     data = config.data
@@ -72,20 +79,20 @@ def build_tokens(
         )
     tokenizer = load_tokenizer(config)
     chat = _chat(config, tokenizer)
-    settings = store_settings(config, tokenizer, chat)
+    spec = encoder_spec(tokenizer, chat=chat)
+    settings = store_settings(config, tokenizer, chat, packing=_packing(data, spec))
     with ExitStack() as stack:
         store = None
         if _occupied(data.dir):
             store = BlockStore.create(data.dir, **settings)
             if covers(store, data) and store.complete():
                 return store
-            if blocks is not None and set(range(blocks)) <= set(store.committed()):
+            if blocks is not None and set(range(blocks)) <= set(_lasting(store, data)):
                 return store
             _lock(store, stack)
         number, cursor = _continue(store, data)
-        run = _Run(data, number, cursor, progress)
+        run = _Run(data, _stream(settings, spec, number or 0, cursor), cursor, progress)
         if number is not None:
-            spec = encoder_spec(tokenizer, chat=chat)
             workers = stack.enter_context(Workers(spec, count=_cores(data)))
             log.info("%s: tokenising in %d processes", data.dir, _cores(data))
             ahead = set() if store is None else {b for b in store.committed() if b > number}
@@ -117,17 +124,26 @@ def _chat(config: Config, tokenizer: Any) -> ChatSpec | None:
     return None
 
 
-def store_settings(config: Config, tokenizer: Any, chat: ChatSpec | None) -> dict[str, Any]:
-    """What BlockStore.create is told: the recipe and the columns."""
+def store_settings(
+    config: Config, tokenizer: Any, chat: ChatSpec | None, *, packing: str | None
+) -> dict[str, Any]:
+    """The arguments of BlockStore.create: the recipe and the columns.
+
+    packing: "best_fit", "in_order", or None: in order, and no continuation begins with a BOS. So
+    all stores without the field in their recipe were packed.
+    """
     data = config.data
     columns = {"tokens": f"ndarray:uint32:{data.seq_len}", "documents": "ndarray:uint32"}
     if chat is not None or data.completion_field is not None:
         columns["loss_mask"] = f"ndarray:uint8:{data.seq_len}"
+    if packing == "best_fit":
+        columns["padding"] = "uint64"
     recipe = {
         "source": source_identity(data),
         "tokenizer": tokenizer_identity(tokenizer) | ({} if chat is None else chat_identity(chat)),
         "seq_len": data.seq_len,
         "pack": data.pack,
+        **({} if packing is None else {"packing": packing}),
     }
     return {
         "kind": "tokens",
@@ -137,39 +153,78 @@ def store_settings(config: Config, tokenizer: Any, chat: ChatSpec | None) -> dic
     }
 
 
+def _packing(data: DataConfig, spec: EncoderSpec) -> str | None:
+    """The recipe's packing: that of the store which is there, unless another one is asked for."""
+    if data.pack == "concat":
+        return None
+    if kind_of(Path(data.dir)) == "tokens":
+        found = BlockStore.open(data.dir).recipe.get("packing")
+        if data.packing is None or data.packing == (found or "in_order"):
+            return found
+        raise RecipeError(
+            f"{data.dir}: was packed by data.packing {found or 'in_order'}, found "
+            f"{data.packing}: leave data.packing out, or set data.dir to another folder"
+        )
+    if data.packing == "in_order":
+        # Without a BOS nothing differs from the stores that have no such field.
+        return None if spec.bos is None else "in_order"
+    return "best_fit"
+
+
+def _stream(settings: dict[str, Any], spec: EncoderSpec, number: int, cursor: Cursor) -> Stream:
+    recipe = settings["header"]["recipe"]
+    packing = recipe.get("packing")
+    shape = {
+        "seq_len": recipe["seq_len"],
+        "block_size": settings["block_size"],
+        "begin": [] if packing is None or spec.bos is None else [spec.bos],
+        "number": number,
+        "cursor": cursor,
+    }
+    if packing == "best_fit":
+        return BestFit(filler=spec.eos, **shape)
+    return InOrder(isolate=recipe["pack"] == "isolate", **shape)
+
+
 def token_counts(store: BlockStore, blocks: list[int] | None = None) -> np.ndarray:
     """int64 [V]: how often each id occurs in the blocks, by default all. Reads them once."""
     vocab_size = store.recipe["tokenizer"]["vocab_size"]
     counts = np.zeros(vocab_size, dtype=np.int64)
     for block in store.committed() if blocks is None else blocks:
         for sample in store.block(block):
-            counts += np.bincount(sample["tokens"], minlength=vocab_size)
+            counts += np.bincount(without_padding(sample), minlength=vocab_size)
     return counts
+
+
+def count_tokens(store: BlockStore) -> int:
+    """Tokens of all blocks, without padding. Reads the markers of a store with padding."""
+    total = len(store) * store.recipe["seq_len"]
+    if "padding" not in store.columns:
+        return total
+    markers = map(store.marker, store.committed())
+    return total - sum(marker["statistics"]["padding_tokens"] for marker in markers)
 
 
 def statistics(store: BlockStore) -> dict[str, int]:
     """The counts of all blocks together, and how the corpus ended."""
-    total = {"sequences": len(store), "tokens": len(store) * store.recipe["seq_len"]}
+    total = {"sequences": len(store), "tokens": count_tokens(store)}
+    end: dict[str, Any] = {}
     for block in store.committed():
         marker = store.marker(block)
-        end = {k: v for k, v in marker.get("end", {}).items() if k != "exhausted"}
-        for name, value in (marker["statistics"] | end).items():
+        end = marker.get("end", {})
+        for name, value in marker["statistics"].items():
             total[name] = total.get(name, 0) + value
-    return total
+    return total | {k: v for k, v in end.items() if k not in ("exhausted", "sequences")}
 
 
 class _Run:
     """One run over the corpus, from a cursor on."""
 
     def __init__(
-        self, data: DataConfig, number: int | None, cursor: Cursor, progress: bool | None
+        self, data: DataConfig, stream: Stream, cursor: Cursor, progress: bool | None
     ) -> None:
-        self.data, self.cursor = data, cursor
+        self.data, self.stream, self.cursor = data, stream, cursor
         self.read = cursor.document  # documents read, with those of earlier runs
-        self.stream = Stream(
-            seq_len=data.seq_len, block_size=data.block_size, isolate=data.pack == "isolate",
-            number=number or 0, cursor=cursor,
-        )  # fmt: skip
         self.progress = progress
         self.skipped = Skipped(data.dir)
 
@@ -183,9 +238,7 @@ class _Run:
                 bar.add(sum(unit.last for unit in units), tokens=int(encoded[1].sum()))
                 yield from self.stream.full()
         limit = self.data.max_samples
-        last = self.stream.last(exhausted=limit is None or self.read < limit)
-        if last is not None:
-            yield last
+        yield from self.stream.last(exhausted=limit is None or self.read < limit)
 
     def _note_problems(self, units: list[Unit]) -> None:
         for unit in units:
@@ -239,11 +292,29 @@ def covers(store: BlockStore, data: DataConfig) -> bool:
     blocks = store.committed()
     if not blocks or blocks[-1] != len(blocks) - 1:
         return False
-    end = store.marker(blocks[-1]).get("end")
-    if end is None or data.max_samples is None:
-        return end is not None and end["exhausted"]
+    last = store.marker(blocks[-1])
+    held = blocks[-1] * store.block_size + last["sequences"]
+    end = last.get("end")
+    return end is not None and end.get("sequences", held) == held and _lasts(end, data)
+
+
+def _lasts(end: dict[str, Any], data: DataConfig) -> bool:
+    """Whether the corpus of `data` ends where the blocks with this `end` were made."""
     read = end["documents_read"]
+    if data.max_samples is None:
+        return end["exhausted"]
     return read == data.max_samples or (end["exhausted"] and read < data.max_samples)
+
+
+def _lasting(store: BlockStore, data: DataConfig) -> list[int]:
+    """The committed blocks that stay: not those that an earlier end of the corpus has closed."""
+    blocks = store.committed()
+    while blocks:
+        end = store.marker(blocks[-1]).get("end")
+        if end is None or _lasts(end, data):
+            break
+        blocks.pop()
+    return blocks
 
 
 def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, Cursor]:
@@ -255,7 +326,7 @@ def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, C
     if store is None or not blocks:
         return 0, Cursor()
     last = store.marker(blocks[-1])
-    held = last["end"]["documents_read"] if "end" in last else last["cursor"]["document"]
+    held = last["end"]["documents_read"] if "end" in last else _documents_read(last)
     if data.max_samples is not None and held > data.max_samples:
         raise RecipeError(
             f"{data.dir}: holds the tokens of {held} documents, data.max_samples is "
@@ -264,15 +335,20 @@ def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, C
         )
     if covers(store, data):
         return None, Cursor()
-    number = next((n for n, b in enumerate(blocks) if n != b), len(blocks))
-    if number == len(blocks) and "end" in last:
-        number -= 1  # made for fewer documents: it may be a short one, and says that it is the last
     if store.num_sequences is not None:
         store.plan(None)  # it may become longer
+    blocks, lasting = store.committed(), _lasting(store, data)
+    # All of them before the first is done again: a mixture would pass for either store.
+    store.retract(blocks[len(lasting) :])
+    number = next((n for n, b in enumerate(lasting) if n != b), len(lasting))
     if number == 0:
         return 0, Cursor()
     log.info("%s: %d blocks are there, going on", data.dir, number)
     return number, Cursor(**store.marker(number - 1)["cursor"])
+
+
+def _documents_read(marker: dict[str, Any]) -> int:
+    return marker.get("documents_read", marker["cursor"]["document"])
 
 
 def _commit(store: BlockStore, block: Block) -> None:
@@ -284,9 +360,13 @@ def _commit(store: BlockStore, block: Block) -> None:
     store.commit(block.number, samples, statistics=block.statistics, **block.extra)
 
 
-def _sample(sequence: Sequence) -> dict[str, np.ndarray]:
-    sample = {"tokens": sequence.tokens, "documents": sequence.documents}
-    return sample if sequence.loss_mask is None else sample | {"loss_mask": sequence.loss_mask}
+def _sample(sequence: Sequence) -> dict[str, Any]:
+    sample: dict[str, Any] = {"tokens": sequence.tokens, "documents": sequence.documents}
+    if sequence.loss_mask is not None:
+        sample["loss_mask"] = sequence.loss_mask
+    if sequence.padding is not None:
+        sample["padding"] = np.uint64(sequence.padding)
+    return sample
 
 
 def _check_learned(store: BlockStore) -> None:
@@ -317,9 +397,19 @@ def _too_short(data: DataConfig, run: _Run) -> str:
 
 def _report(store: BlockStore) -> None:
     s = statistics(store)
+    documents, tokens = max(1, s["documents"]), max(1, s["tokens"])
+    padding = s.get("padding_tokens", 0)
     log.info(
-        "%s: %d documents (%d characters) in %d sequences, %d tokens; dropped %d empty documents "
-        "and %d tokens at the end; %d documents cut at a sequence's end",
-        store.path, s["documents"], s["characters"], s["sequences"], s["tokens"],
-        s["empty_documents"], s["dropped_tokens"], s["cut_documents"],
+        "%s: %d documents (%d characters) in %d sequences, %d tokens and %d of padding (%.2f %%); "
+        "left out %d empty documents, and %d tokens of %d documents at the end",
+        store.path, s["documents"], s["characters"], s["sequences"], s["tokens"], padding,
+        100 * padding / (tokens + padding), s["empty_documents"], s["dropped_tokens"],
+        s.get("dropped_documents", 0),
     )  # fmt: skip
+    if "cut_tokens" in s:  # older stores counted cuts
+        log.info(
+            "%s: %d documents (%.1f %%) cut; %d tokens (%.1f %%) lie behind a cut, without the "
+            "document's beginning",
+            store.path, s["cut_documents"], 100 * s["cut_documents"] / documents, s["cut_tokens"],
+            100 * s["cut_tokens"] / tokens,
+        )  # fmt: skip

@@ -64,6 +64,7 @@ def _counted(config: Config, store: BlockStore) -> tuple[int, str] | None:
     if store.num_sequences is not None and (end is None or covers(store, data)):
         return store.num_sequences, f"known: {data.dir} is planned"
     documents, read = count_documents(data), last.get("cursor", {}).get("document")
+    read = last.get("documents_read", read)
     if end is not None:
         read = end["documents_read"]
     if documents is None or not read or read > documents:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.padding import without_padding
 from megadistill.cache.build import create_store, score
 from megadistill.cache.reserve import block_bytes
 from megadistill.cache.writer import CacheWriter
@@ -123,7 +124,7 @@ def _sample(config: Config, blocks: int) -> _Sample:
     cache = create_store(config, tokens)
     taken = tokens.committed()[:blocks]
     sequences = [tokens.block(b) for b in taken]
-    length = sum(map(len, sequences)) * config.data.seq_len
+    length = sum(_num_tokens(block) for block in sequences)
     return _Sample(
         blocks=[[_content(s) for s in block] for block in sequences],
         bytes_a_token=sum(block_bytes(tokens, b) for b in taken) / length,
@@ -141,6 +142,10 @@ def _documents_of(config: Config, characters: int) -> int:
         if characters <= 0:
             break
     return max(1, number)
+
+
+def _num_tokens(samples: Samples) -> int:
+    return sum(len(without_padding(s)) for s in samples)
 
 
 def _content(sample: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def _run(
 ) -> torch.Tensor:
     """[7], of ranks that write: tokens/s, tokens, bytes, blocks, positions, entries, targets."""
     copy = mesh.rank if teacher.lockstep else mesh.dp_rank
-    size, seq_len = store.block_size, config.data.seq_len
+    size = store.block_size
     tokens, started = 0, time.monotonic()
     with CacheWriter(store) as writer:
         for number in range(blocks):
@@ -177,7 +182,7 @@ def _run(
             targets = score(config, teacher, samples, first=number * size, block_size=size)
             if mesh.tp_rank == 0:
                 writer.submit(number, samples, targets)
-                tokens += len(samples) * seq_len
+                tokens += _num_tokens(samples)
         seconds = time.monotonic() - started
     counted = [store.marker(b)["statistics"] for b in store.committed()]
     found = [

@@ -21,7 +21,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.copies import LocalCopies, default_folder
 from megadistill.cache.reader import Cache
 from megadistill.config import Config
-from megadistill.data.packing import labels as packed_labels
+from megadistill.data.packing import sample_labels
 from megadistill.errors import ConfigError, StoreError
 from megadistill.student.ensemble import Ensemble, Targets, has_targets
 from megadistill.student.features import Features
@@ -208,8 +208,9 @@ def _short(value: object) -> str:
 class MicroBatch:
     """Sequences of one forward pass; arrays until `on` brings them to a device.
 
-    names: (store, sequence) of each row. kd_count, ce_count: positions in each term. features: of a
-    teacher beside the student, on its device.
+    names: (store, sequence) of each row. padding_B: int64, tokens of padding at each row's end.
+    kd_count, ce_count: positions in each term. features: of a teacher beside the student, on its
+    device.
     """
 
     names: list[tuple[int, int]]
@@ -219,8 +220,14 @@ class MicroBatch:
     targets: Targets | ProjectedTargets | None
     kd_count: int
     ce_count: int
+    padding_B: np.ndarray
     inputs: dict[str, Any] = field(default_factory=dict)
     features: Features | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of documents, without padding."""
+        return self.tokens_BT.size - int(self.padding_B.sum())
 
     def on(self, model: nn.Module, device: torch.device, *, pack: Any) -> MicroBatch:
         """The same as tensors on `device`, with the keyword arguments of the model's forward."""
@@ -240,9 +247,7 @@ def micro_batch(
 ) -> MicroBatch:
     """Read the named sequences. The last `empty` of them are there for their shape only."""
     samples = [stores[store][sequence] for store, sequence in names]
-    labels_BT = np.stack(
-        [packed_labels(s["tokens"], s["documents"], s.get("loss_mask")) for s in samples]
-    )
+    labels_BT = np.stack([sample_labels(s) for s in samples])
     if empty:
         labels_BT[-empty:] = -100
     labels_N = labels_BT.reshape(-1)
@@ -260,6 +265,7 @@ def micro_batch(
         targets=targets,
         kd_count=0 if targets is None else int((valid_N & has_targets(targets)).sum()),
         ce_count=int(valid_N.sum()),
+        padding_B=np.array([int(s.get("padding", 0)) for s in samples], np.int64),
     )
 
 

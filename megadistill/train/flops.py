@@ -69,9 +69,11 @@ class Flops:
             tuple(_layers(student.config)),
         )  # fmt: skip
 
-    def step(self, *, sequences: int, labels: float) -> float:
-        """Operations of a step, of all ranks together. labels: positions that have one."""
-        tokens = sequences * self.seq_len
+    def step(self, *, tokens: int, labels: float) -> float:
+        """Operations of a step, of all ranks together.
+
+        tokens: without padding. labels: positions that have one.
+        """
         attended = sum(min(window or self.seq_len, self.seq_len) * w for window, w in self.spans)
         return tokens * self.a_token + labels * self.a_label + 12.0 * tokens * attended
 

@@ -185,8 +185,9 @@ def run_step(
     if trainer.teacher is not None:
         share = trainer.teacher.answer(share)
         teacher_s = {"teacher_s": time.monotonic() - started - data_s}
-    counts = [sum(b.kd_count for b in share), sum(b.ce_count for b in share)]
-    kd_count, ce_count = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+    counts = [sum(getattr(b, name) for b in share) for name in ("kd_count", "ce_count", "num_tokens")]
+    totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+    kd_count, ce_count, num_tokens = totals
     lr = learning_rate(position.step, run.steps, run.config.train)
     loss = run.config.loss.at(position.step / run.steps)
     sums = [
@@ -201,7 +202,7 @@ def run_step(
         suspects = [b for b, s in zip(share, sums, strict=True) if not s.isfinite().all()]
         policy.met(position.step + 1, share, suspects)
     batch_size = run.config.train.global_batch
-    tokens = batch_size * run.stores[0].seq_len
+    tokens = int(num_tokens)
     position = Position(
         position.step + 1, position.sequences + batch_size, position.tokens + tokens, policy.skipped
     )
@@ -216,7 +217,7 @@ def run_step(
             **{name: getattr(loss, name) for name in run.config.loss.changes},
             "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
             "tokens_per_s": tokens / seconds, "data_s": data_s, **teacher_s, "step_s": seconds,
-            **trainer.readings.step(sequences=batch_size, labels=ce_count, seconds=seconds),
+            **trainer.readings.step(tokens=tokens, labels=ce_count, seconds=seconds),
         })  # fmt: skip
     return position, bool(asked.save)
 

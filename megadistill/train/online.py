@@ -85,17 +85,19 @@ class OnlineTeacher:
         numbers = np.array([self._sequences.number(i) for _, i in batch.names])
         keys_N2 = np.stack([np.repeat(numbers, T), np.tile(np.arange(T), B)], 1)
         pooled = mesh.gather(
-            (batch.tokens_BT, batch.labels_N, keys_N2, batch.documents), group=mesh.tp_group
+            (batch.tokens_BT, batch.labels_N, keys_N2, batch.padding_B, batch.documents),
+            group=mesh.tp_group,
         )
         *arrays, lists = zip(*pooled, strict=True)
-        tokens_BT, labels_N, keys_N2 = (np.concatenate(each) for each in arrays)
+        tokens_BT, labels_N, keys_N2, padding_B = (np.concatenate(each) for each in arrays)
         documents = [starts for each in lists for starts in each]
         rows_N = None
         if self.tokenizers is not None:
             settings = self.teacher.engine.module.config.get_text_config()
             tokens_BT, documents, rows_N = self.tokenizers.read(
-                tokens_BT, documents, longest=getattr(settings, "max_position_embeddings", None)
-            )
+                tokens_BT, documents, padding_B,
+                longest=getattr(settings, "max_position_embeddings", None),
+            )  # fmt: skip
         hidden_NH, features = self._asked(tokens_BT, documents)
         mine = slice(mesh.tp_rank * B * T, (mesh.tp_rank + 1) * B * T)
         if features is not None:

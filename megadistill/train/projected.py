@@ -59,7 +59,12 @@ class Tokenizers:
         return count_ids(self.teacher)
 
     def read(
-        self, tokens_BT: np.ndarray, documents: list[np.ndarray], *, longest: int | None
+        self,
+        tokens_BT: np.ndarray,
+        documents: list[np.ndarray],
+        padding_B: np.ndarray,
+        *,
+        longest: int | None,
     ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         """(tokens_BU, starts of pieces, rows_N), see `data.alignment.Aligned`.
 
@@ -67,7 +72,7 @@ class Tokenizers:
         """
         if self.alignment is None:
             return tokens_BT, documents, np.arange(tokens_BT.size)
-        aligned = self.alignment.align(tokens_BT, documents)
+        aligned = self.alignment.align(tokens_BT, documents, padding_B)
         if longest is not None and aligned.longest > longest:
             raise TeacherError(
                 f"teacher.model: a document of a sequence takes {aligned.longest} of the teacher's "

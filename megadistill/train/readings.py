@@ -31,10 +31,10 @@ class Readings:
         if device.type == "cuda" and dtype.itemsize == 2:
             self._peak = peak_flops(torch.cuda.get_device_name(device))
 
-    def step(self, *, sequences: int, labels: float, seconds: float) -> dict[str, float]:
+    def step(self, *, tokens: int, labels: float, seconds: float) -> dict[str, float]:
         """Of a step that took so many seconds."""
         used, total = memory(self._device)
-        flops = self._flops.step(sequences=sequences, labels=labels)
+        flops = self._flops.step(tokens=tokens, labels=labels)
         found: dict[str, float] = {"memory_used": used, "memory_total": total, "flops": flops}
         if self._peak is not None:
             found["mfu"] = flops / seconds / self._world / self._peak

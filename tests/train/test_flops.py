@@ -35,15 +35,15 @@ def test_a_llamas_step_has_the_operations_that_torch_counts(tied, more):
     expected = counted(model, sequences=2, seq_len=48)
     flops = Flops.of(Student(model), seq_len=48)
     # torch counts the rotary angles too, a product of one column by one row.
-    assert flops.step(sequences=2, labels=96) == pytest.approx(expected, rel=2e-3)
+    assert flops.step(tokens=2 * 48, labels=96) == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_head_counts_where_there_are_labels_and_for_the_rows_that_take_part():
     flops = Flops.of(Student(LlamaForCausalLM(LlamaConfig(**SIZES))), seq_len=48)
-    some, all_of_them = (flops.step(sequences=1, labels=n) for n in (8, 48))
+    some, all_of_them = (flops.step(tokens=48, labels=n) for n in (8, 48))
     assert all_of_them - some == 6 * 512 * 64 * 40
     cut = Flops.of(Student(LlamaForCausalLM(LlamaConfig(**SIZES)), vocab_size=500), seq_len=48)
-    assert flops.step(sequences=1, labels=8) - cut.step(sequences=1, labels=8) == 6 * 12 * 64 * 8
+    assert flops.step(tokens=48, labels=8) - cut.step(tokens=48, labels=8) == 6 * 12 * 64 * 8
 
 
 def test_a_sliding_window_bounds_what_is_attended_to():
@@ -53,7 +53,7 @@ def test_a_sliding_window_bounds_what_is_attended_to():
         Flops.of(Student(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=w))), seq_len=48)
         for w in (None, 16)
     )
-    difference = wide.step(sequences=1, labels=0) - narrow.step(sequences=1, labels=0)
+    difference = wide.step(tokens=48, labels=0) - narrow.step(tokens=48, labels=0)
     assert difference == 12 * 3 * 64 * 48 * (48 - 16)
 
 
@@ -66,7 +66,7 @@ def test_of_experts_those_count_that_are_chosen():
         for n in (2, 4)
     )
     an_expert = 3 * 64 * 32
-    difference = four.step(sequences=1, labels=0) - two.step(sequences=1, labels=0)
+    difference = four.step(tokens=8, labels=0) - two.step(tokens=8, labels=0)
     assert difference == 6 * 3 * 2 * an_expert * 8
 
 
@@ -102,6 +102,6 @@ def test_on_a_cpu_memory_is_the_processs_and_there_is_no_utilisation():
     assert used < total
     flops = Flops.of(Student(LlamaForCausalLM(LlamaConfig(**SIZES))), seq_len=48)
     readings = Readings(flops, device=torch.device("cpu"), world=1, dtype=torch.bfloat16)
-    found = readings.step(sequences=4, labels=100, seconds=2.0)
+    found = readings.step(tokens=4 * 48, labels=100, seconds=2.0)
     assert found.keys() == {"memory_used", "memory_total", "flops"}
-    assert found["flops"] == flops.step(sequences=4, labels=100)
+    assert found["flops"] == flops.step(tokens=4 * 48, labels=100)

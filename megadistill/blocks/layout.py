@@ -152,9 +152,9 @@ def read_header(layout: Layout, kind: str) -> tuple[dict[str, Any], list[Column]
         )
     features = header.get("features")
     if features != [] and (not isinstance(features, list) or set(map(str, features)) - FEATURES):
-        known = ", ".join(sorted(FEATURES))
+        names = ", ".join(sorted(FEATURES))
         raise StoreError(
-            f"{file}: features {_shown(features)}, this program knows {known}: read it "
+            f"{file}: features {_shown(features)}, this program knows {names}: read it "
             "with the version of megadistill that wrote it"
         )
     _expect(file, "kind", header.get("kind"), header.get("kind") == kind, kind)

@@ -124,13 +124,16 @@ class BlockStore:
         store = cls(path, kind=kind, files=files)
         if begin_anew(store, files, full, ids_bin):
             store = cls(path, kind=kind, files=files)
-        require_same_recipe(
-            shape_of(store.header),
-            shape_of(full),
-            file=str(layout.header(kind)),
-            other="this run's is",
-            way_out="restore the setting, or choose another folder",
-        )
+        ours, theirs = shape_of(store.header), shape_of(full)
+        # The recipe says more than the columns, which follow from it.
+        for keys in ({"recipe"}, ours.keys() | theirs.keys()):
+            require_same_recipe(
+                {key: ours[key] for key in keys if key in ours},
+                {key: theirs[key] for key in keys if key in theirs},
+                file=str(layout.header(kind)),
+                other="this run's is",
+                way_out="restore the setting, or choose another folder",
+            )
         return store
 
     @classmethod

@@ -49,13 +49,16 @@ class _Piece:
 
 
 class BestFit(Stream):
-    """`filler`: the id that padding consists of. `window`: in sequences."""
+    """`filler`: the id that padding consists of. `window`: in sequences; default: WINDOW."""
 
-    def __init__(self, *, filler: int, window: int = WINDOW, cursor: Cursor, **shape: Any) -> None:
+    def __init__(
+        self, *, filler: int, window: int | None = None, cursor: Cursor, **shape: Any
+    ) -> None:
         super().__init__(cursor=cursor, **shape)
-        self._filler, self._window_tokens = filler, window * self.seq_len
+        self._filler, self._window_tokens = filler, (window or WINDOW) * self.seq_len
         self._rest = np.zeros(0, np.uint32)  # of the current document
         self._rest_mask: np.ndarray | None = None
+        self._cut = self._begun  # a window begins behind a cut, or with a document
         self._open_window(replace(cursor, sequences=0))
 
     @property

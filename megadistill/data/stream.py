@@ -83,8 +83,8 @@ class Stream(ABC):
         self._offset = cursor.token  # tokens of the first unit that lie in blocks already
         self._sequences = cursor.sequences
         self._closed: deque[_Closed] = deque()
-        # Whether a token of the current document is placed, and whether the document is cut.
-        self._begun = self._cut = cursor.piece > 0 or cursor.token > 0
+        # Whether a token of the current document is placed, and whether it is known to be cut.
+        self._begun, self._cut = cursor.piece > 0 or cursor.token > 0, False
         self._statistics: Counter[str] = Counter()  # of what is in no sequence yet
         self.documents_read = cursor.document
 
@@ -96,7 +96,7 @@ class Stream(ABC):
         for unit, length in zip(units, lengths.tolist(), strict=True):
             part = slice(begin + self._offset, begin + length)
             self.documents_read = unit.document + 1
-            if unit.problem is not None:
+            if unit.problem is not None and not self._begun:
                 self._statistics["skipped_documents"] += 1
                 continue
             self._place(unit, ids[part], None if mask is None else mask[part], self._offset)
@@ -117,7 +117,8 @@ class Stream(ABC):
             return
         # What comes behind the last sequence and has no token.
         for name in ("empty_documents", "skipped_documents"):
-            self._closed[-1].statistics[name] += self._statistics[name]
+            if self._statistics[name]:
+                self._closed[-1].statistics[name] += self._statistics[name]
         end = {
             "documents_read": self.documents_read,
             "exhausted": exhausted,

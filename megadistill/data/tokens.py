@@ -157,8 +157,9 @@ def _packing(data: DataConfig, spec: EncoderSpec) -> str | None:
     """The recipe's packing: that of the store which is there, unless another one is asked for."""
     if data.pack == "concat":
         return None
-    if kind_of(Path(data.dir)) == "tokens":
-        found = BlockStore.open(data.dir).recipe.get("packing")
+    store = BlockStore.open(data.dir) if kind_of(Path(data.dir)) == "tokens" else None
+    if store is not None and store.present():  # one without blocks begins anew
+        found = store.recipe.get("packing")
         if data.packing is None or data.packing == (found or "in_order"):
             return found
         raise RecipeError(

@@ -2,7 +2,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadistill.data.packing import labels, pack, position_ids
+from megadistill.data.encode import Unit
+from megadistill.data.in_order import InOrder
+from megadistill.data.packing import labels, position_ids, sample_labels
+from megadistill.data.stream import Cursor
 
 
 def test_positions_start_again_at_every_document():
@@ -31,24 +34,36 @@ def test_the_largest_token_id_keeps_its_value_as_a_label():
     assert labels(tokens, np.array([0], dtype=np.uint32)).tolist() == [2**32 - 1, -100]
 
 
-def test_concatenated_sequences_are_one_segment():
-    (first, second) = pack(np.arange(8), np.array([0, 3, 4]), seq_len=4, isolate=False)
-    assert first.documents.tolist() == second.documents.tolist() == [0]
-    assert labels(first.tokens, first.documents).tolist() == [1, 2, 3, -100]
+def test_padding_has_no_label_and_is_no_label():
+    tokens = np.array([10, 11, 12, 20, 21, 1, 1, 1], dtype=np.uint32)
+    documents = np.array([0, 3, 5], dtype=np.uint32)
+    expected = [11, 12, -100, 21, -100, -100, -100, -100]
+    assert labels(tokens, documents, padding=3).tolist() == expected
+    sample = {"tokens": tokens, "documents": documents, "padding": 3}
+    assert sample_labels(sample).tolist() == expected
+    mask = np.array([1, 0, 1, 1, 1, 0, 0, 0], dtype=np.uint8)
+    learned = sample_labels({**sample, "loss_mask": mask})
+    assert learned.tolist() == [-100, 12, -100, 21, -100, -100, -100, -100]
+    assert sample_labels({**sample, "loss_mask": mask}, masked=False).tolist() == expected
 
 
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
     seq_len=st.integers(1, 9),
     masked=st.booleans(),
+    isolate=st.booleans(),
 )
-def test_packing_says_the_same_as_going_token_by_token(lengths, seq_len, masked):
+def test_packing_in_order_says_the_same_as_going_token_by_token(lengths, seq_len, masked, isolate):
     tokens = np.arange(sum(lengths), dtype=np.uint32)
-    starts = np.cumsum([0, *lengths[:-1]])
     mask = (tokens % 3 == 0).astype(np.uint8) if masked else None
-    sequences = pack(tokens, starts, seq_len=seq_len, loss_mask=mask)
+    stream = InOrder(
+        isolate=isolate, seq_len=seq_len, block_size=1000, begin=[], number=0, cursor=Cursor()
+    )
+    units = [Unit(number, text="x") for number in range(len(lengths))]
+    stream.add(units, tokens, np.array(lengths), mask)
+    sequences = [s for block in stream.last(exhausted=True) for s in block.sequences]
     assert len(sequences) == len(tokens) // seq_len
-    owner = np.repeat(np.arange(len(lengths)), lengths)
+    owner = np.repeat(np.arange(len(lengths)) if isolate else np.zeros(len(lengths)), lengths)
     for s, sequence in enumerate(sequences):
         at = range(s * seq_len, (s + 1) * seq_len)
         assert sequence.tokens.tolist() == list(at)

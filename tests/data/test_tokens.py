@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.install import retract_block
+from megadistill.blocks.padding import without_padding
+from megadistill.cache.inspection import inspect_store
+from megadistill.data import best_fit, tokens
+from megadistill.data.packing import sample_labels
 from megadistill.data.tokens import build_tokens, statistics, token_counts
 from megadistill.errors import ConfigError, DataError, RecipeError, StoreError
+from tests.data import slow_packing
 from tests.data.chats import CHAT, CHATML, stock
 from tests.data.stores import same_store
 
@@ -32,8 +41,8 @@ def state(folder):
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(folder).rglob("*.*")}
 
 
-def test_the_store_holds_the_corpus_packed(config, corpus, tokenizer):
-    store = build_tokens(config(files=corpus))
+def test_the_store_holds_the_corpus_packed_in_order(config, corpus, tokenizer):
+    store = build_tokens(config(files=corpus, packing="in_order"))
     end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
     backend = AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer
     stream, starts = [], []
@@ -57,14 +66,15 @@ def test_the_store_holds_the_corpus_packed(config, corpus, tokenizer):
     in_store = [s for s in [*starts[1:], len(stream)] if s <= count * 32]
     assert counted["documents"] == len(in_store)
     assert counted["characters"] == sum(len(t) for t in list(filter(None, TEXTS))[: len(in_store)])
-    assert counted["cut_documents"] == sum(
-        32 * i not in [*starts, len(stream)] for i in range(1, count + 1)
-    )
+    edges = zip(starts, [*starts[1:], len(stream)], strict=True)
+    kept = [(a, b) for a, b in edges if b <= count * 32]
+    assert counted["cut_documents"] == sum(a // 32 != (b - 1) // 32 for a, b in kept)
+    assert counted["dropped_documents"] == len(starts) - len(kept)
     assert token_counts(store).tolist() == np.bincount(stream[: count * 32], minlength=512).tolist()
 
 
 def test_concatenated_documents_are_one_stream(config, corpus):
-    isolated = build_tokens(config(files=corpus))
+    isolated = build_tokens(config(files=corpus, packing="in_order"))
     concat = build_tokens(config(files=corpus, pack="concat", dir=str(isolated.path) + "2"))
     for a, b in zip(isolated, concat, strict=True):
         assert a["tokens"].tolist() == b["tokens"].tolist()
@@ -99,17 +109,129 @@ def test_a_complete_store_is_left_alone(config, corpus):
     assert state(store.path) == before
 
 
+@pytest.mark.parametrize("packing", ["in_order", "best_fit"])
 @pytest.mark.parametrize("documents", [40, 117, 122])
-def test_more_samples_make_the_store_of_a_run_with_as_many(config, corpus, tmp_path, documents):
-    build_tokens(config(files=corpus, max_samples=documents))
+def test_more_samples_make_the_store_of_a_run_with_as_many(
+    config, corpus, tmp_path, monkeypatch, documents, packing
+):
+    monkeypatch.setattr(best_fit, "WINDOW", 9)
+    keys = {"files": corpus, "packing": packing, "block_size": 4}
+    fewer = build_tokens(config(**keys, max_samples=documents))
+    redone = [b for b in fewer.committed() if "end" in fewer.marker(b)]
     first = state(tmp_path / "tokens" / "blocks")
-    build_tokens(config(files=corpus))
-    build_tokens(config(files=corpus, dir=str(tmp_path / "undisturbed")))
+    build_tokens(config(**keys))
+    build_tokens(config(**keys, dir=str(tmp_path / "undisturbed")))
     assert same_store(tmp_path / "tokens", tmp_path / "undisturbed")
-    kept = sorted(first)[:-1]
+    kept = sorted(first)[: -len(redone)]
+    assert len(kept) > 2
     assert {p: s for p, s in state(tmp_path / "tokens" / "blocks").items() if p in kept} == {
         p: first[p] for p in kept
     }
+    assert len(redone) == 1 if packing == "in_order" else len(redone) <= -(-19 // 4) + 1
+
+
+def test_the_store_holds_the_corpus_packed_by_best_fit(config, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(best_fit, "WINDOW", 9)
+    store = build_tokens(config(files=corpus))
+    hf = AutoTokenizer.from_pretrained(tokenizer)
+    documents = [
+        [*hf.backend_tokenizer.encode(t, add_special_tokens=False).ids, hf.eos_token_id]
+        if t
+        else []
+        for t in TEXTS
+    ]
+    rows = slow_packing.best_fit(documents, seq_len=32, bos=False, window=9)
+    assert len(store) == len(rows)
+    assert store.verify() == []
+    for sample, row in zip(store, rows, strict=True):
+        assert sample["tokens"].tolist() == row.tokens(32, None, hf.eos_token_id)
+        assert sample["documents"].tolist() == row.documents(32)
+        assert sample["padding"] == 32 - row.length()
+    stored = [t for row in rows for _, _, tokens, _ in row.segments for t in tokens]
+    assert token_counts(store).tolist() == np.bincount(stored, minlength=512).tolist()
+    counted = statistics(store)
+    assert counted["tokens"] == len(stored) == inspect_store(store.path)["num_positions"]
+    assert counted["padding_tokens"] == 32 * len(rows) - len(stored) > 0
+    assert counted["cut_documents"] == sum(len(d) > 32 for d in documents)
+    assert counted["documents"] == sum(map(bool, documents))
+
+
+@pytest.mark.parametrize("packing", ["in_order", "best_fit"])
+def test_a_document_that_is_cut_continues_with_bos_where_the_tokenizer_sets_one(
+    config, tmp_path, tokenizer, packing
+):
+    hf = AutoTokenizer.from_pretrained(tokenizer)
+    hf.add_special_tokens({"bos_token": "<|begin|>"})
+    backend = hf.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", hf.bos_token_id)]
+    )
+    hf.save_pretrained(tmp_path / "with_bos")
+    assert hf("x").input_ids[0] == hf.bos_token_id
+    files = write(tmp_path / "a.jsonl", ["def f(x): return x\n" * 60])
+    store = build_tokens(config(files=files, tokenizer=str(tmp_path / "with_bos"), packing=packing))
+    assert len(store) > 2
+    assert all(sample["tokens"][0] == hf.bos_token_id for sample in store)
+    learned = np.concatenate([sample_labels(sample) for sample in store])
+    assert hf.bos_token_id not in learned
+    text = hf.decode(np.concatenate([without_padding(s) for s in store]), skip_special_tokens=True)
+    whole = "def f(x): return x\n" * 60
+    assert whole.startswith(text) if packing == "in_order" else whole == text
+
+
+def test_a_store_without_padding_or_bos_grows_as_it_was_packed(
+    config, corpus, tmp_path, monkeypatch
+):
+    # Stores of before had no field `packing` in their recipe: in order, without a BOS.
+    monkeypatch.setattr(tokens, "_packing", lambda data, spec: None)
+    build_tokens(config(files=corpus, max_samples=60))
+    build_tokens(config(files=corpus, dir=str(tmp_path / "undisturbed")))
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match=r"packed by data.packing in_order, found best_fit"):
+        build_tokens(config(files=corpus, packing="best_fit"))
+    store = build_tokens(config(files=corpus))
+    assert "packing" not in store.recipe
+    assert same_store(store.path, tmp_path / "undisturbed")
+
+
+def test_a_run_that_stops_while_a_store_grows_passes_for_no_complete_one(
+    config, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(best_fit, "WINDOW", 9)
+    keys = {"files": corpus, "block_size": 4}
+    before = build_tokens(config(**keys, max_samples=60, dir=str(tmp_path / "before")))
+    whole = build_tokens(config(**keys, dir=str(tmp_path / "undisturbed")))
+    commit, retract, left = BlockStore.commit, retract_block, [0]
+
+    class Stopped(Exception):
+        pass
+
+    def count_down(change):
+        def counted(*args, **kwargs):
+            if not left[0]:
+                raise Stopped
+            left[0] -= 1
+            return change(*args, **kwargs)
+
+        return counted
+
+    first = min(b for b in before.committed() if "end" in before.marker(b))
+    for stop in range(len(before.committed()) - first + 6):
+        shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
+        shutil.copytree(before.path, tmp_path / "tokens")
+        monkeypatch.setattr(BlockStore, "commit", count_down(commit))
+        monkeypatch.setattr("megadistill.blocks.store.retract_block", count_down(retract))
+        left[0] = stop
+        with pytest.raises(Stopped):
+            build_tokens(config(**keys))
+        monkeypatch.setattr(BlockStore, "commit", commit)
+        monkeypatch.setattr("megadistill.blocks.store.retract_block", retract)
+        # Back to as few documents: the old store again, or refused where it holds more by now.
+        with contextlib.suppress(RecipeError):
+            build_tokens(config(**keys, max_samples=60))
+            assert same_store(tmp_path / "tokens", before.path)
+        build_tokens(config(**keys))
+        assert same_store(tmp_path / "tokens", whole.path)
 
 
 def test_fewer_samples_than_the_store_has_are_refused(config, corpus):
@@ -189,10 +311,12 @@ def test_chats_have_a_loss_mask(config, tokenizer, tmp_path):
     rows = "".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(20))
     (tmp_path / "chats.jsonl").write_text(rows)
     files, folder = [str(tmp_path / "chats.jsonl")], str(tmp_path / "chat")
-    store = build_tokens(config(files=files, messages_field="messages", tokenizer=folder))
-    tokens = np.concatenate([s["tokens"] for s in store])
+    store = build_tokens(
+        config(files=files, messages_field="messages", tokenizer=folder, packing="in_order")
+    )
+    ids = np.concatenate([s["tokens"] for s in store])
     mask = np.concatenate([s["loss_mask"] for s in store])
-    learned = hf.decode(tokens[mask == 1])
+    learned = hf.decode(ids[mask == 1])
     assert learned.startswith("It is 2.<|end|>It is 4.<|end|>It is 2.")
     assert statistics(store)["learned_tokens"] == mask.sum()
 
@@ -200,12 +324,12 @@ def test_chats_have_a_loss_mask(config, tokenizer, tmp_path):
 def test_prompts_and_completions_have_a_loss_mask(config, tmp_path, tokenizer):
     rows = [{"q": f"What is {i}?", "a": f" It is {i}."} for i in range(50)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    keys = {"prompt_field": "q", "completion_field": "a"}
+    keys = {"prompt_field": "q", "completion_field": "a", "packing": "in_order"}
     store = build_tokens(config(files=[str(tmp_path / "a.jsonl")], **keys))
     hf = AutoTokenizer.from_pretrained(tokenizer)
-    tokens = np.concatenate([s["tokens"] for s in store])
+    ids = np.concatenate([s["tokens"] for s in store])
     mask = np.concatenate([s["loss_mask"] for s in store])
-    assert hf.decode(tokens[mask == 1]).startswith(" It is 0.<|end|> It is 1.<|end|>")
+    assert hf.decode(ids[mask == 1]).startswith(" It is 0.<|end|> It is 1.<|end|>")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +340,7 @@ def test_a_corpus_of_less_than_a_sequence_is_refused_and_nothing_written(
 ):
     files = write(tmp_path / "a.jsonl", texts)
     with pytest.raises(DataError, match=said):
-        build_tokens(config(files=files, seq_len=64))
+        build_tokens(config(files=files, seq_len=64, packing="in_order"))
     assert not (tmp_path / "tokens").exists()
 
 

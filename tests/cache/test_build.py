@@ -417,3 +417,25 @@ def lines_of_progress(mesh, config: Config) -> list[str]:
     finally:
         log.removeHandler(handler)
     return lines
+
+
+def test_a_cache_does_again_the_blocks_that_growing_has_changed(corpus, tmp_path):
+    data = {"dir": str(tmp_path / "tokens"), "max_samples": 30, "block_size": 2}
+    config = settings(corpus, tmp_path / "cache", data=data)
+    run_ranks(1, "tests.cache.test_build:build", config=config)
+    before = BlockStore.open(tmp_path / "tokens").tokens_xxh3().tolist()
+    ids_bin = (tmp_path / "cache" / "ids.bin").read_bytes()
+    grown = settings(corpus, tmp_path / "cache", data={**data, "max_samples": None})
+    (built,) = run_ranks(1, "tests.cache.test_build:build", config=grown)
+    tokens, cache = BlockStore.open(tmp_path / "tokens"), open_cache(tmp_path / "cache")
+    after = tokens.tokens_xxh3().tolist()
+    same = sum(a == b for a, b in zip(before, after, strict=False))
+    assert built.computed_blocks == len(after) - same
+    assert same < len(before)
+    assert cache.complete()
+    assert cache.verify() == []
+    assert cache.store.tokens_xxh3().tolist() == after
+    assert (tmp_path / "cache" / "ids.bin").read_bytes() == ids_bin
+    again = settings(corpus, tmp_path / "again", data={**data, "max_samples": None})
+    run_ranks(1, "tests.cache.test_build:build", config=again)
+    assert open_cache(tmp_path / "again").store.content_hash() == cache.store.content_hash()

@@ -302,6 +302,23 @@ def test_rows_of_different_length_are_filled_to_a_multiple_behind_a_start() -> N
     assert aligned.rows_N.reshape(2, T)[:, -1].tolist() == [ends[0] - 1, U + ends[1] - 1]
 
 
+def test_the_teacher_reads_no_padding_of_the_students() -> None:
+    student, teacher = byte_level(700), byte_level(260)
+    short, long = encoded(student, "it rains"), encoded(student, "the quick brown fox jumps " * 3)
+    padding = len(long) - len(short)
+    end = student.eos_token_id
+    tokens_BT = np.array([[*short, *[end] * padding], long])
+    documents = [np.array([0, len(short)]), np.array([0])]
+    found = Alignment(student, teacher).align(tokens_BT, documents, np.array([padding, 0]))
+    alone = align(student, teacher, [short])
+    rows_BT = found.rows_N.reshape(tokens_BT.shape)
+    assert rows_BT[0].tolist() == [*alone.rows_N.tolist(), *[-1] * padding]
+    read = int(alone.documents[0][1])
+    assert found.tokens_BU[0, :read].tolist() == alone.tokens_BU[0, :read].tolist()
+    assert found.documents[0].tolist() == [0, read]
+    assert (rows_BT[1] >= 0).any()
+
+
 def test_a_teacher_of_just_a_multiple_has_no_filler() -> None:
     own = byte_level()
     ids = [own.eos_token_id] * MULTIPLE

@@ -19,7 +19,10 @@ def batch_of(store, order, step):
     """(tokens_BT, documents, labels_N) of a global batch."""
     samples = [store[i] for _, i in order.batch(step)]
     tokens, documents = [s["tokens"] for s in samples], [s["documents"] for s in samples]
-    labels_N = torch.as_tensor(np.concatenate(list(map(labels, tokens, documents))))
+    labels_BT = np.stack(list(map(labels, tokens, documents)))
+    for row, sample in enumerate(samples):
+        labels_BT[row, len(tokens[row]) - int(sample.get("padding", 0)) :] = -100
+    labels_N = torch.as_tensor(labels_BT.reshape(-1))
     return np.stack(tokens), documents, labels_N
 
 

@@ -1,0 +1,121 @@
+"""Stores whose sequences end in padding: kept ones are read as they were, and damage is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import FEATURES
+from megadistill.cache.inspection import inspect_store
+from megadistill.cache.reader import open_cache
+from megadistill.cache.writer import CacheWriter
+from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.targets import METHODS
+from tests.blocks.stores import SEQ_LEN, create, forge
+from tests.cache.make_padding import (
+    PADDED,
+    create_padded_cache,
+    make,
+    padded_samples,
+    read_padded,
+)
+from tests.cache.targets import make_targets
+
+KEPT = Path(__file__).parent / "padding"
+STORES = ("tokens", *METHODS)
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_every_value_is_read_as_it_was(name, tmp_path):
+    path = shutil.copytree(KEPT / name, tmp_path / name)
+    assert read_padded(path) == json.loads((KEPT / "expected.json").read_text())[name]
+    store = BlockStore.open(path)
+    assert store.header["features"] == ["padding"] == sorted(FEATURES)
+    assert (store.verify() if name == "tokens" else open_cache(path).verify()) == []
+
+
+def test_the_script_makes_stores_that_read_alike(tmp_path):
+    make(tmp_path / "now")
+    for name in STORES:
+        assert read_padded(tmp_path / "now" / name) == read_padded(
+            shutil.copytree(KEPT / name, tmp_path / "kept" / name)
+        )
+
+
+def test_padding_is_no_position(tmp_path):
+    make(tmp_path / "now")
+    padding = sum(int(s["padding"]) for s in padded_samples())
+    tokens = inspect_store(tmp_path / "now" / "tokens")
+    assert tokens["num_positions"] == 7 * SEQ_LEN - padding
+    cache = open_cache(tmp_path / "now" / "topk")
+    positions = sum(int((s["targets"].counts > 0).sum()) for s in cache)
+    assert inspect_store(cache.path)["num_positions"] == positions < 7 * SEQ_LEN - padding
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        ([], "padding with the column padding"),
+        (["padding", "halves"], "this program knows padding"),
+    ],
+)
+def test_a_header_whose_flags_are_not_its_columns_is_refused(tmp_path, features, said):
+    path = shutil.copytree(KEPT / "tokens", tmp_path / "tokens")
+    forge(path / "tokens.json", lambda header: header.update(features=features))
+    with pytest.raises(StoreError, match=said):
+        BlockStore.open(path)
+
+
+def test_a_flag_without_its_column_is_refused(tmp_path):
+    path = shutil.copytree(KEPT.parent / "version_1" / "tokens", tmp_path / "tokens")
+    forge(path / "tokens.json", lambda header: header.update(features=["padding"]))
+    with pytest.raises(StoreError, match="padding with the column padding, and only then"):
+        BlockStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"padding": np.uint64(SEQ_LEN)}, "fewer than 8 tokens, found 8"),
+        ({"padding": np.uint64(2)}, "the padding's start 6 as the last one, found 5"),
+        ({"loss_mask": np.ones(SEQ_LEN, np.uint8)}, "loss_mask: expected 0 from position 5 on"),
+    ],
+)
+def test_verifying_finds_padding_that_contradicts_the_other_columns(tmp_path, changes, said):
+    columns = {**PADDED, "loss_mask": f"ndarray:uint8:{SEQ_LEN}"}
+    store = create(tmp_path / "tokens", columns=columns)
+    sample = padded_samples()[3] | {"loss_mask": np.zeros(SEQ_LEN, np.uint8)}
+    store.plan(1)
+    store.commit(0, [sample | changes], statistics={})
+    store.finish()
+    (finding,) = store.verify()
+    assert said in finding
+    assert "sequence 0" in finding
+
+
+def test_targets_in_padding_are_not_written(tmp_path):
+    cache = create_padded_cache(tmp_path / "cache", "topk", None)
+    targets = make_targets("topk", positions=SEQ_LEN, seed=1)
+    assert targets.counts[4:].any()
+    samples = [padded_samples()[4]]
+    with (
+        pytest.raises(ValueError, match="targets in the 4 tokens of padding"),
+        CacheWriter(cache) as w,
+    ):
+        w.submit(0, samples, [targets])
+
+
+def test_targets_in_padding_are_not_read(tmp_path):
+    cache = create_padded_cache(tmp_path / "cache", "topk", None)
+    sample, targets = padded_samples()[4], make_targets("topk", positions=SEQ_LEN, seed=1)
+    lying = sample | {"padding": np.uint64(0)}
+    with CacheWriter(cache) as writer:
+        writer.submit(0, [lying], [targets])
+    found = cache[0] | {"padding": 4}
+    with pytest.raises(CorruptBlockError, match="no targets in padding"):
+        open_cache(tmp_path / "cache")._decoded(found, 0)

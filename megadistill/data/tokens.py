@@ -28,6 +28,7 @@ from megadistill.config import Config, DataConfig
 from megadistill.data.best_fit import BestFit
 from megadistill.data.chat.encoder import ChatSpec
 from megadistill.data.encode import EncoderSpec, Unit
+from megadistill.data.growth import continue_from, covers, lasting_blocks
 from megadistill.data.in_order import InOrder
 from megadistill.data.packing import Sequence
 from megadistill.data.progress import Progress
@@ -87,10 +88,10 @@ def build_tokens(
             store = BlockStore.create(data.dir, **settings)
             if covers(store, data) and store.complete():
                 return store
-            if blocks is not None and set(range(blocks)) <= set(_lasting(store, data)):
+            if blocks is not None and set(range(blocks)) <= set(lasting_blocks(store, data)):
                 return store
             _lock(store, stack)
-        number, cursor = _continue(store, data)
+        number, cursor = continue_from(store, data)
         run = _Run(data, _stream(settings, spec, number or 0, cursor), cursor, progress)
         if number is not None:
             workers = stack.enter_context(Workers(spec, count=_cores(data)))
@@ -286,70 +287,6 @@ def _cores(data: DataConfig) -> int:
 def _lock(store: BlockStore, stack: ExitStack) -> None:
     stack.enter_context(store.lock())
     store.clean()
-
-
-def covers(store: BlockStore, data: DataConfig) -> bool:
-    """Whether all blocks are there for as many documents as are asked for."""
-    blocks = store.committed()
-    if not blocks or blocks[-1] != len(blocks) - 1:
-        return False
-    last = store.marker(blocks[-1])
-    held = blocks[-1] * store.block_size + last["sequences"]
-    end = last.get("end")
-    return end is not None and end.get("sequences", held) == held and _lasts(end, data)
-
-
-def _lasts(end: dict[str, Any], data: DataConfig) -> bool:
-    """Whether the corpus of `data` ends where the blocks with this `end` were made."""
-    read = end["documents_read"]
-    if data.max_samples is None:
-        return end["exhausted"]
-    return read == data.max_samples or (end["exhausted"] and read < data.max_samples)
-
-
-def _lasting(store: BlockStore, data: DataConfig) -> list[int]:
-    """The committed blocks that stay: not those that an earlier end of the corpus has closed."""
-    blocks = store.committed()
-    while blocks:
-        end = store.marker(blocks[-1]).get("end")
-        if end is None or _lasts(end, data):
-            break
-        blocks.pop()
-    return blocks
-
-
-def _continue(store: BlockStore | None, data: DataConfig) -> tuple[int | None, Cursor]:
-    """(the block to go on with, where it begins); (None, ...) where none is missing.
-
-    RecipeError where the store holds more documents than are asked for.
-    """
-    blocks = store.committed() if store is not None else []
-    if store is None or not blocks:
-        return 0, Cursor()
-    last = store.marker(blocks[-1])
-    held = last["end"]["documents_read"] if "end" in last else _documents_read(last)
-    if data.max_samples is not None and held > data.max_samples:
-        raise RecipeError(
-            f"{data.dir}: holds the tokens of {held} documents, data.max_samples is "
-            f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another "
-            "folder"
-        )
-    if covers(store, data):
-        return None, Cursor()
-    if store.num_sequences is not None:
-        store.plan(None)  # it may become longer
-    blocks, lasting = store.committed(), _lasting(store, data)
-    # All of them before the first is done again: a mixture would pass for either store.
-    store.retract(blocks[len(lasting) :])
-    number = next((n for n, b in enumerate(lasting) if n != b), len(lasting))
-    if number == 0:
-        return 0, Cursor()
-    log.info("%s: %d blocks are there, going on", data.dir, number)
-    return number, Cursor(**store.marker(number - 1)["cursor"])
-
-
-def _documents_read(marker: dict[str, Any]) -> int:
-    return marker.get("documents_read", marker["cursor"]["document"])
 
 
 def _commit(store: BlockStore, block: Block) -> None:

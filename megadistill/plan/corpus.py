@@ -10,8 +10,8 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.remote import shown
 from megadistill.config import Config
 from megadistill.data import files
+from megadistill.data.growth import covers
 from megadistill.data.source import count_documents
-from megadistill.data.tokens import covers
 from megadistill.disk import is_url, readable_bytes
 from megadistill.errors import MegadistillError
 from megadistill.plan import assumptions

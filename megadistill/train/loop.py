@@ -185,7 +185,9 @@ def run_step(
     if trainer.teacher is not None:
         share = trainer.teacher.answer(share)
         teacher_s = {"teacher_s": time.monotonic() - started - data_s}
-    counts = [sum(getattr(b, name) for b in share) for name in ("kd_count", "ce_count", "num_tokens")]
+    counts = [
+        sum(getattr(b, name) for b in share) for name in ("kd_count", "ce_count", "num_tokens")
+    ]
     totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
     kd_count, ce_count, num_tokens = totals
     lr = learning_rate(position.step, run.steps, run.config.train)

@@ -20,9 +20,10 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv, __doc__)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
+        from megadistill.checks.caches import check_caches
         from megadistill.plan import show_plan
 
-        show_plan(config)
+        show_plan(check_caches(config))
         return 0
 
     from megadistill import parallel

@@ -4,7 +4,10 @@ A message says what is wrong, where, what was found, what was expected, and what
 programs in launch/ and tools/ print it without a traceback and leave with `exit_code`.
 """
 
-ADVICE = "; `tools/inspect_cache.py CACHE --verify` lists every damaged block"
+ADVICE = (
+    "; `tools/inspect_cache.py CACHE --verify` lists every damaged block, and "
+    "`tools/merge_and_inspect.py --repair CACHE` drops them, so that generating makes them again"
+)
 
 
 class MegadistillError(Exception):

@@ -133,13 +133,15 @@ class ModelFiles:
 
 
 def find_model(
-    name: str, *, key: str, revision: str | None = None, fetch: bool = True
+    name: str | None, *, key: str, revision: str | None = None, fetch: bool = True
 ) -> ModelFiles:
     """The model in a folder, or on the hub.
 
     fetch  whether to ask the hub for what is not in its cache here
     ConfigError: it is in neither place, or its config.json is missing or damaged.
     """
+    if name is None:
+        raise ConfigError(f"{key}: missing, expected a folder or a hub id: set {key}")
     folder = Path(name).expanduser()
     on_hub = not folder.is_dir() and may_be_hub_id(name)
     if folder.is_dir():

@@ -86,6 +86,32 @@ def test_a_missing_corpus(place):
     )
 
 
+def test_generating_needs_a_corpus_and_a_teacher(place):
+    with pytest.raises(ConfigError) as caught:
+        check_generate(config("data.files=null", "teacher.model=null"), world=1)
+    assert str(caught.value).splitlines() == [
+        "data: no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
+        "data.name (a dataset on the hub)",
+        "teacher.model: missing, expected a folder or a hub id: set teacher.model",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss.divergence=jsd"], "loss.divergence: jsd cannot be computed from varopt targets"),
+        (["loss.temperature=2"], "loss.temperature: 2.0 differs from the targets' temperature 1.0"),
+        (["targets.method=exact"], "targets.method: exact compares whole distributions, which no"),
+    ],
+)
+def test_a_cache_that_the_students_loss_cannot_use_is_not_generated(overrides, said, place):
+    assert refused(check_generate, *overrides).startswith(said)
+
+
+def test_targets_at_another_temperature_are_generated_for_a_loss_that_follows(place):
+    check_generate(config("data.block_size=8", "targets.temperature=2"), world=1)
+
+
 def test_an_empty_corpus(place):
     Path("a.txt").write_text("")
     assert "a.txt: the corpus is empty" in refused(check_generate)

@@ -2,12 +2,16 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megadistill.blocks import BlockStore
 from megadistill.config import load_config
 from megadistill.config.find import find_config
+from tests.train.stores import make_store
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,3 +62,16 @@ def test_the_table_of_the_repository_names_what_is_there():
 def test_named_configurations_are_shipped():
     for name in set(re.findall(r"configs/(\w+\.yaml)", README)):
         assert find_config(name).is_file()
+
+
+def test_the_lines_that_read_a_store_with_streaming_read_one(tmp_path):
+    lines = re.findall(r"^ {4}(.*load_streaming.*)$", README, re.MULTILINE)
+    path = make_store(tmp_path / "cache", sequences=12)
+    script = "\n".join(lines).replace("runs/zero3/cache", path)
+    script += "\nprint(len(dataset), *(sum(sample['tokens'].tolist()) for sample in dataset))\n"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    expected = [12, *(int(sample["tokens"].sum()) for sample in BlockStore.open(path))]
+    assert run.returncode == 0, run.stderr
+    assert [int(word) for word in run.stdout.split()] == expected

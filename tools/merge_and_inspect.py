@@ -6,6 +6,7 @@
 
 Every block is verified before it is taken, and taken as it is: linked where OUT is on the same file
 system, else copied. --repair drops damaged blocks, so that generating again makes them anew.
+A held-out cache beside a part (CACHE.heldout, of eval.files) is taken along to OUT.heldout.
 --split gives OUT.0 to OUT.(N-1), which merged are CACHE again, byte for byte.
 
 Exit code 0: complete and sound (--split: done). 1: blocks are missing. 2: nothing was done.
@@ -29,6 +30,8 @@ from megadistill.blocks.split import split_store
 from megadistill.cache.inspection import block_check, inspect_store, require_sum
 from megadistill.cache.report import table
 from megadistill.commands import count, run
+from megadistill.config.held_out import SUFFIX
+from megadistill.data.recipe_keys import keys_of
 from megadistill.disk import is_url
 
 # None: a bar where standard error is a terminal.
@@ -78,14 +81,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def merge(args: argparse.Namespace) -> int:
     parts = [BlockStore.open(path) for path in args.caches]
-    merged = merge_stores(args.out, parts, prefer=args.prefer, workers=args.workers, **WATCHED)
+    keys = keys_of(None, kind=parts[0].kind)
+    merged = merge_stores(
+        args.out, parts, prefer=args.prefer, workers=args.workers, keys=keys, **WATCHED
+    )
     require_sum(merged.store, merged.taken)
+    held_out = merge_held_out(args)
     # Every block was verified on its way.
     facts = inspect_store(args.out) | {"verified": True, "taken": taken(merged)}
     lines = [f"  {count:,} block(s) from {path}" for path, count in facts["taken"].items()]
     checked = "  Every statistic was recomputed; the whole's are their sum."
+    if held_out:
+        checked += f"\n  The held-out cache is in {held_out}."
     answer(args, facts, [table(facts), *lines, checked])
     return 0 if facts["complete"] else 1
+
+
+def merge_held_out(args: argparse.Namespace) -> str | None:
+    """Take the held-out caches beside the parts along, to where training looks for them."""
+    beside = [path.rstrip("/") + SUFFIX for path in args.caches if not is_url(path)]
+    parts = [BlockStore.open(path) for path in beside if os.path.isdir(path)]
+    if not parts:
+        return None
+    out = args.out.rstrip("/") + SUFFIX
+    merge_stores(out, parts, workers=args.workers, keys=keys_of(None, kind="cache"), **WATCHED)
+    return out
 
 
 def taken(merged: Merged) -> dict[str, int]:

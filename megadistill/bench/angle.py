@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megadistill.bench.distributions import mean_entropy, temperature_of
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.ranking import IdRanking, rank_ids
@@ -83,7 +84,7 @@ class Teacher:
         self.ranking: IdRanking = rank_ids(self.store, vocab_size=self.vocab_size)
         self.temperature = 1.0
         if plan.entropy is not None:
-            self.temperature = _temperature(self.logits(self.sample()), plan.entropy)
+            self.temperature = temperature_of(self.logits(self.sample()), plan.entropy)
 
     def measured(self, number: int) -> torch.Tensor:
         """[B, T] token ids of a batch that is never trained on."""
@@ -112,23 +113,6 @@ class Teacher:
     def log_probs(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """float32 [N, V]."""
         return torch.log_softmax(self.logits(ids_BT) / self.temperature, 1)
-
-
-def _temperature(logits_NV: torch.Tensor, entropy: float) -> float:
-    low, high = 0.05, 5.0
-    for _ in range(40):
-        temperature = (low + high) / 2
-        low, high = (
-            (temperature, high)
-            if mean_entropy(torch.log_softmax(logits_NV / temperature, 1)) < entropy
-            else (low, temperature)
-        )
-    return temperature
-
-
-def mean_entropy(log_probs_NV: torch.Tensor) -> float:
-    """Nats."""
-    return float(-(log_probs_NV.exp() * log_probs_NV).sum(1).mean())
 
 
 class Cached:

@@ -54,7 +54,7 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Trained:
-    """A teacher's over its own text, sharpened to a mean entropy."""
+    """Distributions of a teacher over its own text, scaled by a temperature."""
 
     logits_NV: torch.Tensor
     temperature: float
@@ -78,6 +78,7 @@ class Trained:
 def trained(model: str, tokens: str, *, positions: int, entropy: float) -> Trained:
     """The teacher in a folder over the first sequences of a token store.
 
+    entropy: the mean in nats that its logits are scaled to; 0 leaves them as they are.
     Raises StoreError or ConfigError where one of them is not there.
     """
     store = BlockStore.open(tokens)
@@ -95,11 +96,23 @@ def trained(model: str, tokens: str, *, positions: int, entropy: float) -> Train
             ids_BT = torch.from_numpy(np.stack([store[i]["tokens"] for i in rows]).astype(np.int64))
             parts.append(teacher(ids_BT).logits.flatten(0, 1))
     logits_NV = torch.cat(parts)[:positions]
+    ranking = rank_ids(store, vocab_size=logits_NV.shape[1])
+    if entropy == 0:
+        return Trained(logits_NV, 1.0, ranking, f"{model} as it is")
+    temperature = temperature_of(logits_NV, entropy)
+    return Trained(logits_NV, temperature, ranking, f"{model} at {entropy} nats")
+
+
+def temperature_of(logits_NV: torch.Tensor, entropy: float) -> float:
+    """The temperature at which the mean entropy is `entropy` nats, by bisection."""
     low, high = 0.05, 5.0
     for _ in range(40):
         temperature = (low + high) / 2
-        log_probs_NV = torch.log_softmax(logits_NV / temperature, 1)
-        below = -(log_probs_NV.exp() * log_probs_NV).sum(1).mean() < entropy
+        below = mean_entropy(torch.log_softmax(logits_NV / temperature, 1)) < entropy
         low, high = (temperature, high) if below else (low, temperature)
-    ranking = rank_ids(store, vocab_size=logits_NV.shape[1])
-    return Trained(logits_NV, temperature, ranking, f"{model} at {entropy} nats")
+    return temperature
+
+
+def mean_entropy(log_probs_NV: torch.Tensor) -> float:
+    """Nats."""
+    return float(-(log_probs_NV.exp() * log_probs_NV).sum(1).mean())

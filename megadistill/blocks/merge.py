@@ -18,7 +18,7 @@ from megadistill.blocks.files import LOCAL, Files
 from megadistill.blocks.layout import kind_of
 from megadistill.blocks.pool import each_block
 from megadistill.blocks.progress import BlockProgress
-from megadistill.blocks.recipe import require_same_recipe
+from megadistill.blocks.recipe import Keys, require_same_recipe
 from megadistill.blocks.records import encode_json
 from megadistill.blocks.store import BlockStore
 from megadistill.blocks.verify import Check, CheckOf, no_check, verify_block
@@ -26,6 +26,7 @@ from megadistill.errors import StoreError
 
 log = logging.getLogger(__name__)
 
+_SEPARATE = "they cannot be one store; training takes a list of caches instead"
 _SHOWN = 8  # blocks listed in a message
 
 
@@ -45,6 +46,7 @@ def merge_stores(
     check_of: CheckOf = no_check,
     workers: int = 1,
     show_progress: bool | None = False,
+    keys: Keys | None = None,
     files: Files = LOCAL,
 ) -> Merged:
     """Every block of the parts in one store at `out`, sharing their bytes on disk where it can.
@@ -54,19 +56,20 @@ def merge_stores(
     check_of       what only the caller can check of a store's blocks, see verify.CheckOf
     workers        processes that verify
     show_progress  see BlockProgress
+    keys           what the user calls the recipe's fields, for messages
 
     Every block is verified before it is taken. Raises RecipeError for parts of different recipes,
-    naming the field; StoreError listing the blocks that differ; CorruptBlockError. Until a block's
+    naming the keys; StoreError listing the blocks that differ; CorruptBlockError. Until a block's
     bytes are known to be sound and undisputed, nothing is written.
     """
     if not parts:
         raise StoreError(f"{out}: nothing to merge, expected at least one store")
     for part in parts:
-        _require_same_kind(parts[0], part)
+        _require_same_kind(parts[0], part, keys)
     wanted = _preferred(parts, prefer)
     if kind_of(Path(out)) == parts[0].kind:
         existing = BlockStore.open(out, files=files)
-        _require_same_kind(parts[0], existing)
+        _require_same_kind(parts[0], existing, keys)
         if not any(_same_folder(p, existing) for p in parts):
             parts = [existing, *parts]
     total = _common_plan(parts)
@@ -122,14 +125,15 @@ def gather(
     return merged
 
 
-def _require_same_kind(first: BlockStore, other: BlockStore) -> None:
-    keys = ("kind", "recipe", "block_size", "columns", "ids_bin")
+def _require_same_kind(first: BlockStore, other: BlockStore, keys: Keys | None) -> None:
+    fields = ("kind", "recipe", "block_size", "columns", "ids_bin")
     require_same_recipe(
-        {k: first.header.get(k) for k in keys},
-        {k: other.header.get(k) for k in keys},
+        {k: first.header.get(k) for k in fields},
+        {k: other.header.get(k) for k in fields},
         file=str(first.layout.header(first.kind)),
         other=f"in {other.layout.header(other.kind)} it is",
-        way_out="they cannot be one store; training takes a list of caches instead",
+        keys=Keys(of=(keys or Keys()).of, way_out=_SEPARATE),
+        names=(first.names, other.names),
     )
 
 

@@ -57,7 +57,7 @@ from megadistill.blocks.layout import (
     shard_name,
 )
 from megadistill.blocks.lock import StoreLock, require_holder, token_of
-from megadistill.blocks.recipe import require_same_recipe
+from megadistill.blocks.recipe import NAMES, Keys, require_same_recipe
 from megadistill.blocks.records import encode_json
 from megadistill.blocks.remote import read_only
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
@@ -103,12 +103,14 @@ class BlockStore:
         columns: dict[str, str],
         block_size: int,
         ids_bin: bytes | None = None,
+        keys: Keys | None = None,
         files: Files = LOCAL,
     ) -> BlockStore:
         """A new store, or the one that is there if it has the same kind, shape and recipe.
 
         header   must hold "recipe"; never changed once a block is committed
         columns  column name to MDS encoding; `sum` is added
+        keys     what the user calls the recipe's fields, for messages
         A store without blocks begins anew with another recipe, see `blocks.anew`.
         Raises RecipeError for another recipe, StoreError for a folder that holds something else,
         LockedError where a store without blocks would begin anew and another run writes it.
@@ -124,16 +126,14 @@ class BlockStore:
         store = cls(path, kind=kind, files=files)
         if begin_anew(store, files, full, ids_bin):
             store = cls(path, kind=kind, files=files)
-        ours, theirs = shape_of(store.header), shape_of(full)
-        # The recipe says more than the columns, which follow from it.
-        for keys in ({"recipe"}, ours.keys() | theirs.keys()):
-            require_same_recipe(
-                {key: ours[key] for key in keys if key in ours},
-                {key: theirs[key] for key in keys if key in theirs},
-                file=str(layout.header(kind)),
-                other="this run's is",
-                way_out="restore the setting, or choose another folder",
-            )
+        require_same_recipe(
+            shape_of(store.header),
+            shape_of(full),
+            file=str(layout.header(kind)),
+            other="this run's is",
+            keys=keys or Keys(),
+            names=(store.names, full.get(NAMES, {})),
+        )
         return store
 
     @classmethod
@@ -143,6 +143,7 @@ class BlockStore:
         source: BlockStore,
         *,
         header: dict[str, Any] | None = None,
+        keys: Keys | None = None,
         files: Files = LOCAL,
     ) -> BlockStore:
         """`create` with what `source` has: its shape, ids.bin, and header unless another is given.
@@ -156,6 +157,7 @@ class BlockStore:
             columns=source.columns,
             block_size=source.block_size,
             ids_bin=source.ids_bin(),
+            keys=keys,
             files=files,
         )
 
@@ -195,6 +197,13 @@ class BlockStore:
     def recipe(self) -> dict[str, Any]:
         """Everything the bytes of a block depend on."""
         return self.header["recipe"]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What models and data are called, by key, for reading; {} in a store without names."""
+        found = self.header.get(NAMES)
+        found = found if isinstance(found, dict) else {}
+        return {k: v for k, v in found.items() if isinstance(v, str)}
 
     @property
     def block_size(self) -> int:
@@ -359,8 +368,9 @@ class BlockStore:
         markers = self._markers()
         for marker in markers:
             if not self.shard_is_there(marker):
-                file = str(self.layout.shard(marker["block"]))
-                raise CorruptBlockError(file, f"{marker['shard']['size']} bytes", "another size")
+                path = self.layout.shard(marker["block"])
+                found = "another size" if path.exists() else "no file"
+                raise CorruptBlockError(str(path), f"{marker['shard']['size']} bytes", found)
         derived = {
             self.layout.blocks_bin: encode_blocks_bin(markers),
             self.layout.index: encode_index(markers, self._columns),
@@ -487,6 +497,12 @@ class BlockStore:
             except FileNotFoundError:
                 return False
         return stat.S_ISREG(status.st_mode) and status.st_size == marker["shard"]["size"]
+
+    def lost_shards(self) -> list[Path]:
+        """The shards of committed blocks that are gone or of another size."""
+        return [
+            self.layout.shard(m["block"]) for m in self._markers() if not self.shard_is_there(m)
+        ]
 
     def content_hash(self) -> str:
         """128 bits, hexadecimal, over the content of the committed blocks in block order."""

@@ -38,10 +38,14 @@ from megadistill.cache.recipe import cache_recipe, made_with
 from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
+from megadistill.config.held_out import held_out, in_eval_keys
+from megadistill.data.learned import require_learned
+from megadistill.data.names import store_names
 from megadistill.data.packing import sample_labels
+from megadistill.data.recipe_keys import keys_of
 from megadistill.data.tokens import build_tokens, count_tokens
 from megadistill.disk import free_bytes
-from megadistill.errors import MegadistillError, TeacherError
+from megadistill.errors import DataError, MegadistillError, StoreError, TeacherError
 from megadistill.parallel import Mesh, accounted
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
@@ -72,20 +76,56 @@ def build_cache(
     full to go on, and what is committed stays.
     """
     started = time.monotonic()
-    with contextlib.ExitStack() as held:  # rank 0 holds the store's lock to the end
+    wanted = caches_to_build(config)
+    teacher: Teacher | None = None
+    built: list[Built] = []
+    with contextlib.ExitStack() as held:  # rank 0 holds the stores' locks to the end
         held.enter_context(accounted(partial(_account, config)))
-        missing = mesh.first(lambda: _prepare(config, held))
-        tokens = BlockStore.open(config.data.dir)
-        store = BlockStore.open(config.cache.folder)
-        if missing:
-            teacher = load_teacher(config, mesh, vocab_size=store.recipe["vocab_size"])
-            _compute(config, mesh, teacher, tokens, store, missing, free_bytes)
-            mesh.first(store.finish)
-            if validate:
-                _validate(config, mesh, teacher, tokens, store)
-        if mesh.rank == 0:
-            _tell(config, store, computed=len(missing))
-    return Built(len(store), store.num_blocks or 0, len(missing), time.monotonic() - started)
+        # All text is tokenised first: a mistake in it is found before the teacher has run.
+        to_do = mesh.first(lambda: [_prepare(c, held, is_held_out=c is not config) for c in wanted])
+        for each, missing in zip(wanted, to_do, strict=True):
+            tokens = BlockStore.open(each.data.dir)
+            store = BlockStore.open(each.cache.folder)
+            each = _with_positions(each, store)
+            if missing:
+                if teacher is None:
+                    teacher = load_teacher(each, mesh, vocab_size=store.recipe["vocab_size"])
+                _compute(each, mesh, teacher, tokens, store, missing, free_bytes)
+                mesh.first(partial(_finish, store))
+                if validate:
+                    _validate(each, mesh, teacher, tokens, store)
+            if mesh.rank == 0:
+                _tell(each, store, computed=len(missing))
+            seconds = time.monotonic() - started
+            built.append(Built(len(store), store.num_blocks or 0, len(missing), seconds))
+    return built[0]
+
+
+def caches_to_build(config: Config) -> list[Config]:
+    """The configuration of each cache that a run of `config` makes: the main one, the held-out one.
+
+    Of several parts the first makes the held-out cache. With the teacher online it is the only one.
+    """
+    main = [] if config.teacher.mode == "online" else [config]
+    extra = held_out(config) if config.cache.share[0] == 0 else None
+    return main + ([] if extra is None else [extra])
+
+
+def _finish(store: BlockStore) -> None:
+    store.finish()
+    _require_positions(store)
+
+
+def _require_positions(store: BlockStore) -> None:
+    """DataError for a whole cache without a target: a threshold of entropy may leave none."""
+    if store.missing():
+        return  # the other parts'
+    if not sum(store.marker(b)["statistics"]["positions"] for b in store.committed()):
+        raise DataError(
+            f"{store.name}: not one position has a target, so that there is nothing to learn: set "
+            "targets.min_entropy lower, or targets.positions to all or loss_mask, and cache.dir to "
+            "another folder"
+        )
 
 
 def _account(config: Config) -> str:
@@ -102,15 +142,25 @@ def _account(config: Config) -> str:
     return "no block is committed yet; the same command begins anew"
 
 
-def _prepare(config: Config, held: contextlib.ExitStack) -> list[int]:
+def _with_positions(config: Config, store: BlockStore) -> Config:
+    """The configuration with the positions that the cache was begun with."""
+    targets = config.targets.model_copy(update={"positions": store.recipe["positions"]})
+    return config.model_copy(update={"targets": targets})
+
+
+def _prepare(config: Config, held: contextlib.ExitStack, *, is_held_out: bool = False) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
-    tokens = build_tokens(config)
-    store = create_store(config, tokens)
+    with in_eval_keys() if is_held_out else contextlib.nullcontext():
+        tokens = build_tokens(config)
+        require_learned(tokens, key="data.dir")
+        store = create_store(config, tokens)
     outdated = _outdated(store, tokens)
     planned = store.num_sequences == len(tokens) and not outdated
     if planned and not _to_do(config, store) and store.consistent():
+        _require_positions(store)
         return []
     held.enter_context(store.lock())
+    require_shards(store)
     store.clean()
     if outdated:
         log.info("%s: %d blocks hold other tokens than %s by now, and are done again",
@@ -135,18 +185,31 @@ def _outdated(store: BlockStore, tokens: BlockStore) -> list[int]:
     return [block for block, found in then if now.get(block) != found]
 
 
+def require_shards(store: BlockStore) -> None:
+    """StoreError, before a teacher is loaded, where shards of committed blocks are gone."""
+    lost = store.lost_shards()
+    if lost:
+        raise StoreError(
+            f"{store.name}: {lost[0]} is missing or of another size ({len(lost)} such shard(s)): "
+            f"run `python tools/merge_and_inspect.py --repair {store.name}`, then this command "
+            "again, which makes the blocks anew"
+        )
+
+
 def create_store(config: Config, tokens: BlockStore) -> BlockStore:
     """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
-    recipe = cache_recipe(config, tokens.recipe)
+    recipe = cache_recipe(config, tokens)
+    called = store_names(config) | {k: v for k, v in tokens.names.items() if k != "teacher.model"}
     names = ("tokens", "documents", "loss_mask", "padding")
     columns = {name: tokens.columns[name] for name in names if name in tokens.columns}
     return BlockStore.create(
         config.cache.folder,
         kind="cache",
-        header={"recipe": recipe},
+        header={"recipe": recipe, "names": called},
         columns={**columns, "targets": "bytes"},
         block_size=tokens.block_size,
         ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
+        keys=keys_of(config, kind="cache"),
     )
 
 
@@ -273,7 +336,9 @@ def _targets(
     samples: list[dict[str, Any]],
     first: int,
 ) -> list[SparseTargets]:
-    seq_len, masked = config.data.seq_len, config.targets.positions == "loss_mask"
+    seq_len = config.data.seq_len
+    # Not set: a loss mask decides where there is one.
+    masked = config.targets.positions in (None, "loss_mask")
     labels_BT = np.stack([sample_labels(s, masked=masked) for s in samples])
     numbers, positions = np.divmod(np.arange(len(samples) * seq_len), seq_len)
     keys_N2 = np.stack([first + numbers, positions], 1)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.recipe import differences
+from megadistill.blocks.recipe import NAMES, differences
 from megadistill.cache.reader import Cache
 from megadistill.cache.sequence import target_row
 from megadistill.disk import is_url
@@ -44,7 +44,7 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
         )
     recipe = [
         {"field": field, "left": ours, "right": theirs}
-        for field, ours, theirs in differences(left.header, right.header)
+        for field, ours, theirs in differences(_compared(left), _compared(right))
     ]
     plans = (left.num_sequences, right.num_sequences)
     facts: Facts = {
@@ -58,6 +58,11 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
     }
     counted = ("recipe", "plan", "only_left", "only_right", "different_blocks")
     return {"equal": not any(facts[name] for name in counted), **facts}
+
+
+def _compared(store: BlockStore) -> Facts:
+    """The header without names, which say nothing about the content."""
+    return {key: value for key, value in store.header.items() if key != NAMES}
 
 
 def _blocks(left: BlockStore, right: BlockStore) -> Facts:

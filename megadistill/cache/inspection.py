@@ -14,6 +14,7 @@ from megadistill.blocks.recipe import differences
 from megadistill.blocks.verify import Check, read_markers
 from megadistill.cache.reader import Cache
 from megadistill.cache.statistics import combine, summary
+from megadistill.data.recipe_keys import CORPUS_KEYS
 from megadistill.errors import StoreError
 
 _PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "min_entropy", "seed")
@@ -103,16 +104,24 @@ def _why_incomplete(store: BlockStore) -> str:
 
 
 def _recipe(store: BlockStore) -> dict[str, Any]:
-    recipe = store.recipe
+    recipe, names = store.recipe, store.names
     columns = store.columns.get("tokens", "").rpartition(":")[2]
     return {
         "method": recipe.get("method"),
         "parameters": {k: recipe[k] for k in _PARAMETERS if k in recipe},
-        "teacher": recipe.get("teacher"),
-        "tokenizer": recipe.get("tokenizer"),
+        "teacher": _with_name(recipe.get("teacher"), names.get("teacher.model")),
+        "tokenizer": _with_name(recipe.get("tokenizer"), names.get("data.tokenizer")),
+        "data": next((names[k] for k in CORPUS_KEYS if k in names), None),
         "vocab_size": recipe.get("vocab_size"),
         "seq_len": recipe.get("seq_len", int(columns) if columns.isdigit() else None),
     }
+
+
+def _with_name(recorded: Any, name: str | None) -> Any:
+    """What a recipe says of a model, with its name where the store has one."""
+    if name is None:
+        return recorded
+    return {"name": name} | (recorded if isinstance(recorded, dict) else {})
 
 
 def _targets(

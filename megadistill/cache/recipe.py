@@ -16,6 +16,8 @@ from typing import Any
 
 import xxhash
 
+from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import kind_of
 from megadistill.config import Config
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, find_model
@@ -26,13 +28,14 @@ _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", 
 
 
 def cache_recipe(
-    config: Config, tokens_recipe: dict[str, Any], *, key: str = "teacher.model"
+    config: Config, tokens: BlockStore, *, key: str = "teacher.model"
 ) -> dict[str, Any]:
-    """The recipe of the cache that `config` asks for, over the token store of `tokens_recipe`.
+    """The recipe of the cache that `config` asks for, over a token store.
 
     key: where the configuration names the teacher, for messages. Reads every byte of its weights
     once. Raises ConfigError when they cannot be found.
     """
+    tokens_recipe = tokens.recipe
     teacher, targets = config.teacher, config.targets
     files = find_model(teacher.model, key=key, revision=teacher.revision)
     method = {name: getattr(targets, name) for name in PARAMETERS[targets.method]}
@@ -46,7 +49,7 @@ def cache_recipe(
         "method": targets.method,
         "micro_batch": teacher.micro_batch,
         "nll": targets.nll,
-        "positions": targets.positions,
+        "positions": chosen_positions(config, tokens),
         "seed": targets.seed,
         "seq_len": config.data.seq_len,
         "teacher": model_identity(_with_weights(files)),
@@ -58,6 +61,36 @@ def cache_recipe(
         "vocab_size": tokens_recipe["tokenizer"]["vocab_size"],
         **method,
     }
+
+
+def chosen_positions(config: Config, tokens: BlockStore) -> str:
+    """`targets.positions`, or where it is not set what the data suggests.
+
+    A cache that was begun keeps to its own. ConfigError for `loss_mask` without a loss mask.
+    """
+    masked = "loss_mask" in tokens.columns
+    wanted = config.targets.positions
+    if wanted == "loss_mask" and not masked:
+        raise ConfigError(
+            f"targets.positions: loss_mask, and {tokens.name} has no loss mask: tokenise chats "
+            "(data.messages_field) or prompts with completions (data.prompt_field, "
+            "data.completion_field), or set targets.positions=all"
+        )
+    if wanted is not None:
+        return wanted
+    if config.teacher.mode == "online":
+        return "all"  # nothing is kept of a position that the loss mask leaves out
+    begun = _begun(config)
+    return begun if begun in ("all", "loss_mask") else "loss_mask" if masked else "all"
+
+
+def _begun(config: Config) -> Any:
+    """The positions of the cache at `cache.dir`; None where there is none, or not a block of it."""
+    cache = config.cache
+    if not cache.is_folder or kind_of(Path(cache.folder)) != "cache":
+        return None
+    store = BlockStore.open(cache.folder)
+    return store.recipe.get("positions") if store.present() else None
 
 
 def made_with(*, device: str, accelerator: str, cpu_threads: int) -> dict[str, Any]:
@@ -72,9 +105,6 @@ def model_identity(folder: Path) -> dict[str, str]:
     """{"architecture", "config", "weights"}: name and content hashes of a model on disk."""
     settings = json.loads((folder / "config.json").read_text())
     architecture = (settings.get("architectures") or ["unknown"])[0]
-    for name in _INCIDENTAL:
-        settings.pop(name, None)
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ConfigError(
@@ -86,9 +116,16 @@ def model_identity(folder: Path) -> dict[str, str]:
         digest.update(path.name.encode() + _file_hash(path))
     return {
         "architecture": architecture,
-        "config": hashlib.sha256(canonical).hexdigest()[:32],
+        "config": config_hash(settings),
         "weights": digest.hexdigest()[:32],
     }
+
+
+def config_hash(settings: dict[str, Any]) -> str:
+    """The content hash of a config.json, without the keys that a library or a copy changes."""
+    kept = {name: value for name, value in settings.items() if name not in _INCIDENTAL}
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(canonical).hexdigest()[:32]
 
 
 def _with_weights(files: ModelFiles) -> Path:

@@ -29,6 +29,7 @@ def _rows(facts: dict[str, Any]) -> Rows:
         ("positions", _human(facts["num_positions"], 1000)),
         ("size on disk", _human(facts["bytes"], 1024)),
         ("content hash", facts["content_hash"]),
+        ("data", _text(facts["data"])),
         ("tokenizer", _text(facts["tokenizer"])),
         ("vocabulary", f"{_text(facts['vocab_size'])} ids"),
     ]  # fmt: skip

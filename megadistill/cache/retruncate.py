@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.recipe import Keys
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.data.packing import sample_labels
+from megadistill.data.recipe_keys import keys_of
 from megadistill.errors import ConfigError, CorruptBlockError, StoreError
 from megadistill.targets import METHODS, PARAMETERS, SAMPLED, SparseTargets, concatenate
 
@@ -151,7 +153,10 @@ def retruncate_cache(
             f"{path}: is not complete, and its missing blocks would be missing in {out}: finish it "
             "with launch/generate.py, or merge its parts, first"
         )
-    store = BlockStore.create_like(out, source.store, header=source.header | {"recipe": recipe})
+    store = BlockStore.create_like(
+        out, source.store, header=source.header | {"recipe": recipe},
+        keys=Keys(_option, "give the same options, or another --out"),
+    )  # fmt: skip
     if store.num_sequences == source.num_sequences and store.complete():
         return store
     with store.lock():
@@ -166,6 +171,13 @@ def retruncate_cache(
                     writer.submit(block, *_block(source, block, recipe, given))
         store.finish()
     return store
+
+
+def _option(field: str) -> str:
+    """What a field of the recipe is called on the command line; a configuration's key elsewhere."""
+    name = field.rpartition(".")[2]
+    ours = field in ("recipe.tau", "recipe.k", "recipe.p", "recipe.retruncated_from.seed")
+    return f"--{name}" if ours else keys_of(None, kind="cache").of(field)
 
 
 def retruncated_recipe(cache: Cache, given: dict[str, Any], *, seed: int) -> dict[str, Any]:

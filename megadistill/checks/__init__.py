@@ -11,11 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from megadistill.checks import folders, models, vocabulary
+from megadistill.checks.caches import check_caches
 from megadistill.checks.memory import check_memory
 from megadistill.config import Config
+from megadistill.config.held_out import evaluation_cache, held_out, in_eval_keys
+from megadistill.config.rules import divergence_problems, not_cached
+from megadistill.config.schema import with_temperature
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.model_files import ModelFiles
 from megadistill.plan import Plan, make_plan
+from megadistill.targets import DENSE
+from megadistill.train.known import with_local_known
 from megadistill.train.trackers import check_trackers
 
 __all__ = ["check_generate", "check_train"]
@@ -32,9 +38,11 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     """
     found = _Mistakes()
     found.of(_keeps_a_cache, config)
+    found.of(_serves_the_loss, config)
     tokenizer = _check_asking(found, config, world, writing=writing)
     if writing:
         found.of(folders.check_cache_folder, config)
+    found.of(_check_held_out, config, writing=writing)
     student = vocabulary.student_if_there(config)
     if student is not None:
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)
@@ -48,11 +56,39 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
 
 
 def _keeps_a_cache(config: Config) -> None:
-    if config.teacher.mode == "online":
+    if config.teacher.mode == "online" and held_out(config) is None:
         raise ConfigError(
             "teacher.mode: online keeps no cache, the teacher answers while the student trains: "
-            "run launch/train.py, or set teacher.mode=cached"
+            "run launch/train.py, or set teacher.mode=cached; with eval.files the held-out cache "
+            "is made here"
         )
+
+
+def _check_held_out(config: Config, *, writing: bool) -> None:
+    """The text of `eval.files` is there and another than that of `data`, its folders are free."""
+    made = held_out(config)
+    if made is None:
+        return
+    with in_eval_keys():
+        folders.check_corpus(made)
+        if config.data.files is not None and made.data.files is not None:
+            folders.check_apart(config.data.files, made.data.files)
+        if writing:
+            folders.check_store_folder(made.data.dir, "data.dir", "tokens")
+            folders.check_store_folder(made.cache.folder, "cache.dir", "cache")
+
+
+def _serves_the_loss(config: Config) -> None:
+    """The targets that are asked for can be cached, and serve the loss where a student is set."""
+    if config.teacher.mode == "cached" and config.targets.method in DENSE:
+        raise ConfigError(str(not_cached(config)))
+    if config.student is not None and config.loss.learns_from_teacher:
+        known = config
+        if "temperature" not in config.loss.model_fields_set:
+            loss = with_temperature(config.loss, config.targets.temperature)
+            known = config.model_copy(update={"loss": loss})
+        for problem in divergence_problems(known):
+            raise ConfigError(str(problem))
 
 
 def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool) -> Any:
@@ -103,6 +139,9 @@ def check_train(config: Config, *, world: int) -> None:
 
     found = _Mistakes()
     found.of(check_machine, config)
+    known = found.of(check_caches, config)
+    config = with_local_known(config) if known is None else known
+    assert config.student is not None
     online = config.teacher.mode == "online"
     tokenizer = _check_asking(found, config, world, writing=True) if online else None
     for source in [] if online else config.cache.sources:
@@ -121,14 +160,14 @@ def check_train(config: Config, *, world: int) -> None:
             way_out="make it with launch/generate.py, its own teacher.model and cache.dir, and the "
             "same data",
         )
-    if config.eval.cache is not None:
+    asked = evaluation_cache(config)
+    if asked is not None:
+        key, path = asked
+        made = "targets.method=topk and held-out text" if key == "eval.cache" else "the same keys"
         found.of(
-            folders.check_cache_is_there,
-            config.eval.cache,
-            key="eval.cache",
-            way_out="make it with launch/generate.py, targets.method=topk and held-out text, or "
-            "train without by eval.cache=null",
-        )
+            folders.check_cache_is_there, path, key=key,
+            way_out=f"make it with launch/generate.py and {made}; or train without, by {key}=null",
+        )  # fmt: skip
     found.of(folders.check_run_folder, config)
     found.of(check_trackers, config)
     with_weights = config.student.init == "pretrained"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megadistill.blocks.layout import KINDS, kind_of
 from megadistill.config import Config
+from megadistill.config.rules import NO_CORPUS
 from megadistill.disk import check_disk, device_of, is_url
 from megadistill.errors import ConfigError
 from megadistill.plan import Plan
@@ -16,11 +17,25 @@ _RUN_ENTRIES = {"run.json", ".run.json", "metrics.jsonl", "checkpoints", "model"
 
 
 def check_corpus(config: Config) -> None:
-    """Local files are there, not empty, and of a kind that can be read."""
+    """A corpus is named; local files are there, not empty, and of a kind that can be read."""
+    if not (config.data.source or config.data.files or config.data.name):
+        raise ConfigError(f"data: {NO_CORPUS}")
     if config.data.files is not None:
         from megadistill.data import files
 
         files.kind(files.find(config.data.files))
+
+
+def check_apart(training: list[str], held_out: list[str]) -> None:
+    """No file is trained on and held out."""
+    from megadistill.data import files
+
+    shared = sorted(set(files.find(training)) & set(files.find(held_out)))
+    if shared:
+        raise ConfigError(
+            f"eval.files: {shared[0]} is among the text that is trained on (data.files), "
+            f"{len(shared)} such file(s): hold out other files"
+        )
 
 
 def check_store_folder(path: str, key: str, kind: str) -> None:

@@ -55,7 +55,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A model of transformers: teacher or student."""
 
-    model: Text = Field(description="a folder or a hub id")
+    model: Text | None = Field(default=None, description="a folder or a hub id")
     revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
         default="sdpa", description="transformers' attention implementation"

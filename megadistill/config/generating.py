@@ -157,7 +157,10 @@ class TeacherMember(Section):
 
 
 class TeacherConfig(ModelConfig):
-    """The model that is learned from, and how it runs."""
+    """The model that is learned from, and how it runs.
+
+    To train from a cache `model` may be left out. Where it is set it must be the cache's.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="type of weights and activations"
@@ -231,10 +234,11 @@ class TargetsConfig(Section):
     )
     temperature: PositiveFloat = Field(default=1.0, description="the teacher's softmax temperature")
     seed: Seed = Field(default=0, description="seed of the sampling")
-    positions: Literal["all", "loss_mask", "entropy"] = Field(
-        default="all",
-        description="which positions get targets: all, only completions, or those where the "
-        "teacher's entropy is at least `min_entropy`",
+    positions: Literal["all", "loss_mask", "entropy"] | None = Field(
+        default=None,
+        description="which positions get targets: all, only those of the loss mask (completions, "
+        "what the assistant says), or those where the teacher's entropy is at least "
+        "`min_entropy`; default: `loss_mask` where the data has one, else all",
     )
     min_entropy: PositiveFloat | None = Field(
         default=None, description="`positions: entropy`: in nats, at `temperature`"

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 from megadistill.config.find import DEFAULT, find_config, shown
 from megadistill.config.messages import KeyPath, all_keys, dotted, message
 from megadistill.config.problem import Problem
-from megadistill.config.rules import problems
-from megadistill.config.schema import Config
+from megadistill.config.schema import Config, all_problems
 from megadistill.config.suggest import closest, did_you_mean
 from megadistill.config.yaml_reader import read_yaml
 from megadistill.errors import ConfigError
@@ -85,7 +84,7 @@ def validate(raw: dict) -> tuple[Config | None, list[Problem]]:
     if config is not None:  # always, but for a file that is wrong throughout
         found += [
             problem
-            for problem in problems(config)
+            for problem in all_problems(config)
             if not any(_concerns(key, bad) for key in problem.keys for bad in mistakes)
         ]
     return (None if found else config), found

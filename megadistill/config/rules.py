@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from megadistill.config.schema import Config
     from megadistill.config.training import LossConfig
 
+NO_CORPUS = (
+    "no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
+    "data.name (a dataset on the hub)"
+)
 MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
 
 
@@ -63,12 +67,8 @@ def _source(config: Config) -> Iterator[Problem]:
     data = config.data
     keys = ("data.source", "data.files", "data.name")
     given = [key for key in keys if getattr(data, key.removeprefix("data.")) is not None]
-    if not given:
-        yield Problem(
-            ("data", *keys),
-            "no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
-            "data.name (a dataset on the hub)",
-        )
+    if not given and not config.may_train_from_cache:
+        yield Problem(("data", *keys), NO_CORPUS)
     elif len(given) > 1:
         others = " ".join(f"{key}=null" for key in given[1:])
         yield Problem(
@@ -138,12 +138,16 @@ def _folders(config: Config) -> Iterator[Problem]:
     written = {"data.dir": config.data.dir}
     if isinstance(config.cache.dir, str):
         written["cache.dir"] = config.cache.dir
+    if config.eval.files is not None or config.eval.name is not None:
+        written["eval (its tokens)"] = f"{config.data.dir}.heldout"
+        if isinstance(config.cache.dir, str):
+            written["eval (its cache)"] = f"{config.cache.dir}.heldout"
     if config.cache.local_dir is not None:
         written["cache.local_dir"] = config.cache.local_dir
     read: dict[str, str] = {}
     if not isinstance(config.cache.dir, str):
         read |= {f"cache.dir.{i}": source.dir for i, source in enumerate(config.cache.dir)}
-    read |= {f"{key}.model": each.model for key, each in config.teacher.members.items()}
+    read |= {f"{key}.model": t.model for key, t in config.teacher.members.items() if t.model}
     read |= {f"cache.ensemble.{i}.dir": c.dir for i, c in enumerate(config.cache.ensemble)}
     if config.student is not None:
         written["train.out_dir"] = config.train.out_dir
@@ -184,6 +188,10 @@ def _inside(path: str, folder: str) -> bool:
 
 def _teacher(config: Config) -> Iterator[Problem]:
     teacher = config.teacher
+    if teacher.model is None and not config.may_train_from_cache:
+        yield Problem(
+            ("teacher.model",), "missing, expected a folder or a hub id: set teacher.model"
+        )
     if teacher.engine == "zero3" and teacher.tp > 1:
         yield Problem(
             ("teacher.tp", "teacher.engine"),
@@ -203,13 +211,8 @@ def _teacher(config: Config) -> Iterator[Problem]:
 def _online(config: Config) -> Iterator[Problem]:
     targets, loss = config.targets, config.loss
     if config.teacher.mode == "cached":
-        if targets.method in DENSE:
-            yield Problem(
-                ("targets.method", "teacher.mode"),
-                f"{targets.method} compares whole distributions, which no cache keeps: set "
-                "teacher.mode=online, or targets.method to one of "
-                f"{', '.join(m for m in PARAMETERS if m not in DENSE)}",
-            )
+        if targets.method in DENSE and config.student is None:
+            yield not_cached(config)
         if loss.aligned:
             key = f"loss.{loss.aligned[0]}_weight"
             yield Problem(
@@ -279,7 +282,8 @@ def _targets(config: Config) -> Iterator[Problem]:
     if (targets.min_entropy is not None) != (targets.positions == "entropy"):
         yield Problem(
             ("targets.min_entropy", "targets.positions"),
-            f"is read with targets.positions=entropy only, and positions is {targets.positions}: "
+            f"is read with targets.positions=entropy only, and positions is "
+            f"{targets.positions or 'not set'}: "
             "remove it, or set targets.positions=entropy"
             if targets.min_entropy is not None
             else "targets.positions=entropy leaves out positions below it: set it, in nats, for "
@@ -287,10 +291,30 @@ def _targets(config: Config) -> Iterator[Problem]:
         )
     if config.student is None:
         return
+    if online:  # a cache knows how it was made, and is asked when it is opened
+        yield from divergence_problems(config)
+    else:  # what no cache can serve
+        yield from divergence_problems(config, anything=True)
+    yield from _loss(loss)
+
+
+def not_cached(config: Config) -> Problem:
+    """A method whose targets exist only while the teacher runs."""
+    return Problem(
+        ("targets.method", "teacher.mode"),
+        f"{config.targets.method} compares whole distributions, which no cache keeps: set "
+        "teacher.mode=online, or targets.method to one of "
+        f"{', '.join(m for m in PARAMETERS if m not in DENSE)}",
+    )
+
+
+def divergence_problems(config: Config, *, anything: bool = False) -> Iterator[Problem]:
+    """Whether the targets of the configuration serve its loss; with `anything`, whether any do."""
+    targets, loss = config.targets, config.loss
     try:
         for temperature in values(loss.temperature):
             check_divergence(
-                targets.method,
+                "topk" if anything else targets.method,
                 loss.divergence,
                 kd_temperature=temperature,
                 made_at=targets.temperature,
@@ -300,7 +324,6 @@ def _targets(config: Config) -> Iterator[Problem]:
         key, _, message = str(error).partition(": ")
         keys = (key, "loss.divergence", "targets.method", "targets.temperature")
         yield Problem(tuple(dict.fromkeys(keys)), message)
-    yield from _loss(loss)
 
 
 def _loss(loss: LossConfig) -> Iterator[Problem]:

@@ -13,6 +13,8 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from megadistill.config.fields import PositiveInt, Section
 from megadistill.config.generating import CacheConfig, DataConfig, TargetsConfig, TeacherConfig
+from megadistill.config.held_out import evaluation_problems
+from megadistill.config.problem import Problem
 from megadistill.config.rules import problems
 from megadistill.config.training import (
     EvalConfig,
@@ -23,6 +25,7 @@ from megadistill.config.training import (
     TrainConfig,
 )
 from megadistill.config.training_rules import default_groups
+from megadistill.targets import DENSE
 
 
 class ParallelConfig(Section):
@@ -43,11 +46,23 @@ class ParallelConfig(Section):
     )
 
 
+def all_problems(config: Config) -> list[Problem]:
+    """Every rule that concerns more than one key and is broken."""
+    return [*problems(config), *evaluation_problems(config)]
+
+
+def with_temperature(loss: LossConfig, temperature: float) -> LossConfig:
+    """The loss at a temperature that no key of the configuration names."""
+    copy = loss.model_copy(update={"temperature": temperature})
+    copy.__pydantic_fields_set__.discard("temperature")
+    return copy
+
+
 class Config(Section):
     """Every stage's configuration. One file serves them all."""
 
-    data: DataConfig
-    teacher: TeacherConfig
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
     targets: TargetsConfig = TargetsConfig()
     cache: CacheConfig = CacheConfig()
     student: StudentConfig | None = None
@@ -76,6 +91,17 @@ class Config(Section):
         return endless and self.teacher.mode == "online" and self.train.steps is not None
 
     @property
+    def may_train_from_cache(self) -> bool:
+        """Whether neither a corpus nor a teacher is needed: a cache stands for both."""
+        return self.student is not None and self.teacher.mode == "cached"
+
+    @property
+    def follows_targets(self) -> bool:
+        """Whether the loss takes its temperature from `targets`, with the teacher online."""
+        online = self.teacher.mode == "online" and self.targets.method not in DENSE
+        return online and "temperature" not in self.loss.model_fields_set
+
+    @property
     def sequences_needed(self) -> int:
         """Of all steps; 0 without train.steps."""
         return (self.train.steps or 0) * self.train.global_batch
@@ -86,8 +112,10 @@ class Config(Section):
             groups = default_groups(self.train.global_batch)
             # The model is frozen for everybody else; here it is still being made.
             self.__dict__["order"] = self.order.model_copy(update={"groups": groups})
+        if self.follows_targets:
+            self.__dict__["loss"] = with_temperature(self.loss, self.targets.temperature)
         # The loader applies the rules itself, so as to report them beside wrong single keys.
-        found = [] if (info.context or {}).get("rules_later") else list(problems(self))
+        found = [] if (info.context or {}).get("rules_later") else all_problems(self)
         if found:
             raise ValueError("; ".join(str(problem) for problem in found))
         return self

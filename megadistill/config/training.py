@@ -26,6 +26,7 @@ from megadistill.config.fields import (
 class StudentConfig(ModelConfig):
     """The model that learns. Without this section there is nothing to train."""
 
+    model: Text = Field(description="a folder or a hub id")
     init: Literal["pretrained", "random"] = Field(
         default="pretrained",
         description="start from the model's weights, or from its config.json alone",
@@ -98,8 +99,9 @@ class LossConfig(Section):
     )
     temperature: curve_of(PositiveFloat) = Field(  # type: ignore[valid-type]
         default=1.0,
-        description="softmax temperature of the distillation loss; the targets' own, or for `topk` "
-        "and `topp` another: a coarse divergence over the listed ids and the tail, softened",
+        description="softmax temperature of the distillation loss; default: the targets' own, of "
+        "several caches the first's. For `topk` and `topp` also another: a coarse divergence over "
+        "the listed ids and the tail, softened",
     )
     memory_budget: WeightFloat | None = Field(
         default=None,
@@ -278,10 +280,28 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Held-out evaluation."""
+    """Held-out evaluation.
 
+    With `files` or `name` `launch/generate.py` makes the held-out cache after the main one, with
+    the same teacher, in `<cache.dir>.heldout` (its tokens in `<data.dir>.heldout`), and
+    `launch/train.py` evaluates on it. Tokenizer, columns and sequence length are those of `data`.
+    With `teacher.mode: online` `launch/generate.py` makes the held-out cache alone.
+    """
+
+    files: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="held-out text, local files as in `data.files`"
+    )
+    name: Text | None = Field(default=None, description="held-out text, a dataset on the hub")
+    config: Text | None = Field(default=None, description="the hub dataset's configuration")
+    split: Text | None = Field(default=None, description="its split; default: `train`")
+    revision: Text | None = Field(default=None, description="its branch, tag or commit")
+    max_samples: PositiveInt | None = Field(
+        default=None, description="held-out documents to read at most"
+    )
     cache: Text | None = Field(
-        default=None, description="a `topk` cache of held-out text, a folder or a URL"
+        default=None,
+        description="in place of text: a `topk` cache of held-out text that is there already, a "
+        "folder or a URL",
     )
     max_sequences: PositiveInt | None = Field(
         default=None, description="sequences to evaluate at most; default: all"

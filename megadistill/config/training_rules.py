@@ -45,11 +45,12 @@ def _averages(config: Config) -> Iterator[Problem]:
     if config.student is None:
         return
     train = config.train
-    if train.keep_best and config.eval.cache is None:
+    wanted = config.eval
+    if train.keep_best and not (wanted.cache or wanted.files or wanted.name):
         yield Problem(
-            ("train.keep_best", "eval.cache"),
-            "there is no held-out loss to be lowest without eval.cache: set it, or leave "
-            "train.keep_best out",
+            ("train.keep_best", "eval.cache", "eval.files", "eval.name"),
+            "there is no held-out loss to be lowest without held-out text: set eval.files or "
+            "eval.cache, or leave train.keep_best out",
         )
     if train.use_ema and not train.ema:
         yield Problem(

@@ -44,9 +44,11 @@ def load_tokenizer(config: Config) -> Any:
 
 
 def open_tokenizer(
-    name: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False
+    name: str | None, *, key: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """The fast tokenizer of a folder or a hub id. ConfigError naming `key`, which asked for it."""
+    if name is None:
+        raise ConfigError(f"{key}: missing: set it, or data.tokenizer, a folder or a hub id")
     from transformers import AutoTokenizer
 
     try:

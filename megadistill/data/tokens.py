@@ -30,8 +30,10 @@ from megadistill.data.chat.encoder import ChatSpec
 from megadistill.data.encode import EncoderSpec, Unit
 from megadistill.data.growth import continue_from, covers, lasting_blocks
 from megadistill.data.in_order import InOrder
+from megadistill.data.names import token_names
 from megadistill.data.packing import Sequence
 from megadistill.data.progress import Progress
+from megadistill.data.recipe_keys import keys_of
 from megadistill.data.skipped import Skipped
 from megadistill.data.source import (
     count_documents,
@@ -148,9 +150,10 @@ def store_settings(
     }
     return {
         "kind": "tokens",
-        "header": {"recipe": recipe},
+        "header": {"recipe": recipe, "names": token_names(config)},
         "columns": columns,
         "block_size": data.block_size,
+        "keys": keys_of(config, kind="tokens"),
     }
 
 

@@ -11,6 +11,7 @@ from megadistill.blocks.remote import shown
 from megadistill.config import Config
 from megadistill.data import files
 from megadistill.data.growth import covers
+from megadistill.data.learned import learned_tokens
 from megadistill.data.source import count_documents
 from megadistill.disk import is_url, readable_bytes
 from megadistill.errors import MegadistillError
@@ -23,7 +24,8 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
     """(number of sequences, how it is known)."""
     data = config.data
     online = config.teacher.mode == "online"
-    if not config.cache.is_folder and not online:
+    corpus = data.source or data.files or data.name
+    if not online and (not config.cache.is_folder or not corpus):
         return _of_sources(config)
     with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
         known = _counted(config, BlockStore.open(data.dir))
@@ -38,6 +40,18 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
         return whole, "as many as train.steps need"
     tokens, how = _tokens(config, vocab_size)
     return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
+
+
+def target_share(config: Config) -> float:
+    """The share of positions that get targets: what the token store's loss mask keeps, else all."""
+    if config.targets.positions not in (None, "loss_mask"):
+        return 1.0
+    with contextlib.suppress(MegadistillError):  # not there yet, or for its reader to report
+        store = BlockStore.open(config.data.dir)
+        learned, tokens = learned_tokens(store), len(store) * config.data.seq_len
+        if learned is not None and tokens:
+            return min(1.0, learned / tokens)
+    return 1.0
 
 
 def _of_sources(config: Config) -> tuple[int | None, str]:

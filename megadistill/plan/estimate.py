@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from megadistill.blocks import BlockStore
 from megadistill.blocks.remote import shown
 from megadistill.config import Config, StudentConfig, TeacherConfig, to_yaml
+from megadistill.config.held_out import held_out
 from megadistill.disk import free_bytes, readable_bytes, used_bytes
 from megadistill.errors import MegadistillError
 from megadistill.model_files import ModelFiles, find_model
@@ -72,13 +73,17 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     sequences, how = corpus.sequences(config, vocab_size=vocab_size)
     blocks = None if sequences is None else math.ceil(sequences / config.data.block_size)
     online = config.teacher.mode == "online"
-    a_position = None if online else assumptions.position(config.targets, vocab_size=vocab_size)
+    kept = not online and config.targets.method in assumptions.METHODS
+    a_position = assumptions.position(config.targets, vocab_size=vocab_size) if kept else None
     a_sequence = token_store_bytes(config)
     token_bytes = None if sequences is None else sequences * a_sequence
     cache_bytes = (
         None
         if sequences is None or a_position is None
-        else round(sequences * (a_sequence + a_position.bytes * config.data.seq_len))
+        else round(
+            sequences
+            * (a_sequence + a_position.bytes * corpus.target_share(config) * config.data.seq_len)
+        )
     )
     index, parts = config.cache.share
     part_blocks = None if blocks is None else len(range(index, blocks, parts))
@@ -95,6 +100,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         ("token store", _store_line(config.data.dir, token_bytes)),
         ("targets", _targets_line(config, a_position)),
         *([] if online else _cache_lines(config, part_bytes)),
+        *_held_out_lines(config),
         *teacher_lines,
     ]  # fmt: skip
     student = _local_model(config.student, "student.model")
@@ -156,6 +162,14 @@ def _cache_lines(config: Config, size: int | None) -> list[tuple[str, str]]:
     ] + _ensemble_lines(config)
 
 
+def _held_out_lines(config: Config) -> list[tuple[str, str]]:
+    made = held_out(config)
+    if made is None:
+        return []
+    text = made.data.name or ", ".join(made.data.files or [])
+    return [("held-out cache", f"topk, k {made.targets.k}, of {text}, in {made.cache.dir}")]
+
+
 def _ensemble_lines(config: Config) -> list[tuple[str, str]]:
     return [
         ("cache", f"{shown(c.dir)}, another teacher's to train from, weight {c.weight:g}")
@@ -167,6 +181,8 @@ def _teachers(config: Config, world: int) -> tuple[int | None, list[tuple[str, s
     """Bytes a rank of all teachers together, None where one is not known; a line of each."""
     sizes, lines = [], []
     for key, each in config.of_each_teacher.items():
+        if each.teacher.model is None:  # a cache is trained from
+            continue
         model = _local_model(each.teacher, f"{key}.model")
         memory = teacher_memory(each, model, world)
         lines.append(("teacher", _model_line(model, each.teacher.model, memory)))

@@ -15,6 +15,7 @@ from megadistill.config import Config
 from megadistill.config.rules import largest_block_size
 from megadistill.disk import device_of, free_bytes
 from megadistill.plan.assumptions import position
+from megadistill.plan.corpus import target_share
 from megadistill.plan.estimate import Plan, token_store_bytes
 
 SIZES = tuple(10**n for n in range(6, 12))  # tokens: 1 million to 100 billion
@@ -59,7 +60,8 @@ class Row:
 def assumed_rates(config: Config, *, vocab_size: int | None) -> Rates:
     """From the assumptions alone: no pace."""
     token = token_store_bytes(config) / config.data.seq_len
-    return Rates(token, token + position(config.targets, vocab_size=vocab_size).bytes)
+    a_position = position(config.targets, vocab_size=vocab_size).bytes
+    return Rates(token, token + a_position * target_share(config))
 
 
 def table(config: Config, rates: Rates, *, ranks: int, price: float | None) -> Iterator[Row]:

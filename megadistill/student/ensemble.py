@@ -29,10 +29,13 @@ class Ensemble:
 
     members  the targets of each; of any method and temperature, at the same positions
     shares   of each in the distillation term; they sum to 1, so that kd_weight keeps its meaning
+    apart    the members are of different positions, as of caches that are mixed: each position is
+             one member's alone, and every share is 1
     """
 
     members: tuple[Member, ...]
     shares: tuple[float, ...]
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if not self.members or len(self.members) != len(self.shares):
@@ -40,7 +43,10 @@ class Ensemble:
                 f"{len(self.members)} teachers and {len(self.shares)} shares, expected equally "
                 "many, at least one"
             )
-        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+        if self.apart:
+            if set(self.shares) != {1.0}:
+                raise ValueError(f"shares are {self.shares}, expected 1 for each")
+        elif min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares are {self.shares}, expected none below 0 and a sum of 1")
         lengths = [len(member) for member in self.members]
         if len(set(lengths)) > 1:
@@ -51,6 +57,11 @@ class Ensemble:
         """Shares are the weights divided by their sum."""
         total = sum(weights)
         return cls(tuple(members), tuple(weight / total for weight in weights))
+
+    @classmethod
+    def of_parts(cls, members: Sequence[Member]) -> Ensemble:
+        """Members of which each has the targets of positions that no other has."""
+        return cls(tuple(members), (1.0,) * len(members), apart=True)
 
     def __len__(self) -> int:
         return len(self.members[0])
@@ -98,6 +109,8 @@ def count_positions(targets: Targets | None) -> int:
     """Positions that have targets. ValueError where they are others for another teacher."""
     if targets is None:
         return 0
+    if isinstance(targets, Ensemble) and targets.apart:
+        return int(has_targets(targets).sum())
     (first, _), *others = members_of(targets)
     for number, (other, _) in enumerate(others, 1):
         if not needs_count(first) and not needs_count(other):
@@ -118,6 +131,8 @@ def needs_count(member: Member) -> bool:
 
 def has_targets(targets: Targets) -> Any:
     """bool [N]: the positions that have targets; of an ensemble those of its first teacher."""
+    if isinstance(targets, Ensemble) and targets.apart:
+        return sum(has_targets(member) for member in targets.members) > 0
     (first, _), *_ = members_of(targets)
     if isinstance(first, SparseTargets):
         return first.counts > 0

@@ -21,8 +21,10 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.copies import LocalCopies, default_folder
 from megadistill.cache.reader import Cache
 from megadistill.config import Config
-from megadistill.data.packing import sample_labels
-from megadistill.errors import ConfigError, StoreError
+from megadistill.config.curves import values
+from megadistill.data.learned import has_labels, nothing_learned, warn_of_few
+from megadistill.data.packing import IGNORED, sample_labels
+from megadistill.errors import ConfigError, DataError, StoreError
 from megadistill.student.ensemble import Ensemble, Targets, has_targets
 from megadistill.student.features import Features
 from megadistill.student.projection import ProjectedTargets
@@ -68,6 +70,10 @@ class Sequences:
     @property
     def name(self) -> str:
         return self.store.name
+
+    @property
+    def is_remote(self) -> bool:
+        return self.store.is_remote
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -117,13 +123,7 @@ def open_sequences(
     if len(store) == 0:
         raise StoreError(f"{key}: {store.name} holds no sequence yet: run launch/generate.py first")
     if blocks is None and not store.complete():
-        ask = (
-            "" if key != "cache.dir" else "; or train on what is there, cache.allow_incomplete=true"
-        )
-        raise StoreError(
-            f"{key}: {store.name} is incomplete, {_extent(store, len(store))}: run the command "
-            f"that made it again, it goes on where it stopped{ask}"
-        )
+        raise StoreError(f"{key}: {store.name} is {_incomplete(store, key)}")
     gone = set(blocks or ()) - set(store.committed())
     if gone:
         raise StoreError(
@@ -133,6 +133,22 @@ def open_sequences(
     has_targets = store.kind == "cache"
     source = Cache(store) if has_targets else store
     return Sequences(source, store, has_targets, weight, blocks)
+
+
+def _incomplete(store: BlockStore, key: str) -> str:
+    """What a store lacks, and what completes it."""
+    lost = [] if store.is_remote else store.lost_shards()
+    if lost:
+        return (
+            f"damaged, {lost[0]} is missing or of another size ({len(lost)} such shard(s)): run "
+            f"`python tools/merge_and_inspect.py --repair {store.name}`, then the command that "
+            "made it again"
+        )
+    ask = "; or train on what is there, cache.allow_incomplete=true" if key == "cache.dir" else ""
+    return (
+        f"incomplete, {_extent(store, len(store))}: run the command that made it again, it goes "
+        f"on where it stopped{ask}"
+    )
 
 
 def _extent(store: BlockStore, count: int) -> str:
@@ -157,6 +173,39 @@ def open_sources(
     for store in stores[1:]:
         _require_mixable(stores[0], store)
     return stores
+
+
+def require_targets(config: Config, stores: list[Sequences]) -> None:
+    """DataError where no position of any store has a label, or one that the loss learns from."""
+    alone = config.loss.learns_from_teacher and not any(values(config.loss.ce_weight))
+    for store in stores:
+        with_targets = alone and store.reads_targets
+        samples = (store[i] for i in range(len(store)))
+        if any(_learns(sample, with_targets=with_targets) for sample in samples):
+            continue
+        if not with_targets:
+            raise DataError(nothing_learned(store.store, key=store.key))
+        raise DataError(
+            f"{store.key}: {store.name}: no label of its {len(store)} sequence(s) has a target, so "
+            "that there is nothing to learn from the teacher: generate with other "
+            "targets.positions, or a lower targets.min_entropy, into another cache.dir"
+        )
+    for store in stores:
+        _warn_of_few(store)
+
+
+def _learns(sample: dict[str, Any], *, with_targets: bool) -> bool:
+    if not with_targets:
+        return has_labels(sample)
+    return bool(((sample_labels(sample) != IGNORED) & (sample["targets"].counts > 0)).any())
+
+
+def _warn_of_few(store: Sequences) -> None:
+    if store.is_remote or store.recipe.get("positions") != "loss_mask":
+        return
+    markers = (store.store.marker(block) for block in store.store.committed())
+    learned = sum(int(m["statistics"].get("positions", 0)) for m in markers)
+    warn_of_few(learned, len(store.store) * store.seq_len, name=store.name, key=store.key)
 
 
 def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
@@ -190,8 +239,7 @@ def _require_mixable(first: Sequences, other: Sequences) -> None:
         ("tokenizer", first.tokenizer["content"], other.tokenizer["content"]),
         ("seq_len", first.seq_len, other.seq_len),
         ("vocab_size", first.vocab_size, other.vocab_size),
-        ("method", first.recipe.get("method"), other.recipe.get("method")),
-        ("temperature", first.recipe.get("temperature"), other.recipe.get("temperature")),
+        ("kind", first.store.kind, other.store.kind),
     ):
         if ours != theirs:
             raise ConfigError(
@@ -254,8 +302,9 @@ def micro_batch(
     valid_N = labels_N != -100
     targets: Targets | None = None
     if with_targets:
-        targets = concatenate([_without_notes(s["targets"]) for s in samples])
+        targets = joined([s["targets"] for s in samples])
         if stores[0].beside:
+            assert isinstance(targets, SparseTargets)
             targets = _of_all_teachers(stores[0], targets, names, valid_N)
     return MicroBatch(
         names=names,
@@ -267,6 +316,38 @@ def micro_batch(
         ce_count=int(valid_N.sum()),
         padding_B=np.array([int(s.get("padding", 0)) for s in samples], np.int64),
     )
+
+
+def joined(parts: list[SparseTargets]) -> Targets:
+    """The targets of all sequences, one after another.
+
+    Of caches that were made in several ways, an Ensemble with a member for each way: the rows of
+    the others are empty there.
+    """
+    parts = [_without_notes(part) for part in parts]
+    if any(part.entropy is None for part in parts):
+        parts = [replace(part, entropy=None) for part in parts]
+    if any(part.nll is None for part in parts):
+        parts = [replace(part, nll=None) for part in parts]
+    ways = list(dict.fromkeys((part.method, part.temperature) for part in parts))
+    if len(ways) == 1:
+        return concatenate(parts)
+    return Ensemble.of_parts(
+        [
+            concatenate([p if (p.method, p.temperature) == way else _empty(p, way) for p in parts])
+            for way in ways
+        ]
+    )
+
+
+def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
+    """As many positions without a target, of another method and temperature."""
+    method, temperature = way
+    none = part.rows(0, 0)
+    return replace(
+        none, offsets=np.zeros_like(part.offsets), tail=np.zeros_like(part.tail), method=method,
+        temperature=temperature, entropy=None, nll=None, rounding=None,
+    )  # fmt: skip
 
 
 def _of_all_teachers(
@@ -288,4 +369,4 @@ def _of_all_teachers(
 
 def _without_notes(targets: SparseTargets) -> SparseTargets:
     # How an entry was chosen is for statistics; the loss needs entries and tail.
-    return replace(targets, heads=None, truth_added=None)
+    return replace(targets, heads=None, truth_added=None, rounding=None)

@@ -16,13 +16,14 @@ import numpy as np
 
 from megadistill.blocks.recipe import first_difference
 from megadistill.config import Config
-from megadistill.config.curves import values
+from megadistill.data.names import data_names, shown_name
+from megadistill.data.recipe_keys import CORPUS_KEYS
 from megadistill.errors import ConfigError, StoreError
 from megadistill.parallel import Mesh
 from megadistill.student.ensemble import Ensemble
 from megadistill.student.features import FeaturePlan
-from megadistill.targets import check_divergence
 from megadistill.train.data import MicroBatch, Sequences, local_copies, open_sequences
+from megadistill.train.known import check_targets
 from megadistill.train.online import OnlineTeacher, online_recipe
 
 
@@ -97,43 +98,52 @@ def load_online(
 def check_divergences(config: Config, store: Sequences) -> None:
     """ConfigError where a teacher's targets cannot serve the loss at any time of the run."""
     for taught in (store, *store.beside):
-        try:
-            for temperature in values(config.loss.temperature):
-                check_divergence(
-                    taught.recipe["method"], config.loss.divergence,
-                    kd_temperature=temperature, made_at=taught.recipe["temperature"],
-                    ground_truth_residual=config.loss.ground_truth_residual,
-                )  # fmt: skip
-        except ConfigError as error:
-            if taught is store:
-                raise
-            raise ConfigError(f"{taught.key}: {taught.name}: {error}") from None
+        check_targets(config, taught.recipe, name=taught.name, key=taught.key)
 
 
 def learned_from(config: Config, stores: list[Sequences]) -> str:
-    """What the model's card says of the teachers."""
+    """What the model's card says of teachers and text, by name: no path, no host."""
     if config.teacher.mode == "online":
-        text = ", ".join(store.name for store in stores)
+        text = " and ".join(data_names(config.data).values()) or shown_name(stores[0].name)
         return f"{_models_named(config)} ({config.targets.method}), on the text of {text}"
     if not stores[0].beside:
-        return ", ".join(store.name for store in stores)
-    return " and ".join(
-        f"{store.name} (weight {store.teacher_weight:g}{_said(store)})"
-        for store in (stores[0], *stores[0].beside)
+        return ", ".join(dict.fromkeys(f"{_taught_by(s)}{_said(s)}{_text_of(s)}" for s in stores))
+    members = (stores[0], *stores[0].beside)
+    named = " and ".join(
+        f"{_taught_by(s)} (weight {s.teacher_weight:g}{_made(s)})" for s in members
     )
+    return named + _text_of(stores[0])
 
 
 def _models_named(config: Config) -> str:
     teacher = config.teacher
+    name = shown_name(teacher.model or "")
     if not teacher.ensemble:
-        return f"`{teacher.model}`"
-    weights = [(teacher.model, 1.0), *((each.model, each.weight) for each in teacher.ensemble)]
+        return f"`{name}`"
+    others = ((shown_name(each.model), each.weight) for each in teacher.ensemble)
+    weights = [(name, 1.0), *others]
     return " and ".join(f"`{model}` (weight {weight:g})" for model, weight in weights)
 
 
-def _said(store: Sequences) -> str:
+def _taught_by(store: Sequences) -> str:
+    """The teacher's name where the cache has one, else the store's."""
+    name = store.store.names.get("teacher.model") if store.has_targets else None
+    return f"`{name}`" if name else shown_name(store.name)
+
+
+def _text_of(store: Sequences) -> str:
+    names = store.store.names
+    text = next((names[key] for key in CORPUS_KEYS if key in names), None)
+    return f", on the text of {text}" if text else ""
+
+
+def _made(store: Sequences) -> str:
     at = store.recipe["temperature"]
     return f", {store.recipe['method']}" + ("" if at == 1 else f" at temperature {at:g}")
+
+
+def _said(store: Sequences) -> str:
+    return f" ({_made(store)[2:]})" if store.has_targets else ""
 
 
 def _require_same_tokens(first: Sequences, other: Sequences, *, key: str) -> None:

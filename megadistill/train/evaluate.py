@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,19 @@ class Evaluation:
     """A held-out cache, opened once, and what of it is known without the student."""
 
     def __init__(
-        self, path: str, *, max_sequences: int | None, local: LocalCopies | None = None
+        self,
+        path: str,
+        *,
+        max_sequences: int | None,
+        local: LocalCopies | None = None,
+        key: str = "eval.cache",
     ) -> None:
-        self.sequences = open_sequences(path, key="eval.cache", with_targets=True, local=local)
+        opened = open_sequences(path, key=key, with_targets=True, local=local)
+        self.sequences = replace(opened, key=key)
         method = self.sequences.recipe["method"]
         if method in SAMPLED:
             raise ConfigError(
-                f"eval.cache: {self.sequences.name} holds {method} targets, expected topk: "
+                f"{key}: {self.sequences.name} holds {method} targets, expected topk: "
                 "single samples say little about a held-out distribution; generate with "
                 "targets.method=topk"
             )
@@ -111,7 +118,10 @@ def _teacher(batch: MicroBatch) -> torch.Tensor:
 
 
 def open_evaluation(
-    path: str | None, *, max_sequences: int | None, local: LocalCopies | None = None
+    asked: tuple[str, str] | None, *, max_sequences: int | None, local: LocalCopies | None = None
 ) -> Evaluation | None:
-    """The held-out cache of `eval.cache`, or None where there is none."""
-    return None if path is None else Evaluation(path, max_sequences=max_sequences, local=local)
+    """The held-out cache, or None where there is none. asked: the key, and the folder or URL."""
+    if asked is None:
+        return None
+    key, path = asked
+    return Evaluation(path, max_sequences=max_sequences, local=local, key=key)

@@ -19,6 +19,7 @@ import torch
 from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
 from megadistill.config.curves import told, values
+from megadistill.data.names import shown_name
 from megadistill.errors import ConfigError
 from megadistill.host_memory import given_back
 from megadistill.model_files import has_tokenizer
@@ -153,7 +154,9 @@ def student_tokenizer(config: Config) -> Any:
     )
 
 
-def _tokenizer(name: str, revision: str | None) -> Any:
+def _tokenizer(name: str | None, revision: str | None) -> Any:
+    if name is None:
+        return None
     from transformers import AutoTokenizer
 
     if Path(name).is_dir() and not has_tokenizer(Path(name)):
@@ -193,7 +196,7 @@ def model_card(
     return CARD.format(
         name=Path(config.train.out_dir).name,
         version=__version__,
-        student=config.student.model,
+        student=shown_name(config.student.model),
         init=f"{config.student.init} weights",
         learned=learned,
         loss=f"{told(loss.kd_weight)} x {divergence} + {told(loss.ce_weight)} x cross-entropy"

@@ -36,6 +36,7 @@ from megadistill.train.checkpoint import Checkpoint
 from megadistill.train.data import Sequences
 from megadistill.train.growth import STEPS, reason_against_growth
 from megadistill.train.journal import JOURNALS, read_records
+from megadistill.train.run_keys import run_keys, without_followers
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class RunFolder:
         begun = self._identity.exists()
         self._check_journals()
         if begun and (checkpoint.checkpoints(self.checkpoints) or self.model.is_dir()):
-            self._refuse_another_run(identity)  # before gigabytes are read
+            self._refuse_another_run(identity, config)  # before gigabytes are read
         found = checkpoint.latest(self.checkpoints)
         if not begun:
             self._write(identity)
@@ -166,17 +167,17 @@ class RunFolder:
                     f"{self._identity}: {STEPS} is {old}, this run's is {new}: {reason}: set "
                     f"{STEPS}={old}, or choose another train.out_dir"
                 )
-        self._refuse_another_run(identity, but_for=())
+        self._refuse_another_run(identity, config, but_for=())
 
     def _refuse_another_run(
-        self, identity: dict[str, Any], *, but_for: tuple[str, ...] = (STEPS,)
+        self, identity: dict[str, Any], config: Config, *, but_for: tuple[str, ...] = (STEPS,)
     ) -> None:
         """RecipeError where the run is of other settings, and of none of `but_for`."""
         if {name for name, _, _ in self._differences(identity)}.isdisjoint(but_for):
+            begun = read_json(self._identity)
             require_same_recipe(
-                read_json(self._identity), identity, file=str(self._identity),
-                other="this run's is",
-                way_out="restore the setting to resume, or choose another train.out_dir",
+                without_followers(begun, identity), without_followers(identity, begun),
+                file=str(self._identity), other="this run's is", keys=run_keys(config),
             )  # fmt: skip
 
     def _grow(self, identity: dict[str, Any], old: int, new: int) -> None:

@@ -61,6 +61,7 @@ def train(config: Config, mesh: Mesh) -> Trained:
     if config.teacher.mode == "online":
         tokenise(config, mesh)
     run = prepare(config, mesh)
+    config = run.config
     identity = run_identity(config, run.stores, run.steps)
     with contextlib.ExitStack() as held:  # rank 0 holds the folder's lock to the end
         claimed = mesh.first(lambda: run.folder.claim(identity, config, held))

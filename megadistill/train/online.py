@@ -193,7 +193,7 @@ def online_recipe(
     """What the answers of the teacher of `config` depend on. Collective; rank 0 reads its files."""
 
     def known() -> dict[str, Any]:
-        recipe = cache_recipe(config, store.store.recipe, key=f"{key}.model")
+        recipe = cache_recipe(config, store.store, key=f"{key}.model")
         if config.targets.method == "projected":
             recipe["teacher_tokenizer"] = Tokenizers(config).teacher_content
         return recipe

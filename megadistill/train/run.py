@@ -17,6 +17,7 @@ import torch
 
 from megadistill.attention import check_isolation
 from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
+from megadistill.config.held_out import evaluation_cache
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
@@ -26,7 +27,13 @@ from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import DENSE
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
-from megadistill.train.data import Sequences, blocks_there, local_copies, open_sources
+from megadistill.train.data import (
+    Sequences,
+    blocks_there,
+    local_copies,
+    open_sources,
+    require_targets,
+)
 from megadistill.train.engine import Trainer, deepspeed_config
 from megadistill.train.ensemble import (
     check_divergences,
@@ -39,6 +46,7 @@ from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
 from megadistill.train.journal import read_records
+from megadistill.train.known import check_known, other_targets, with_known
 from megadistill.train.machine import check_machine
 from megadistill.train.online import OnlineTeacher, open_online
 from megadistill.train.projected import begin_projection
@@ -95,10 +103,13 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     else:
         # One rank looks: a cache that is being made may grow between two looks.
         stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
+        config = _with_known(config, stores, mesh)
         stores = with_caches(config, stores)
     store = stores[0]
-    if store.has_targets:
-        check_divergences(config, store)
+    for each in stores:
+        if each.has_targets:
+            check_divergences(config, each)
+    mesh.first(lambda: require_targets(config, stores))
     if config.loss.curriculum and mesh.rank == 0:
         log.info(
             "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
@@ -106,19 +117,24 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             config.loss.curriculum, FEATURES_FROM,
             "" if config.loss.aligned else " (which have no weight here)", ALL_TERMS_FROM,
         )  # fmt: skip
+    asked = evaluation_cache(config)
     evaluation = open_evaluation(
-        config.eval.cache, max_sequences=config.eval.max_sequences, local=local_copies(config)
+        asked, max_sequences=config.eval.max_sequences, local=local_copies(config)
     )
     if evaluation and evaluation.sequences.tokenizer["content"] != store.tokenizer["content"]:
+        other = evaluation.sequences
         raise ConfigError(
-            f"eval.cache: {evaluation.sequences.name} was made with another tokenizer than "
-            f"{store.name}: generate it again with this run's data.tokenizer"
+            f"{other.key}: {other.name} was made with another tokenizer than {store.name}: "
+            "generate it again with this run's data.tokenizer"
         )
     own = mesh.first(lambda: check_tokenizer(config, store.tokenizer, store=store.name))
     stored = [s.vocab_size for s in (store, evaluation and evaluation.sequences) if s]
     vocab_size = max(own, *stored)  # tokens that were added to the student's are tokens, too
+    assert config.student is not None
     student = student_settings(config.student)
     check_fits(student, vocab_size=vocab_size, seq_len=store.seq_len)
+    if evaluation and evaluation.sequences.seq_len != store.seq_len:
+        _check_length(evaluation, student, vocab_size=vocab_size)
     if student.vocab_size > vocab_size and mesh.rank == 0:
         log.info(
             "the student has %d rows, data and tokenizer %d ids: the rows above are padding, which "
@@ -140,6 +156,29 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         config, stores, order, evaluation, folder, steps, vocab_size,
         feature_plan(config, student), width,
     )  # fmt: skip
+
+
+def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> None:
+    """ConfigError, naming the held-out cache, where its sequences are too long for the student."""
+    held = evaluation.sequences
+    try:
+        check_fits(student, vocab_size=vocab_size, seq_len=held.seq_len)
+    except ConfigError as error:
+        raise ConfigError(f"{held.key}: {held.name}: {error}") from None
+
+
+def _with_known(config: Config, stores: list[Sequences], mesh: Mesh) -> Config:
+    """The configuration with what the caches know; contradictions are refused. Collective."""
+
+    def check() -> None:
+        check_known(config, [s.store for s in stores])
+        for store in stores:
+            line = other_targets(config, store.store)
+            if line:
+                log.info("%s", line)
+
+    mesh.first(check)
+    return with_known(config, stores[0].store)
 
 
 def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] | None:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megadistill.bench.angle import Plan, Pupil, Teacher, angle, angles, renormalised
 from megadistill.bench.distributions import Synthetic, trained
@@ -64,6 +66,20 @@ def test_a_trained_teacher_is_sharpened_to_the_entropy_that_was_asked_for(corpus
     log_probs = torch.cat(list(distribution))
     assert len(log_probs) == distribution.positions == 256
     assert -(log_probs.exp() * log_probs).sum(1).mean() == pytest.approx(1.9, abs=1e-3)
+
+
+def test_a_trained_teacher_is_left_as_it_is_at_an_entropy_of_0(corpus):
+    distribution = trained(
+        str(corpus / "teacher"), str(corpus / "tokens"), positions=64, entropy=0.0
+    )
+    teacher = AutoModelForCausalLM.from_pretrained(corpus / "teacher", dtype=torch.float32)
+    sequences = [BlockStore.open(corpus / "tokens")[i]["tokens"] for i in range(2)]
+    with torch.inference_mode():
+        logits_NV = teacher(torch.tensor(np.stack(sequences).astype(int))).logits.flatten(0, 1)
+    torch.testing.assert_close(
+        torch.cat(list(distribution)), logits_NV.log_softmax(-1), rtol=1e-4, atol=1e-5
+    )
+    assert distribution.name.endswith("teacher as it is")
 
 
 def test_more_positions_than_the_token_store_has_are_refused(corpus):

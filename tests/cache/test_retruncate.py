@@ -226,9 +226,9 @@ def test_an_incomplete_or_foreign_source_is_refused(tmp_path: Path):
 def test_another_caches_folder_is_refused(tmp_path: Path):
     fill_cache(tmp_path / "source")
     before = tree(tmp_path / "source")
-    with pytest.raises(RecipeError, match=r"recipe.tau is 0.06, this run's is 0.3"):
+    with pytest.raises(RecipeError, match=r"--tau is 0.06, this run's is 0.3"):
         retruncate_cache(tmp_path / "source", tmp_path / "source", tau=0.3)
     assert tree(tmp_path / "source") == before
     retruncate_cache(tmp_path / "source", tmp_path / "out", tau=0.3)
-    with pytest.raises(RecipeError, match=r"recipe.retruncated_from.seed is 0, this run's is 1"):
+    with pytest.raises(RecipeError, match=r"--seed is 0, this run's is 1"):
         retruncate_cache(tmp_path / "source", tmp_path / "out", tau=0.3, seed=1)

@@ -50,7 +50,10 @@ def test_three_phases_of_a_cache_are_two():
         (["loss.label_smoothing=[[0, 0], [1, 1]]"], "expected a number below 1, found 1"),
         (["loss.kd_weight=[[0.2, 0], [0.5, 1]]"], "are both 0 at 0 of the run"),
         (["loss.kd_weight=[[0, 1], [0.5, 0], [0.7, 1]]"], "are both 0 at 0.5 of the run"),
-        (["loss.temperature=[[0, 1], [1, 2]]"], "loss.temperature: 2.0 differs from the targets'"),
+        (
+            ["teacher.mode=online", "loss.temperature=[[0, 1], [1, 2]]"],
+            "loss.temperature: 2.0 differs from the targets'",
+        ),
         (["loss.curriculum=three_phase"], "loss.curriculum: three_phase with loss.ce_weight=0.0"),
     ],
 )

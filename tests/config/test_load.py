@@ -182,7 +182,6 @@ deepspeed:
     )
     assert lines == [
         "c.yaml: data.seq_len: expected a number above 0, found 0",
-        "c.yaml: teacher.model: missing, expected a folder or a hub id: set teacher.model",
         "c.yaml: teacher.revision: expected text, found the number 123: put it in quotes",
         "c.yaml: teacher.dtype: expected one of float32, bfloat16, float16, found 'bf16', "
         "did you mean bfloat16?",

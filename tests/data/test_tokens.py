@@ -355,9 +355,9 @@ def test_a_missing_corpus_or_tokenizer_writes_nothing(config, corpus, tmp_path):
 def test_another_recipe_is_refused_with_the_field(config, corpus, tmp_path):
     store = build_tokens(config(files=corpus))
     before = state(store.path)
-    with pytest.raises(RecipeError, match=r"recipe.pack is 'isolate'.*'concat'"):
+    with pytest.raises(RecipeError, match=r"data.pack is 'isolate'.*'concat'"):
         build_tokens(config(files=corpus, pack="concat"))
-    with pytest.raises(RecipeError, match=r"source.content"):
+    with pytest.raises(RecipeError, match=r"data.files is corpus.jsonl .*, this run.s is b.jsonl "):
         build_tokens(config(files=write(tmp_path / "b.jsonl", TEXTS[::-1])))
     assert state(store.path) == before
 

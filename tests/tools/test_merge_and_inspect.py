@@ -45,7 +45,7 @@ def test_what_cannot_be_merged_is_two_in_one_line(tmp_path: Path, capsys) -> Non
     other = fill_cache(tmp_path / "other", tau=0.1).path
     code, _, error = merge(capsys, "--out", tmp_path / "merged", a, other)
     assert code == 2
-    assert "recipe.tau is 0.06" in error
+    assert "targets.tau is 0.06" in error
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     code, _, error = merge(capsys, "--out", tmp_path / "mine", a)

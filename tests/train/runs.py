@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megadistill import parallel  # noqa: F401 - before deepspeed
+from megadistill.config.held_out import evaluation_cache
 from megadistill.errors import MegadistillError
 from megadistill.train import checkpoint
 from megadistill.train.checkpoint import latest
@@ -154,7 +155,7 @@ def largest_allocation(mesh, config):
 
 def held_out(mesh, config):
     trainer = build(prepare(config, mesh), mesh)
-    evaluation = open_evaluation(config.eval.cache, max_sequences=config.eval.max_sequences)
+    evaluation = open_evaluation(evaluation_cache(config), max_sequences=config.eval.max_sequences)
     return evaluation.run(trainer, micro_batch_size=config.train.micro_batch, pack="isolate")
 
 

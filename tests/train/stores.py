@@ -17,12 +17,14 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 
 def make_store(
     path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
-    only_in=None, masked=False, teacher=0, **recipe,
+    only_in=None, masked=False, teacher=0, nothing=False, few=False, notes=True, **recipe,
 ):  # fmt: skip
     """A cache, or with method=None a token store; `blocks`: commit only so many.
 
     masked: only the end of each sequence is learned from, of a length of its own.
     teacher: stores that differ in it alone have other targets of the same tokens.
+    nothing: the mask leaves out every token. few: all but one, the fourth of sequence 0.
+    notes: whether topk targets have the teacher's entropy and nll.
     only_in: the one sequence that holds the last id of VOCAB, in its middle.
     """
     rng = np.random.default_rng(seed)
@@ -32,7 +34,7 @@ def make_store(
     if method is not None:
         common |= {"method": method, "temperature": 1.0, "vocab_size": vocab}
         columns["targets"] = "bytes"
-    if masked:
+    if masked or nothing or few:
         columns["loss_mask"] = f"ndarray:uint8:{SEQ_LEN}"
     common |= recipe
     store = BlockStore.create(
@@ -42,12 +44,17 @@ def make_store(
     for block in list(range(store.num_blocks))[:blocks]:
         size = min(block_size, sequences - block * block_size)
         first = 1000 * seed + block * 50 + 1_000_000 * teacher
-        drawn = [make_sample(rng, method, vocab, first + i) for i in range(size)]
+        drawn = [make_sample(rng, method, vocab, first + i, notes=notes) for i in range(size)]
         samples = [sample for sample, _ in drawn]
         for i, sample in enumerate(samples):
             if masked:
                 begin = rng.integers(1, SEQ_LEN)
                 sample["loss_mask"] = (np.arange(SEQ_LEN) >= begin).astype(np.uint8)
+            if nothing or few:
+                sample["loss_mask"] = np.zeros(SEQ_LEN, np.uint8)
+                sample["documents"] = np.array([0], np.uint32)
+            if few and block == i == 0:
+                sample["loss_mask"][3] = 1
             if only_in is not None:
                 sample["tokens"][sample["tokens"] == VOCAB - 1] = 0
                 if block * block_size + i == only_in:
@@ -56,12 +63,14 @@ def make_store(
         if method is not None:
             targets = [t for _, t in drawn]
             statistics = block_statistics(targets, [len(s["targets"]) for s in samples])
+        if few:
+            statistics["positions"] = int(block == 0)
         store.commit(block, samples, statistics=statistics)
     store.finish()
     return str(path)
 
 
-def make_sample(rng, method, vocab, seed):
+def make_sample(rng, method, vocab, seed, *, notes=True):
     second = int(rng.integers(1, SEQ_LEN))
     sample = {
         "tokens": rng.integers(0, VOCAB, SEQ_LEN).astype(np.uint32),
@@ -83,12 +92,16 @@ def make_sample(rng, method, vocab, seed):
             targets.weights[a:b] = targets.weights[a:b][order]
             if a == b:
                 targets.tail[n] = 0
-        notes = {
-            "entropy": np.full(SEQ_LEN, 1.5, np.float32),
-            "nll": np.full(SEQ_LEN, 2.5, np.float32),
-            "truth_added": np.zeros(SEQ_LEN, bool),
-        }
-        targets = type(targets)(**{**vars(targets), **notes})
+        kept = (
+            {
+                "entropy": np.full(SEQ_LEN, 1.5, np.float32),
+                "nll": np.full(SEQ_LEN, 2.5, np.float32),
+            }
+            if notes
+            else {}
+        )
+        kept["truth_added"] = np.zeros(SEQ_LEN, bool)
+        targets = type(targets)(**{**vars(targets), **kept})
     return sample | {"targets": encode_targets(targets, vocab_size=vocab)}, targets
 
 

@@ -55,8 +55,8 @@ def test_its_losses_are_the_means_of_the_teachers_own(place, trained):
     run_ranks(1, RUN, config=config)
     np.testing.assert_allclose(series(config), expected, rtol=1e-5)
     assert (place / "one" / "model" / "README.md").read_text().count(
-        f"- learned from: {place}/cache (weight 1, varopt) and {place}/second (weight 3, topk) "
-        f"and {place}/third (weight 1, varopt)\n"
+        "- learned from: cache (weight 1, varopt) and second (weight 3, topk) "
+        "and third (weight 1, varopt)\n"
     ) == 1
 
 
@@ -73,10 +73,11 @@ def test_resumed_it_goes_on_bit_for_bit(place, trained):
 @pytest.mark.parametrize(
     ("ensemble", "said"),
     [
-        ([{"dir": "second", "weight": 2}, "third"], r"cache\.0\.ensemble\.0\.weight is 3\.0, this"),
-        ([{"dir": "second", "weight": 3}], r"cache\.0\.ensemble\.1 is .*, this run's is not set"),
-        ([], r"cache\.0\.ensemble.* is .*, this run's is not set"),
-        ([{"dir": "third", "weight": 3}, "third"], r"cache\.0\.ensemble\.0\.recipe\.method is 't"),
+        ([{"dir": "second", "weight": 2}, "third"], r"cache\.ensemble\.0\.weight is 3\.0, this"),
+        ([{"dir": "second", "weight": 3}], r"cache\.ensemble\.1 is .*, this run's is not set"),
+        ([], r"cache\.ensemble is .*, this run's is not set"),
+        ([{"dir": "third", "weight": 3}, "third"],
+         r"targets\.method of cache\.ensemble\.0\.dir is 't"),
     ],
 )  # fmt: skip
 def test_with_other_teachers_it_is_another_run(place, trained, ensemble, said):
@@ -86,7 +87,7 @@ def test_with_other_teachers_it_is_another_run(place, trained, ensemble, said):
     ((kind, text),) = run_ranks(1, MESSAGE, config=config)
     assert kind == "RecipeError"
     assert re.search(said, text), text
-    assert "restore the setting to go on" in text
+    assert "restore the setting to resume" in text
 
 
 def test_one_teacher_twice_of_which_one_is_far_away_is_that_teacher(place, tmp_path):

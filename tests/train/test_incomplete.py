@@ -75,7 +75,7 @@ def test_resumed_without_the_key_over_a_cache_that_is_finished_it_is_refused(unf
     cache = unfinished.cache.model_copy(update={"allow_incomplete": False})
     ((kind, text),) = run_ranks(1, MESSAGE, config=unfinished.model_copy(update={"cache": cache}))
     assert kind == "RecipeError"
-    assert re.search(r"cache\.0\.\w+ is .*, this run's is", text)
+    assert re.search(r"blocks of cache\.dir \(cache\.allow_incomplete\) is .*, this run's is", text)
 
 
 def test_a_block_that_is_gone_is_refused_by_number(unfinished):

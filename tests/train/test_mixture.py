@@ -4,11 +4,17 @@ import json
 
 import fsspec
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from megadistill.attention import forward_inputs
 from megadistill.blocks.copy import copy_store
+from megadistill.data.order import Order
+from megadistill.data.packing import labels
 from megadistill.errors import ConfigError, RecipeError, StoreError
 from megadistill.train.data import open_sources
 from tests.ranks import run_ranks
+from tests.student.reference import dense_terms
 from tests.train.stores import TOKENIZER, make_config, make_store
 
 RUN, STOPPED, MESSAGE = (f"tests.train.runs:{n}" for n in ("run", "run_until_told", "message"))
@@ -41,6 +47,54 @@ def test_a_mixture_trains_and_goes_on_bit_for_bit(tmp_path):
     assert losses(stopped) == losses(config)
 
 
+def test_caches_of_several_methods_are_mixed_each_by_its_own(tmp_path):
+    """The loss of the first step is that of each sequence by the method of its cache."""
+    second = make_store(tmp_path / "second", sequences=10, seed=3, method="topk", k=5)
+    config = mixed(tmp_path, second, train={"steps": 2})
+    assert run_ranks(2, RUN, config=config) == [2, 2]
+    stores = open_sources(config)
+    order = Order(
+        [24, 10], block_size=[8, 8], weights=[1, 2], global_batch=8, seed=config.order.seed,
+        groups=config.order.groups, shuffle=config.order.shuffle,
+    )  # fmt: skip
+    names = order.batch(0)
+    assert {store for store, _ in names} == {0, 1}
+    model = AutoModelForCausalLM.from_pretrained(config.student.model, dtype=torch.float32)
+    kd_sum, ce_sum, positions = 0.0, 0.0, 0
+    for store, sequence in names:
+        sample = stores[store][sequence]
+        tokens, documents = sample["tokens"][None], [sample["documents"]]
+        with torch.no_grad():
+            inputs = forward_inputs(model, tokens, documents)
+            hidden_NH = model.model(**inputs).last_hidden_state.flatten(0, 1)
+            labels_N = torch.as_tensor(labels(sample["tokens"], sample["documents"]))
+            _, kd, ce = dense_terms(
+                hidden_NH, model.lm_head.weight, sample["targets"].torch(), labels_N
+            )
+        kd_sum, ce_sum = kd_sum + float(kd), ce_sum + float(ce)
+        positions += int((labels_N != -100).sum())
+    with open(f"{config.train.out_dir}/metrics.jsonl") as file:
+        first = json.loads(file.readline())
+    assert first["kd_loss"] == pytest.approx(kd_sum / positions, rel=1e-5)
+    assert first["ce_loss"] == pytest.approx(ce_sum / positions, rel=1e-5)
+
+
+def test_a_list_is_checked_cache_by_cache_against_the_loss(tmp_path):
+    second = make_store(tmp_path / "second", method="topk", k=5)
+    config = mixed(tmp_path, second, loss={"divergence": "tvd"})
+    ((kind, said),) = run_ranks(1, MESSAGE, config=config)
+    assert kind == ConfigError.__name__
+    assert "tvd cannot be computed from varopt targets" in said
+    assert f"({tmp_path}/cache holds varopt targets)" in said
+
+
+def test_caches_with_and_without_notes_of_the_teacher_are_mixed(tmp_path):
+    second = make_store(tmp_path / "second", method="topk", k=5, seed=4)
+    third = make_store(tmp_path / "third", method="topk", k=5, notes=False)
+    config = make_config(tmp_path, cache={"dir": [second, third]}, train={"steps": 2})
+    assert run_ranks(1, RUN, config=config) == [2]
+
+
 def test_a_run_is_not_resumed_with_other_weights(tmp_path):
     second = make_store(tmp_path / "second", sequences=10, seed=3)
     run_ranks(1, RUN, config=mixed(tmp_path, second, train={"steps": 2}))
@@ -48,7 +102,7 @@ def test_a_run_is_not_resumed_with_other_weights(tmp_path):
                         train={"steps": 2})  # fmt: skip
     kind, said = run_ranks(1, MESSAGE, config=other)[0]
     assert kind == RecipeError.__name__
-    assert "run.json: cache.1.weight is 2.0, this run's is 1.0: restore" in said
+    assert "run.json: cache.dir.1.weight is 2.0, this run's is 1.0: restore" in said
 
 
 def test_training_from_a_url_is_training_from_the_folder(tmp_path):
@@ -69,15 +123,15 @@ def test_training_from_a_url_is_training_from_the_folder(tmp_path):
     ("changes", "said"),
     [
         ({"tokenizer": TOKENIZER | {"content": "1" * 64}}, "tokenizer is 0000000000000000 in "),
-        ({"temperature": 2.0}, "temperature is 1.0 in "),
         ({"vocab_size": 97}, "vocab_size is 96 in "),
-        ({"method": "topk"}, "method is varopt in "),
+        ({"method": None}, "kind is cache in "),
     ],
 )
 def test_caches_that_cannot_be_mixed_are_refused_naming_both(tmp_path, changes, said):
     second = make_store(tmp_path / "second", **changes)
+    loss = {"kd_weight": 0.0} if changes.get("method", "") is None else {}
     with pytest.raises(ConfigError) as caught:
-        open_sources(mixed(tmp_path, second))
+        open_sources(mixed(tmp_path, second, loss=loss))
     assert str(caught.value).startswith(f"cache.dir: {said}{tmp_path}/cache and ")
     assert f"in {second}, expected one" in str(caught.value)
 

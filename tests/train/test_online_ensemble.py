@@ -99,7 +99,7 @@ def test_one_teacher_twice_is_that_teacher(trio):
             for name, teacher in (("alone", {}), ("twice", twice))]  # fmt: skip
     np.testing.assert_allclose(*runs, rtol=1e-6)
     card = (trio / "twice" / "model" / "README.md").read_text()
-    teacher = f"`{trio}/teacher` (weight"
+    teacher = "`teacher` (weight"
     assert f"- learned from: {teacher} 1) and {teacher} 2) (union), on the text of " in card
 
 
@@ -111,9 +111,9 @@ def test_resumed_it_goes_on_and_other_teachers_are_another_run(trio, drawn):
         shutil.rmtree(f"{config.train.out_dir}/checkpoints/step-{step:06d}")
     np.testing.assert_allclose(train(config, 1), drawn, rtol=1e-5)
     for changes, said in (
-        ({"weight": 2}, "cache.0.ensemble.0.weight is 3.0, this run's is 2.0"),
-        ({"dtype": "bfloat16"}, "cache.0.ensemble.0.recipe.dtype is 'float32', this run's is 'bfl"),
-        ({"model": str(trio / "teacher")}, "cache.0.ensemble.0.recipe.teacher.config is "),
+        ({"weight": 2}, "teacher.ensemble.0.weight is 3.0, this run's is 2.0"),
+        ({"dtype": "bfloat16"}, "teacher.ensemble.0.dtype is 'float32', this run's is 'bfl"),
+        ({"model": str(trio / "teacher")}, "teacher.ensemble.0.model is "),
     ):
         teacher = second(trio, **changes)
         other = settings(trio, "resumed", teacher=teacher, targets=DRAWN)

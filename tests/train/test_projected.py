@@ -173,7 +173,7 @@ def test_what_needs_the_same_tokens_is_refused_of_others(pair, sections, expecte
 
 
 @pytest.mark.parametrize(("sections", "expected"), [
-    ({"teacher": {"mode": "cached"}}, "targets.method: projected"),
+    ({"teacher": {"mode": "cached"}, "student": None}, "targets.method: projected"),
     ({"targets": {"temperature": 2.0}}, "targets.temperature: 2 with targets.method=projected"),
     ({"teacher": {"ensemble": [{"model": "x"}]}}, "teacher.ensemble: with targets.method=projec"),
     ({"loss": {"ground_truth_residual": True}}, "true with projected targets"),
@@ -181,7 +181,7 @@ def test_what_needs_the_same_tokens_is_refused_of_others(pair, sections, expecte
 def test_what_does_not_go_together_is_refused(pair, sections, expected):
     keys = projecting(pair, "none").model_dump(mode="json")
     for name, values in sections.items():
-        keys[name] = {**keys[name], **values}
+        keys[name] = None if values is None else {**keys[name], **values}
     with pytest.raises(ValueError, match=expected):
         Config.model_validate(keys)
 

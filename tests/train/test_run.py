@@ -52,7 +52,8 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
 
 def test_targets_that_the_divergence_cannot_use_are_refused(tmp_path):
     make_store(tmp_path / "cache", temperature=2.0)
-    refused(make_config(tmp_path), "ConfigError", r"loss\.temperature: 1\.0 differs .* 2\.0")
+    config = make_config(tmp_path, loss={"temperature": 1.0})
+    refused(config, "ConfigError", r"loss\.temperature: 1\.0 differs .* 2\.0")
 
 
 def test_an_incomplete_cache_is_refused(tmp_path):
@@ -62,6 +63,15 @@ def test_an_incomplete_cache_is_refused(tmp_path):
         "StoreError",
         r"cache\.dir: .* is incomplete, 16 of 24 sequences: .*; or .* cache\.allow_incomplete=true",
     )
+
+
+def test_a_cache_without_one_of_its_shards_is_refused_with_the_command_that_repairs_it(tmp_path):
+    cache = make_store(tmp_path / "cache")
+    (tmp_path / "cache/shard.000001.mds").unlink()
+    refused(
+        make_config(tmp_path), "StoreError",
+        rf"cache\.dir: .*shard\.000001\.mds is missing .*merge_and_inspect\.py --repair {cache}`",
+    )  # fmt: skip
 
 
 def test_an_empty_cache_is_refused(tmp_path):

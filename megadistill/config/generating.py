@@ -84,7 +84,8 @@ class DataConfig(Section):
     )
     tools_field: Text | None = Field(
         default=None,
-        description="the column of tools that a chat may use, as JSON schemas, for the template",
+        description="the column of tools that a chat may use, as JSON schemas; default: `tools`, "
+        "where chats have such a column",
     )
     chat_template: Text | None = Field(
         default=None,

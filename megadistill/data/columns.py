@@ -1,8 +1,8 @@
 """Which columns of a corpus are read: those that `data.*_field` name, or the ones found there.
 
 Without a `data.*_field` key, a corpus has exactly one of these: `messages` (or `conversations`), a
-chat; `prompt` with `completion`; `text`. A chat's tools are in the column `tools` if there is one.
-The columns found belong to the recipe as if they had been configured.
+chat; `prompt` with `completion`; `text`. The columns found belong to the recipe as if they had been
+configured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def detect(config: DataConfig, found: list[str], where: str) -> DataConfig:
     """`config` with the keys of the columns found in a corpus. DataError: none or several fit."""
     fitting = [known for known in _KNOWN if set(known.values()) <= set(found)]
     if len(fitting) == 1:
-        return with_tools(config.model_copy(update=fitting[0]), found)
+        return config.model_copy(update=fitting[0])
     listed = ", ".join(found) if found else "none"
     if not fitting:
         raise DataError(
@@ -41,13 +41,6 @@ def detect(config: DataConfig, found: list[str], where: str) -> DataConfig:
         " ".join(f"data.{key}={name}" for key, name in known.items()) for known in fitting
     )
     raise DataError(f"{where}: has the columns {several}, expected one of them: set {ways}")
-
-
-def with_tools(config: DataConfig, found: list[str]) -> DataConfig:
-    """`config` with the tools of its chats, where the corpus has that column."""
-    if config.messages_field is None or config.tools_field is not None or "tools" not in found:
-        return config
-    return config.model_copy(update={"tools_field": "tools"})
 
 
 def check(config: DataConfig, found: list[str], where: str) -> None:

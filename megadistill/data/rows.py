@@ -41,27 +41,38 @@ def read(config: DataConfig, start: int) -> Iterator[Document]:
 
 def resolved(config: DataConfig) -> DataConfig:
     """`config` with the columns that are read. DataError: they are not configured nor found."""
-    given = set(columns.configured(config)) - {"tools_field"}
-    if given and (config.messages_field is None or config.tools_field is not None):
+    if set(columns.configured(config)) - {"tools_field"}:
         return config
+    found = _first_columns(config)
+    if found is not None:
+        return columns.detect(config, *found)
     source = _local(config)
-    if source is None:
-        found = hub.columns(config)
-        if given:
-            return columns.with_tools(config, found)
-        return columns.detect(config, found, hub.shown_name(config))
-    for path in source.paths:
-        seen = source.columns(path)
-        if seen is None:
-            continue
-        return (
-            columns.with_tools(config, seen) if given else columns.detect(config, seen, shown(path))
-        )
-    if given:
-        return config
+    assert source is not None
     for row in source.rows([], 0):
         raise BadDocumentError(f"{row.place}: {row.problem}")
     raise DataError(f"{_where(config)}: the corpus is empty: none of its files has a row")
+
+
+def with_tools(config: DataConfig) -> DataConfig:
+    """`config` with the column `tools`, where the corpus has one and no other is configured."""
+    if config.tools_field is not None:
+        return config
+    found = _first_columns(config)
+    if found is None or "tools" not in found[0]:
+        return config
+    return config.model_copy(update={"tools_field": "tools"})
+
+
+def _first_columns(config: DataConfig) -> tuple[list[str], str] | None:
+    """(the columns of the first file that has rows, its name); None: there is no such file."""
+    source = _local(config)
+    if source is None:
+        return hub.columns(config), hub.shown_name(config)
+    for path in source.paths:
+        found = source.columns(path)
+        if found is not None:
+            return found, shown(path)
+    return None
 
 
 def identity(config: DataConfig) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from megadistill.errors import DataError
 __all__ = ["Document", "count_documents", "documents", "resolved", "source_identity"]
 
 
+_LOOKED_AT = 1000  # documents
+
+
 def documents(config: DataConfig, start: int = 0) -> Iterator[Document]:
     """The corpus from document `start` on, at most `data.max_samples` documents in all.
 
@@ -38,6 +41,11 @@ def resolved(config: DataConfig) -> DataConfig:
     return rows.resolved(config) if _reader(config) is rows else config
 
 
+def with_tools(config: DataConfig) -> DataConfig:
+    """`config` with the column `tools`, where the corpus has one and no other is configured."""
+    return rows.with_tools(config) if _reader(config) is rows else config
+
+
 def source_identity(config: DataConfig) -> dict[str, Any]:
     """What the corpus is, for the recipe: by content or revision, not by path.
 
@@ -55,9 +63,10 @@ def count_documents(config: DataConfig) -> int | None:
 
 
 def holds_turns(config: DataConfig) -> bool:
-    """Whether prompts and completions are lists of turns: the first document decides."""
-    for document in islice(documents(config), 1):
-        return any(isinstance(v, list) for v in (document.prompt, document.completion))
+    """Whether prompts and completions are lists of turns: the first with a completion decides."""
+    for document in islice(documents(config), _LOOKED_AT):
+        if document.problem is None and document.completion:
+            return any(isinstance(v, list) for v in (document.prompt, document.completion))
     return False
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config import Config
-from megadistill.data.chat.encoder import ChatSpec
+from megadistill.data.chat.encoder import EARLIER, ChatSpec
 from megadistill.data.chat.template import RANDOM, has_marks, template_names
 from megadistill.data.encode import EncoderSpec
 from megadistill.errors import ConfigError
@@ -128,6 +128,8 @@ def chat_spec(config: Config, tokenizer: Any) -> ChatSpec:
 
 def chat_identity(spec: ChatSpec) -> dict[str, Any]:
     """The chat template's part of the recipe, next to the tokenizer's: what decides the text."""
+    if spec.mask == EARLIER:
+        return {"chat_template": _digest(spec.templates["default"])}
     names: set[str] = set().union(*map(template_names, spec.templates.values()))
     identity: dict[str, Any] = {
         "chat_template": _digest(spec.templates["default"]),

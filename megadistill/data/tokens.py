@@ -27,6 +27,7 @@ from megadistill.blocks.padding import without_padding
 from megadistill.config import Config, DataConfig
 from megadistill.data.best_fit import BestFit
 from megadistill.data.chat.encoder import ChatSpec
+from megadistill.data.chat.settings import find_chat
 from megadistill.data.encode import EncoderSpec, Unit
 from megadistill.data.growth import continue_from, covers, lasting_blocks
 from megadistill.data.in_order import InOrder
@@ -38,14 +39,12 @@ from megadistill.data.skipped import Skipped
 from megadistill.data.source import (
     count_documents,
     documents,
-    holds_turns,
     resolved,
     source_identity,
 )
 from megadistill.data.stream import Block, Cursor, Stream
 from megadistill.data.tokenizer import (
     chat_identity,
-    chat_spec,
     encoder_spec,
     load_tokenizer,
     tokenizer_identity,
@@ -81,7 +80,8 @@ def build_tokens(
             f"the column {data.text_field!r} alone: set targets.positions=all"
         )
     tokenizer = load_tokenizer(config)
-    chat = _chat(config, tokenizer)
+    config, chat = find_chat(config, tokenizer)
+    data = config.data
     spec = encoder_spec(tokenizer, chat=chat)
     settings = store_settings(config, tokenizer, chat, packing=_packing(data, spec))
     with ExitStack() as stack:
@@ -117,14 +117,6 @@ def build_tokens(
         store.finish()
     _report(store)
     return store
-
-
-def _chat(config: Config, tokenizer: Any) -> ChatSpec | None:
-    """The chat template of a corpus of chats; None for another corpus."""
-    data = config.data
-    if data.messages_field is not None or (data.completion_field is not None and holds_turns(data)):
-        return chat_spec(config, tokenizer)
-    return None
 
 
 def store_settings(

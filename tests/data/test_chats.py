@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megadistill.blocks import BlockStore
 from megadistill.config import Config, load_config
-from megadistill.data.chat.encoder import ChatEncoder
+from megadistill.data.chat.encoder import EARLIER, ChatEncoder
 from megadistill.data.tokenizer import chat_identity, chat_spec
-from megadistill.data.tokens import build_tokens, statistics
+from megadistill.data.tokens import build_tokens, statistics, store_settings
 from megadistill.errors import BadDocumentError, ConfigError, RecipeError
 from tests.data.chats import CHAT, CHATML, TEMPLATES, TOOLS, byte_tokenizer, marked, stock
 from tests.data.stores import same_store
@@ -397,3 +399,42 @@ def test_one_bad_turn_is_said_with_its_file_row_and_turn_or_left_out(tmp_path, m
     assert not Path(tmp_path / "tokens").exists()
     skipping = config(tmp_path, files=[path], on_bad_document="skip")
     assert statistics(build_tokens(skipping))["skipped_documents"] == 1
+
+
+# Stores that were begun before masks had a rule in the recipe
+
+
+@pytest.mark.parametrize("template", [stock(CHATML), marked(CHATML)])
+def test_a_store_begun_earlier_continues_as_it_began(tmp_path, model, template):
+    hf = model(template)
+    rows = [{"messages": CHAT, "tools": None}] * 20
+    path = write(tmp_path / "a.jsonl", rows)
+    settings = config(tmp_path, files=[path], messages_field="messages")
+    spec = replace(chat_spec(settings, hf), mask=EARLIER)
+    BlockStore.create(settings.data.dir, **store_settings(settings, hf, spec))
+    store = build_tokens(settings)
+    assert "assistant_mask" not in store.recipe["tokenizer"]
+    assert store.recipe["source"]["fields"] == ["messages"]
+    tokens, mask = (np.concatenate([s[c] for s in store]) for c in ("tokens", "loss_mask"))
+    # With a line break or not behind the end of a turn, as the rule of that time had it.
+    end = "\n" if template == stock(CHATML) else ""
+    first, last = f"It is 2.<|im_end|>{end}", f"It is 4.<|im_end|>{end}"
+    assert hf.decode(tokens[mask == 1]).startswith((first + last + "<|im_end|>" * bool(end)) * 2)
+    text = hf.apply_chat_template(CHAT, tokenize=False) + "<|im_end|>"
+    assert hf.decode(tokens).startswith(text * 2)
+
+
+def test_marks_count_in_the_completion_alone(hf):
+    ours = encoder(hf, marked(CHATML), mask="template")
+    ids, mask = ours.encode_completion(CHAT[:3], CHAT[3:])
+    assert learned(hf, ids, mask) == ["It is 4.<|im_end|>"]
+
+
+def test_completions_that_look_like_json_are_texts(hf):
+    ids, mask = encoder(hf, stock(CHATML)).encode_completion(CHAT[:1], "[1, 2]")
+    assert learned(hf, ids, mask) == ["[1, 2]<|im_end|>"]
+
+
+def test_private_characters_in_a_content_do_not_disturb_the_trace(hf):
+    chat = [CHAT[0], {"role": "assistant", "content": "\U000f00000,1\U000f0000 \U000f0001"}]
+    assert texts(hf, stock(CHATML), chat) == [chat[1]["content"] + "<|im_end|>"]

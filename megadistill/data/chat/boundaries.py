@@ -107,6 +107,13 @@ class Boundaries:
         lengths = range(len(messages) - 1, 0, -1)
         return next((n for n in lengths if self._try(messages[:n], tools) is not None), 0)
 
+    def begin(self, messages: Messages, tools: Tools, turn: int) -> int:
+        """Where the text of a turn and of those after it begins."""
+        trace = self.template.trace(messages, tools)
+        span = _places(trace).get(turn)
+        before = self._try(messages[:turn], tools) or ""
+        return _common(trace.text, before) if span is None else span.begin
+
     # The turn's place
 
     def _by_prefixes(self, messages: Messages, tools: Tools, text: str, i: int) -> Span:

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from megadistill.data.chat import earlier
 from megadistill.data.chat.boundaries import Boundaries, Chat, ChatError
 from megadistill.data.chat.template import ChatTemplate, Messages, TemplateError, Tools
 from megadistill.data.conversation import conversation
 from megadistill.data.conversation import tools as read_tools
 from megadistill.errors import BadDocumentError
+
+EARLIER = "earlier"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class ChatSpec:
 
     templates: by name; `default`, and `tool_use` for chats with tools if the tokenizer has one.
     variables: what templates see besides the chat. date: that of `strftime_now`, ISO.
-    mask: `generated`, or `template` for its own {% generation %} marks.
+    mask: `generated`; `template` for its own {% generation %} marks; EARLIER for a store that was
+    begun before there was a choice.
     """
 
     templates: dict[str, str]
@@ -45,12 +49,14 @@ class ChatEncoder:
         from tokenizers import Tokenizer
 
         # The post-processor of byte-level tokenizers cuts white space off the offsets.
-        parts = json.loads(backend) | {"post_processor": None, "truncation": None, "padding": None}
+        whole = json.loads(backend) | {"truncation": None, "padding": None}
+        parts = whole | {"post_processor": None}
+        self._whole = Tokenizer.from_str(json.dumps(whole)) if spec.mask == EARLIER else None
         self._tokenizer = Tokenizer.from_str(json.dumps(parts))
         self._eos, self._eos_text = eos, self._tokenizer.id_to_token(eos) or ""
         added = self._tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special} | {self._eos_text}
-        self._marked = spec.mask == "template"
+        self._mask = spec.mask
         self._boundaries = {
             name: Boundaries(
                 ChatTemplate(source, variables=spec.variables, date=spec.date), special
@@ -60,6 +66,9 @@ class ChatEncoder:
 
     def encode(self, messages: Any, tools: Any = None) -> tuple[list[int], list[int]]:
         """(ids, mask) of a chat: every turn of the assistant is learned. BadDocumentError."""
+        if self._mask == EARLIER:
+            template = self._boundaries["default"].template
+            return earlier.encode(template, self._whole, messages, eos=self._eos)
         return self._encode(conversation(messages), read_tools(tools), first=0)
 
     def encode_completion(
@@ -85,9 +94,10 @@ class ChatEncoder:
         refused: tuple[Messages, TemplateError] | None = None
         for shaped in _shapes(messages, boundaries.template):
             try:
-                if self._marked:
+                if self._mask == "template":
                     text, spans = boundaries.template.marked(shaped, tools)
-                    return self._overlapping(text, spans)
+                    begin = boundaries.begin(shaped, tools, first) if first else 0
+                    return self._overlapping(text, [span for span in spans if span[0] >= begin])
                 return self._within(boundaries.find(shaped, tools, first=first))
             except TemplateError as error:
                 refused = refused or (shaped, error)
@@ -151,7 +161,7 @@ class ChatEncoder:
 
 
 def _turns(value: Any, column: str, role: str) -> Messages:
-    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+    if isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
     try:
         return conversation(value)

@@ -54,7 +54,7 @@ def conversation(value: Any, *, first: int = 0) -> list[Turn]:
 
 def tools(value: Any) -> list[dict[str, Any]] | None:
     """The tools of a chat as JSON schemas; None without any. Raises BadDocumentError."""
-    value = _parsed(value, "tools")
+    value = _parsed(value or None, "tools")
     if isinstance(value, dict):
         value = [value]
     if value is None or value == []:

@@ -4,17 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
 from megadistill.config import Config, load_config
-from megadistill.data.chat.encoder import EARLIER, ChatEncoder
+from megadistill.data.chat import settings
+from megadistill.data.chat.encoder import ChatEncoder
 from megadistill.data.tokenizer import chat_identity, chat_spec
-from megadistill.data.tokens import build_tokens, statistics, store_settings
+from megadistill.data.tokens import build_tokens, statistics
 from megadistill.errors import BadDocumentError, ConfigError, RecipeError
 from tests.data.chats import CHAT, CHATML, TEMPLATES, TOOLS, byte_tokenizer, marked, stock
 from tests.data.stores import same_store
@@ -405,23 +404,24 @@ def test_one_bad_turn_is_said_with_its_file_row_and_turn_or_left_out(tmp_path, m
 
 
 @pytest.mark.parametrize("template", [stock(CHATML), marked(CHATML)])
-def test_a_store_begun_earlier_continues_as_it_began(tmp_path, model, template):
+def test_a_store_begun_earlier_continues_as_it_began(tmp_path, model, monkeypatch, template):
     hf = model(template)
-    rows = [{"messages": CHAT, "tools": None}] * 20
-    path = write(tmp_path / "a.jsonl", rows)
-    settings = config(tmp_path, files=[path], messages_field="messages")
-    spec = replace(chat_spec(settings, hf), mask=EARLIER)
-    BlockStore.create(settings.data.dir, **store_settings(settings, hf, spec))
-    store = build_tokens(settings)
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": None}] * 40)
+    old = {"files": [path], "messages_field": "messages", "packing": "in_order"}
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "_begun_earlier", lambda data: True)
+        build_tokens(config(tmp_path, **old, max_samples=20))
+    store = build_tokens(config(tmp_path, **old))
     assert "assistant_mask" not in store.recipe["tokenizer"]
     assert store.recipe["source"]["fields"] == ["messages"]
     tokens, mask = (np.concatenate([s[c] for s in store]) for c in ("tokens", "loss_mask"))
     # With a line break or not behind the end of a turn, as the rule of that time had it.
     end = "\n" if template == stock(CHATML) else ""
     first, last = f"It is 2.<|im_end|>{end}", f"It is 4.<|im_end|>{end}"
-    assert hf.decode(tokens[mask == 1]).startswith((first + last + "<|im_end|>" * bool(end)) * 2)
+    learned = hf.decode(tokens[mask == 1])
+    assert learned.startswith((first + last + "<|im_end|>" * bool(end)) * 39)
     text = hf.apply_chat_template(CHAT, tokenize=False) + "<|im_end|>"
-    assert hf.decode(tokens).startswith(text * 2)
+    assert hf.decode(tokens).startswith(text * 39)
 
 
 def test_marks_count_in_the_completion_alone(hf):

@@ -142,7 +142,7 @@ def test_tools_in_any_shape_become_schemas(value):
     assert tools(value) == [{"type": "function", "function": SCHEMA}]
 
 
-@pytest.mark.parametrize("value", [None, [], "[]"])
+@pytest.mark.parametrize("value", [None, [], "[]", "", "null"])
 def test_no_tools_are_none(value):
     assert tools(value) is None
 

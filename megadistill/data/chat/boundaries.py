@@ -67,7 +67,7 @@ class Boundaries:
         self._probe_end: str | None = None
 
     def find(self, messages: Messages, tools: Tools, *, first: int = 0) -> Chat:
-        """What is learned of a chat: its assistant's turns from number `first` on.
+        """The learned part of a chat: its assistant's turns from number `first` on.
 
         Raises ChatError, and TemplateError for a chat that the template refuses.
         """
@@ -122,6 +122,9 @@ class Boundaries:
         through = self._try(messages[: i + 1], tools)
         if prompt is not None and text.startswith(prompt) and through is not None:
             end = _common(text, through)
+            for found in self.special.finditer(through):
+                if found.start() < end < found.end():
+                    end = found.start()
             rest = self.special.sub("", through[end:])
             if not rest.strip() and end > len(prompt):
                 return Span(i, len(prompt), end)
@@ -148,7 +151,7 @@ class Boundaries:
         try:
             found = self.template.trace(other, tools)
         except TemplateError:
-            return  # the letters matter to it: nothing can be said
+            found = Trace("", [])  # the letters matter to it, so nothing is known
         theirs = _places(found)
         for i, span in places.items():
             if messages[i]["role"] != "assistant" or span is None:
@@ -197,7 +200,7 @@ class Boundaries:
         return begin + common
 
     def _generation_prompt(self, messages: Messages, tools: Tools, i: int) -> list[str]:
-        """What `add_generation_prompt` adds to the chat before turn `i`, in printed pieces."""
+        """The text that `add_generation_prompt` adds to the chat before turn `i`, in printed pieces."""
         chats = [messages[:i]]
         users = [j for j, m in enumerate(messages[:i]) if m["role"] == "user"]
         if users:
@@ -256,7 +259,7 @@ class Boundaries:
         return following.end() if following is not None else None
 
     def _ending(self) -> str:
-        """What the template prints behind a plain content, within the turn."""
+        """The text that the template prints behind a plain content, within the turn."""
         if self._probe_end is None:
             chat = [{"role": r, "content": _PROBE + r} for r in ("user", "assistant")]
             try:

@@ -28,10 +28,10 @@ EARLIER = "earlier"
 
 @dataclass(frozen=True)
 class ChatSpec:
-    """What turns chats into text.
+    """The settings that turn chats into text.
 
     templates: by name; `default`, and `tool_use` for chats with tools if the tokenizer has one.
-    variables: what templates see besides the chat. date: that of `strftime_now`, ISO.
+    variables: the names that templates see besides the chat. date: that of `strftime_now`, ISO.
     mask: `generated`; `template` for its own {% generation %} marks; EARLIER for a store that was
     begun before there was a choice.
     """

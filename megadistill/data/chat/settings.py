@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.blocks import BlockStore
+from megadistill.blocks.layout import kind_of
 from megadistill.config import Config, DataConfig
 from megadistill.data.chat.encoder import EARLIER, ChatSpec
 from megadistill.data.source import holds_turns, with_tools
@@ -29,7 +30,9 @@ def find_chat(config: Config, tokenizer: Any) -> tuple[Config, ChatSpec | None]:
 
 
 def _begun_earlier(data: DataConfig) -> bool:
-    if not Path(data.dir, "tokens.json").is_file():
+    if kind_of(Path(data.dir)) != "tokens":
         return False
-    tokenizer = BlockStore.open(data.dir).recipe.get("tokenizer", {})
-    return "chat_template" in tokenizer and "assistant_mask" not in tokenizer
+    store = BlockStore.open(data.dir)
+    tokenizer = store.recipe.get("tokenizer", {})
+    # One without blocks begins anew.
+    return store.present() and "chat_template" in tokenizer and "assistant_mask" not in tokenizer

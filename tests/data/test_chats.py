@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from megadistill.config import Config, load_config
-from megadistill.data.chat import settings
 from megadistill.data.chat.encoder import ChatEncoder
 from megadistill.data.tokenizer import chat_identity, chat_spec
 from megadistill.data.tokens import build_tokens, statistics
@@ -237,7 +236,7 @@ def test_a_templates_clock_is_a_date_of_the_recipe(tmp_path, model, chats):
     store = build_tokens(config(tmp_path, files=[chats]))
     assert decoded(store, hf).startswith("26 Jul 2024|<|im_start|>user")
     assert store.recipe["tokenizer"]["chat_date"] == "2024-07-26"
-    with pytest.raises(RecipeError, match="chat_date"):
+    with pytest.raises(RecipeError, match=r"data.chat_date is '2024-07-26', this run's is '2025"):
         build_tokens(config(tmp_path, files=[chats], chat_date="2025-01-02"))
     assert "02 Jan 2025|" in hf.decode(encoder(hf, DATED, date="2025-01-02").encode(CHAT)[0])
 
@@ -409,7 +408,7 @@ def test_a_store_begun_earlier_continues_as_it_began(tmp_path, model, monkeypatc
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "tools": None}] * 40)
     old = {"files": [path], "messages_field": "messages", "packing": "in_order"}
     with monkeypatch.context() as patch:
-        patch.setattr(settings, "_begun_earlier", lambda data: True)
+        patch.setattr("megadistill.data.chat.settings._begun_earlier", lambda data: True)
         build_tokens(config(tmp_path, **old, max_samples=20))
     store = build_tokens(config(tmp_path, **old))
     assert "assistant_mask" not in store.recipe["tokenizer"]
@@ -418,8 +417,7 @@ def test_a_store_begun_earlier_continues_as_it_began(tmp_path, model, monkeypatc
     # With a line break or not behind the end of a turn, as the rule of that time had it.
     end = "\n" if template == stock(CHATML) else ""
     first, last = f"It is 2.<|im_end|>{end}", f"It is 4.<|im_end|>{end}"
-    learned = hf.decode(tokens[mask == 1])
-    assert learned.startswith((first + last + "<|im_end|>" * bool(end)) * 39)
+    assert hf.decode(tokens[mask == 1]).startswith((first + last + "<|im_end|>" * bool(end)) * 39)
     text = hf.apply_chat_template(CHAT, tokenize=False) + "<|im_end|>"
     assert hf.decode(tokens).startswith(text * 39)
 

@@ -200,7 +200,7 @@ class Boundaries:
         return begin + common
 
     def _generation_prompt(self, messages: Messages, tools: Tools, i: int) -> list[str]:
-        """The text that `add_generation_prompt` adds to the chat before turn `i`, in printed pieces."""
+        """The generation prompt behind the chat before turn `i`, in printed pieces."""
         chats = [messages[:i]]
         users = [j for j, m in enumerate(messages[:i]) if m["role"] == "user"]
         if users:

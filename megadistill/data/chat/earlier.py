@@ -69,8 +69,8 @@ def _spans(template: ChatTemplate, messages: Messages) -> tuple[str, list[tuple[
         through = template.render(messages[: i + 1])
         if not (whole.startswith(through) and through.startswith(before)):
             raise BadDocumentError(
-                f"turn {i}: the chat template renders it differently in a longer chat: make the token "
-                "store anew, in another data.dir"
+                f"turn {i}: the chat template renders it differently in a longer chat: make the "
+                "token store anew, in another data.dir"
             )
         spans.append((len(before), len(through)))
     return whole, spans

@@ -33,6 +33,7 @@ def _begun_earlier(data: DataConfig) -> bool:
     if kind_of(Path(data.dir)) != "tokens":
         return False
     store = BlockStore.open(data.dir)
+    if not store.present():  # one without blocks begins anew
+        return False
     tokenizer = store.recipe.get("tokenizer", {})
-    # One without blocks begins anew.
-    return store.present() and "chat_template" in tokenizer and "assistant_mask" not in tokenizer
+    return "chat_template" in tokenizer and "assistant_mask" not in tokenizer

@@ -31,20 +31,26 @@ def read(path: str, kind: str, fields: list[str], skip: Skip) -> Iterator[Row]:
 def rows(table: Any, fields: list[str], first: int) -> Iterator[Row]:
     """The rows of a table, numbered from `first` on."""
     for at in range(0, table.num_rows, BATCH):
-        columns = decoded(table.slice(at, BATCH).select(fields))
+        batch = table.slice(at, BATCH)
+        there = [field for field in fields if field in batch.column_names]
+        found = dict(zip(there, decoded(batch.select(there)), strict=True))
+        # A file of chats may lack their tools.
+        columns = [found.get(field) or [None] * batch.num_rows for field in fields]
         for number, values in enumerate(zip(*columns, strict=True), first + at):
             yield Row(f"row {number}", values)
 
 
-def columns(path: str, kind: str) -> list[str]:
-    """The columns of a file."""
+def columns(path: str, kind: str) -> list[str] | None:
+    """The columns of a file; None: it has no rows. Empty tables are often saved without columns."""
     import pyarrow.parquet
 
     with _errors(path), ExitStack() as stack:
         if kind == "parquet":
             file = stack.enter_context(Path(path).open("rb"))
-            return pyarrow.parquet.ParquetFile(file).schema_arrow.names
-        return _open_arrow(path, stack)[0].names
+            table = pyarrow.parquet.ParquetFile(file)
+            return table.schema_arrow.names if table.metadata.num_rows else None
+        schema, batches = _open_arrow(path, stack)
+        return schema.names if any(batch.num_rows for batch in batches) else None
 
 
 @contextmanager
@@ -72,7 +78,8 @@ def _parquet(
         first += skip.take(sizes[group])
         group += 1
     groups = list(range(group, len(sizes)))
-    for batch in file.iter_batches(BATCH, row_groups=groups, columns=fields) if groups else ():
+    there = [field for field in fields if field in file.schema_arrow.names]
+    for batch in file.iter_batches(BATCH, row_groups=groups, columns=there) if groups else ():
         passed = skip.take(batch.num_rows)
         yield first + passed, pyarrow.Table.from_batches([batch]).slice(passed)
         first += batch.num_rows
@@ -85,7 +92,8 @@ def _arrow(path: str, fields: list[str], skip: Skip, stack: ExitStack) -> Iterat
     for batch in _open_arrow(path, stack)[1]:
         passed = skip.take(batch.num_rows)
         if passed < batch.num_rows:
-            batch = batch.select(fields).slice(passed)
+            there = [field for field in fields if field in batch.schema.names]
+            batch = batch.select(there).slice(passed)
             batch.validate(full=True)  # offsets of a damaged file would be followed anywhere
             yield first + passed, pyarrow.Table.from_batches([batch])
             first += batch.num_rows

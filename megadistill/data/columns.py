@@ -44,8 +44,10 @@ def detect(config: DataConfig, found: list[str], where: str) -> DataConfig:
 
 
 def check(config: DataConfig, found: list[str], where: str) -> None:
-    """DataError where a file lacks a column that is read."""
+    """DataError where a file lacks a column that is read. Files without tools are ordinary."""
     for key, name in configured(config).items():
+        if key == "tools_field":
+            continue
         if name not in found:
             raise DataError(
                 f"data.{key}: {where} has no column {name!r}; its columns are "

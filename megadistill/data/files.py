@@ -35,16 +35,25 @@ def find(patterns: list[str]) -> list[str]:
     """The files that the patterns name: in the order of the patterns, sorted within each.
 
     A name of a file or folder that exists is meant literally, also with `*`, `?` or brackets in it.
+    A file that several patterns name, or that a loop of links repeats, is read once. A link to a
+    file is a file of its own.
     """
-    found: dict[str, None] = {}
+    found: list[str] = []
+    taken: set[str] = set()
     for pattern in patterns:
-        found.update(dict.fromkeys(_matches(pattern)))
+        kept = []
+        for path in sorted(_matches(pattern), key=lambda path: (path.count("/"), path)):
+            place = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+            if place not in taken:
+                taken.add(place)
+                kept.append(path)
+        found += sorted(kept)
     if not found:
         raise DataError("data.files: the list is empty: name a file or a pattern")
     if not any(_size(path) for path in found):
         first = shown(next(iter(found)))
         raise DataError(f"{first}: the corpus is empty (0 bytes in {len(found)} files)")
-    return list(found)
+    return found
 
 
 def _matches(pattern: str) -> list[str]:
@@ -62,8 +71,14 @@ def _matches(pattern: str) -> list[str]:
     found = glob.glob(_escaped(pattern), recursive=True)
     matches = sorted(match for match in found if Path(match).is_file())
     if not matches:
+        advice = ""
+        if pattern.startswith("~"):
+            advice = ": ~ is no folder here: write the path from /"
+        elif "://" in pattern:
+            advice = ": expected local files: download it, or set data.name to a dataset on the hub"
         raise DataError(
-            f"data.files: no file matches {shown(pattern)!r} (looked from {shown(str(Path.cwd()))})"
+            f"data.files: no file matches {shown(pattern)!r} (looked from "
+            f"{shown(str(Path.cwd()))}){advice}"
         )
     return matches
 

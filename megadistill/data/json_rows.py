@@ -38,6 +38,7 @@ from megadistill.errors import BadDocumentError, DataError
 
 _CHUNK = 1 << 20  # characters that an array is read by
 _SAMPLE = 1000  # rows whose keys are the columns of a file
+_MANY = 100_000  # rows that may lack a column that is asked for: a second of reading
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MAX_DIGITS = 4000  # Python converts no longer integers
 
@@ -61,12 +62,13 @@ def read(path: str, fields: list[str], skip: Skip, limit: int) -> Iterator[Row]:
 def columns(path: str, wanted: list[str] | None = None, *, limit: int) -> list[str] | None:
     """The columns of a file, by its first 1,000 rows; None: none of them is an object.
 
-    wanted: stop where all of these were found.
+    wanted: stop where all of these were found, and look further for them.
     """
     found: dict[str, None] = {}
     objects = 0
     with _errors(path), open_bytes(path) as stream:
-        for _, value in islice(_values(path, stream, Skip(), limit), _SAMPLE):
+        rows = _SAMPLE if wanted is None else _MANY
+        for _, value in islice(_values(path, stream, Skip(), limit), rows):
             if isinstance(value, dict):
                 objects += 1
                 found.update(dict.fromkeys(value))

@@ -57,10 +57,10 @@ def with_tools(config: DataConfig) -> DataConfig:
     """`config` with the column `tools`, where the corpus has one and no other is configured."""
     if config.tools_field is not None:
         return config
-    found = _first_columns(config)
-    if found is None or "tools" not in found[0]:
-        return config
-    return config.model_copy(update={"tools_field": "tools"})
+    source = _local(config)
+    # Any file: the first one may hold the chats without tools.
+    there = "tools" in hub.columns(config) if source is None else _has_column(source, "tools")
+    return config.model_copy(update={"tools_field": "tools"}) if there else config
 
 
 def _first_columns(config: DataConfig) -> tuple[list[str], str] | None:
@@ -119,6 +119,17 @@ class LocalFiles:
                 yield row._replace(place=f"{name}: {row.place}")
 
 
+def _no_tools(config: DataConfig) -> DataError:
+    return DataError(
+        f"data.tools_field: {_where(config)}: there is no column {config.tools_field!r}: set "
+        "data.tools_field to one that is there, or leave it out"
+    )
+
+
+def _has_column(source: LocalFiles, name: str) -> bool:
+    return any(name in (source.columns(path) or []) for path in source.paths)
+
+
 def _local(config: DataConfig) -> LocalFiles | None:
     """The local files of a corpus; None: `datasets` has to read it."""
     limit = config.max_document_mib * _MIB
@@ -134,10 +145,13 @@ def _ordered(config: DataConfig, start: int) -> Iterator[Row]:
     source = _local(config)
     if source is None:
         return _of_name(config, fields, start)
+    needed = [field for field in fields if field != config.tools_field]
     for path in source.paths:
-        found = source.columns(path, fields)
+        found = source.columns(path, needed)
         if found is not None:
             columns.check(config, found, shown(path))
+    if config.tools_field is not None and not _has_column(source, config.tools_field):
+        raise _no_tools(config)
     if not config.shuffle:
         return source.rows(fields, start)
     if config.streaming:
@@ -150,7 +164,10 @@ def _of_name(config: DataConfig, fields: list[str], start: int) -> Iterator[Row]
     import datasets
 
     dataset = hub.load(config, fields)
-    columns.check(config, hub.column_names(dataset, config), hub.shown_name(config))
+    names = hub.column_names(dataset, config)
+    columns.check(config, names, hub.shown_name(config))
+    if config.tools_field is not None and config.tools_field not in names:
+        raise _no_tools(config)
     if isinstance(dataset, datasets.Dataset):
         order = None
         if config.shuffle:

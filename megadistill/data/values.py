@@ -38,7 +38,11 @@ def _column(table: Any) -> list[Any]:
     # The fast path: most corpora are plain strings.
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         return values
-    feature = datasets.Features.from_arrow_schema(table.schema)
+    try:
+        feature = datasets.Features.from_arrow_schema(table.schema)
+    except ValueError:
+        problem = Problem(f"expected text, found Arrow's type {kind}, which `datasets` cannot read")
+        return [None if value is None else problem for value in values]
     values = feature.decode_batch({name: values})[name]
     return [_unpadded(value, feature[name]) for value in values]
 

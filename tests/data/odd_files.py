@@ -78,6 +78,7 @@ def cut(write: Callable[[Path], None], part: float) -> Callable[[Path], None]:
 
 A, B = {"text": "first text"}, {"text": "second text"}
 TWO = ["first text", "second text"]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PLAIN = lines(A, B)
 STRINGS = pa.array([*TWO, None])
 JSON = pa.array([json.dumps(t) for t in TWO], pa.json_())
@@ -227,6 +228,28 @@ COMPRESSED_FILES = [
         for end, make in COMPRESS.items()
     ),
     Odd("UPPER.JSONL.GZ", gzip.compress(PLAIN), TWO),
+    *(
+        Odd(f"garbage_behind.jsonl{end}", make(PLAIN) + b"garbage", refused="cannot be read: ")
+        for end, make in COMPRESS.items()
+    ),
+    *(
+        Odd(f"zeros_behind.jsonl{end}", COMPRESS[end](PLAIN) + bytes(512), TWO)
+        for end in (".gz", ".bz2", ".xz")
+    ),
+    *(
+        # The second of three parts is damaged: the third must not be lost in silence.
+        Odd(
+            f"damaged_part.jsonl{end}",
+            make(lines(A)) + b"x" + make(lines(B))[1:] + make(lines(B)),
+            refused="cannot be read: ",
+        )
+        for end, make in COMPRESS.items()
+    ),
+    Odd("utf16_unmarked.jsonl", PLAIN.decode().encode("utf-16-le"), refused="found UTF-16 text"),
+    Odd("utf16_unmarked.txt", "a text".encode("utf-16-be"), refused="-f UTF-16BE -t UTF-8"),
+    Odd("utf32.jsonl", PLAIN.decode().encode("utf-32"), refused="found UTF-32 text, expected UTF"),
+    Odd("pointer.jsonl", LFS, refused="found a pointer of Git LFS, expected the file"),
+    Odd("pointer.txt", LFS, refused="found a pointer of Git LFS, expected the file"),
     Odd("hidden.jsonl", gzip.compress(PLAIN), refused="found gzip data, expected a name that ends"),
     Odd("hidden_zst.jsonl", zstd(PLAIN), refused="found zstd data, expected a name that ends in"),
     Odd("hidden.txt", lzma.compress(PLAIN), refused="hidden.txt: found xz data, expected a name"),
@@ -287,7 +310,7 @@ TEXT_FILES = [
     Odd("crlf.txt", b"a\r\nb\rc", ["a\r\nb\rc"]),
     Odd("bom.md", b"\xef\xbb\xbfa\xef\xbb\xbfb", ["a\ufeffb"]),
     Odd("utf16.txt", "text".encode("utf-16"), refused="utf16.txt: found UTF-16 text, expected"),
-    Odd("utf32.txt", "text".encode("utf-32"), refused="utf32.txt: found UTF-16 text, expected"),
+    Odd("utf32.txt", "text".encode("utf-32"), refused="utf32.txt: found UTF-32 text, expected"),
     Odd("latin1.txt", b"caf\xe9", refused="byte 0xe9 near byte 4: convert the file to UTF-8"),
     Odd("cut_character.txt", b"caf\xc3", refused="cut_character.txt: cannot be read as UTF-8 te"),
     Odd("late.txt", b"x" * (2 << 20) + b"\xff", refused=f"byte 0xff near byte {(2 << 20) + 1}"),

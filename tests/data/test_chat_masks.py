@@ -6,7 +6,9 @@ The truth is transformers' own mask of the same template with {% generation %} m
 import pytest
 
 from megadistill.data.chat.encoder import ChatEncoder, ChatSpec
+from megadistill.errors import BadDocumentError
 from tests.data.chats import (
+    CHAT,
     TEMPLATES,
     TOOLS,
     TRUTH,
@@ -73,3 +75,28 @@ def test_the_mask_is_that_of_marks_put_in_by_hand(name):
         text = hf.apply_chat_template(chat, chat_template=stock(template), tools=tools,
                                       tokenize=False)  # fmt: skip
         assert hf.decode(ids).removesuffix(hf.eos_token) == text.removesuffix(hf.eos_token)
+
+
+def test_a_null_content_is_never_learned_as_a_word():
+    head = "{{ '<|im_start|>' + m.role + '\n' }}"
+    body = "{% set c = m['content'] %}{% if c is not string %}{% set c = c | tojson %}{% endif %}"
+    loop = "{% for m in messages %}" + head + body + "{{ c + '<|im_end|>\n' }}{% endfor %}"
+    hf = byte_tokenizer(["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    for content in (body, "{% set c = m.content | string %}", body.replace("['content']", ".a")):
+        ours = encoder(hf, loop.replace(body, content.replace(".a", ".get('content')")) + prompt)
+        chat = [{"role": "user", "content": "null?"}, {"role": "assistant", "content": None}]
+        assert learned(hf, *ours.encode(chat)) == ["<|im_end|>"]
+        assert ours.encode(chat) == ours.encode([chat[0], chat[1] | {"content": ""}])
+
+
+def test_the_header_of_the_assistants_next_turn_ends_no_turn():
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    hf = byte_tokenizer(["<|user|>", "<|assistant|>", "</s>"], eos="</s>")
+    ours = encoder(hf, template)
+    assert learned(hf, *ours.encode(CHAT)) == ["It is 2.<|user|>", "It is 4.</s>"]
+    with pytest.raises(BadDocumentError, match="turn 1: .*before the assistant's next turn"):
+        ours.encode([*CHAT[:2], CHAT[1]])

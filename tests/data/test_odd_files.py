@@ -258,7 +258,7 @@ def test_the_stored_tokens_decode_to_the_text_of_the_file(config, tmp_path, toke
     for name in ("a.jsonl.zst", "b.jsonl.xz"):
         data = odd_files.COMPRESS[Path(name).suffix](lines(*rows))
         Odd(name, data).write(tmp_path)
-    store = build_tokens(config(files=[str(tmp_path / "*.jsonl.*")], seq_len=8))
+    store = build_tokens(config(files=[str(tmp_path / "*.jsonl.*")], seq_len=8, pack="concat"))
     text = hf.decode([t for sample in store for t in sample["tokens"]])
     expected = "".join(f"{row['text']}<|end|>" for row in rows) * 2
     assert expected.startswith(text)
@@ -290,3 +290,46 @@ def test_the_program_refuses_an_odd_file_with_one_line_and_code_2(tmp_path, toke
 
 
 logging.getLogger("datasets").setLevel(logging.CRITICAL)
+
+
+def test_a_file_is_read_once_by_whatever_names_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = (Odd(f"{n}.jsonl", lines({"text": n})).write(tmp_path) for n in "ab")
+    os.symlink(tmp_path, tmp_path / "loop")
+    for names in (["a.jsonl", "./a.jsonl", one, "*.jsonl"], ["**/*.jsonl"], [one, two]):
+        assert [d.text for d in documents(DataConfig(files=names))] == ["a", "b"]
+
+
+def test_a_path_that_a_shell_or_a_client_would_resolve_says_what_to_write(tmp_path):
+    for name, advice in (("~/a.jsonl", "write the path from /"), ("hf://a/b.jsonl", "data.name")):
+        with pytest.raises(DataError, match=f"no file matches.*{advice}"):
+            next(documents(DataConfig(files=[name])))
+
+
+def test_files_without_rows_decide_nothing(tmp_path):
+    odd_files.pq.write_table(odd_files.pa.table({}), tmp_path / "a.parquet")
+    odd_files.parquet(odd_files.STRINGS)(tmp_path / "b.parquet")
+    found = documents(DataConfig(files=[str(tmp_path / "*.parquet")]))
+    assert [d.text for d in found if d.text] == odd_files.TWO
+
+
+def test_a_column_may_begin_late_in_a_file(tmp_path):
+    odd = Odd("a.jsonl", lines(*[{"id": 1}] * 1500, A))
+    config = DataConfig(files=[odd.write(tmp_path)], text_field="text")
+    assert [d.text for d in documents(config) if d.text] == [A["text"]]
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("first", [True, False])
+def test_tools_may_be_in_some_of_the_files(tmp_path, end, first):
+    chat, tool = [{"role": "user", "content": "q"}], [{"name": "f"}]
+    rows = [{"messages": chat, "tools": tool}, {"messages": chat}]
+    for name, row in zip("ab", rows if first else rows[::-1], strict=True):
+        if end == ".jsonl":
+            Odd(name + end, lines(row)).write(tmp_path)
+        else:
+            odd_files.pq.write_table(odd_files.pa.Table.from_pylist([row]), tmp_path / (name + end))
+    found = [d.tools for d in documents(DataConfig(files=[str(tmp_path / f"*{end}")]))]
+    assert found == ([tool, None] if first else [None, tool])
+    with pytest.raises(DataError, match=r"data.tools_field: .*there is no column 'functions'"):
+        next(documents(DataConfig(files=[str(tmp_path / f"*{end}")], tools_field="functions")))

@@ -94,6 +94,8 @@ class ChatEncoder:
         refused: tuple[Messages, TemplateError] | None = None
         for shaped in _shapes(messages, boundaries.template):
             try:
+                if _prints_null(shaped, boundaries.template, tools):
+                    continue
                 if self._mask == "template":
                     text, spans = boundaries.template.marked(shaped, tools)
                     begin = boundaries.begin(shaped, tools, first) if first else 0
@@ -178,8 +180,8 @@ def _number(turn: int, first: int) -> str:
 def _shapes(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
     """The chat in the forms that templates expect; the first one that is not refused counts.
 
-    A content that is null is left out, as transformers 5 does, or null, or empty. Arguments of tool
-    calls are objects, or JSON text.
+    A content that is null is left out, as transformers 5 does, or null, or empty. A form that
+    prints it as a word is passed over. Arguments of tool calls are objects, or JSON text.
     """
     messages = [_content(m, template) for m in messages]
     calls = any("tool_calls" in m for m in messages)
@@ -187,6 +189,18 @@ def _shapes(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
     for as_text in (False, True) if calls else (False,):
         for null in ({}, {"content": None}, {"content": ""}) if nulls else ({},):
             yield [{**null, **(_with_text_arguments(m) if as_text else m)} for m in messages]
+
+
+def _prints_null(messages: Messages, template: ChatTemplate, tools: Tools) -> bool:
+    """Whether a content that is null or left out comes out as the word `null` or `None`."""
+    if all(m.get("content") is not None for m in messages):
+        return False
+    text = template.render(messages, tools)
+    try:
+        empty = template.render([m | {"content": m.get("content") or ""} for m in messages], tools)
+    except TemplateError:
+        return False
+    return any(text.count(word) > empty.count(word) for word in ("null", "None"))
 
 
 def _content(message: dict[str, Any], template: ChatTemplate) -> dict[str, Any]:

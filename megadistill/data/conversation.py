@@ -26,8 +26,8 @@ Turn = dict[str, Any]
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "model": "assistant", "ai": "assistant", "assistant": "assistant", "system": "system",
+    "tool": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
     "function_call": "assistant", "tool_call": "assistant", "function": "tool",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")
@@ -54,7 +54,9 @@ def conversation(value: Any, *, first: int = 0) -> list[Turn]:
 
 def tools(value: Any) -> list[dict[str, Any]] | None:
     """The tools of a chat as JSON schemas; None without any. Raises BadDocumentError."""
-    value = _parsed(value or None, "tools")
+    if isinstance(value, str) and not value.strip():
+        return None
+    value = _parsed(value, "tools")
     if isinstance(value, dict):
         value = [value]
     if value is None or value == []:
@@ -198,10 +200,17 @@ def _parsed(value: Any, where: str, *, found: str = "") -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        decoded = json.loads(value)
+        if "\\ud" in value.lower():
+            json.dumps(decoded, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadDocumentError(
+            f"{where}: holds half of a surrogate pair, which is no text"
+        ) from error
+    except (ValueError, RecursionError) as error:
         expected = found or "expected JSON"
         raise BadDocumentError(f"{where}: {expected}, found the text {_short(value)}") from error
+    return decoded
 
 
 def _found(value: Any) -> str:

@@ -3,6 +3,8 @@
 The truth is transformers' own mask of the same template with {% generation %} marks put in by hand.
 """
 
+import json
+
 import pytest
 
 from megadistill.data.chat.encoder import ChatEncoder, ChatSpec
@@ -98,5 +100,30 @@ def test_the_header_of_the_assistants_next_turn_ends_no_turn():
     hf = byte_tokenizer(["<|user|>", "<|assistant|>", "</s>"], eos="</s>")
     ours = encoder(hf, template)
     assert learned(hf, *ours.encode(CHAT)) == ["It is 2.<|user|>", "It is 4.</s>"]
-    with pytest.raises(BadDocumentError, match="turn 1: .*before the assistant's next turn"):
+    with pytest.raises(BadDocumentError, match=r"turn 1: .*before the assistant's next turn"):
         ours.encode([*CHAT[:2], CHAT[1]])
+
+
+def test_texts_that_look_like_json_are_prompts_and_completions():
+    hf = byte_tokenizer(["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    ours = encoder(hf, stock(TEMPLATES["header and end of turn"][0]))
+    for prompt, text in (("[INST] hi", "a"), ('{"a": 1} mend it', '{"x": 1}'), ([], "[1, 2]")):
+        ids, mask = ours.encode_completion(prompt, text, "")
+        assert learned(hf, ids, mask) == [text + "<|im_end|>"]
+        assert str(prompt or "") in hf.decode(ids)
+
+
+def test_half_a_surrogate_pair_within_json_text_is_refused():
+    hf = byte_tokenizer(["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    ours = encoder(hf, stock(TEMPLATES["header and end of turn"][0]))
+    with pytest.raises(BadDocumentError, match="half of a surrogate pair"):
+        ours.encode(json.dumps([{"role": "user", "content": "\ud83d"}]))
+    pair = json.dumps([{"role": "user", "content": "\U0001f600"}])
+    assert "\U0001f600" in hf.decode(ours.encode(pair)[0])
+
+
+def test_the_roles_human_and_ai_are_the_users_and_the_assistants():
+    hf = byte_tokenizer(["<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
+    ours = encoder(hf, stock(TEMPLATES["header and end of turn"][0]))
+    chat = [{"role": "human", "content": "q"}, {"role": "ai", "content": "a"}]
+    assert learned(hf, *ours.encode(chat)) == ["a<|im_end|>"]

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megadistill.config import DataConfig
-from megadistill.data.source import documents
+from megadistill.data.source import documents, with_tools
 from megadistill.data.tokens import build_tokens, statistics
 from megadistill.errors import DataError
 from tests.data import odd_files
@@ -329,7 +329,8 @@ def test_tools_may_be_in_some_of_the_files(tmp_path, end, first):
             Odd(name + end, lines(row)).write(tmp_path)
         else:
             odd_files.pq.write_table(odd_files.pa.Table.from_pylist([row]), tmp_path / (name + end))
-    found = [d.tools for d in documents(DataConfig(files=[str(tmp_path / f"*{end}")]))]
+    config = with_tools(DataConfig(files=[str(tmp_path / f"*{end}")]))
+    found = [d.tools for d in documents(config)]
     assert found == ([tool, None] if first else [None, tool])
     with pytest.raises(DataError, match=r"data.tools_field: .*there is no column 'functions'"):
         next(documents(DataConfig(files=[str(tmp_path / f"*{end}")], tools_field="functions")))

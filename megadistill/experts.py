@@ -40,10 +40,13 @@ def router_loss_weight(model: Any) -> float:
     return float(getattr(model, "router_aux_loss_coef", 0.0))
 
 
-def router_loss(model: Any, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def router_loss(
+    model: Any, router_logits: tuple[torch.Tensor, ...], mask_BT: torch.Tensor | None = None
+) -> torch.Tensor:
     """The load-balancing loss of the model's own module, of one micro-batch (arXiv 2101.03961).
 
-    router_logits: of each layer [N, experts]. At least 1 where tokens go evenly, times experts.
+    router_logits: of each layer [N, experts]. mask_BT: 0 where a token is padding and not counted;
+    None: all are counted. At least 1 where tokens go evenly, times experts.
     """
     function = sys.modules[type(model).__module__].load_balancing_loss_func
-    return function(router_logits, model.num_experts, model.num_experts_per_tok, None)
+    return function(router_logits, model.num_experts, model.num_experts_per_tok, mask_BT)

@@ -10,7 +10,7 @@ import pytest
 from megadistill.blocks import BlockStore
 from megadistill.config import load_config
 from megadistill.model_files import find_model
-from megadistill.plan import log_plan, make_plan, show_plan
+from megadistill.plan import corpus, log_plan, make_plan, show_plan
 from megadistill.plan.assumptions import METHODS, position
 from tests.models import tiny_llama, tiny_tokenizer
 
@@ -186,6 +186,11 @@ def test_raised_max_samples_is_estimated_from_the_documents_that_are_there(place
     few = plan(*text(16))
     assert "known: t is planned" in dict(few.lines)["sequences"]
     assert few.token_bytes_to_come == 0
+    store = BlockStore.open("t")
+    assert all("padding" in sample for sample in store)
+    padding = sum(int(sample["padding"]) for sample in store)
+    held = corpus.tokens(load_config("demo.yaml", text(16)), len(store))
+    assert held == 16 * len(store) - padding < 16 * len(store)
     many = plan(*text(64))
     assert "of 64 documents gave, in t" in dict(many.lines)["sequences"]
     there = sum(p.stat().st_size for p in Path("t").rglob("*") if p.is_file())

@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         sys.stdout.write(to_yaml(config))
         return 0
-    from megadistill.data.tokens import build_tokens, statistics
+    from megadistill.data.counts import statistics
+    from megadistill.data.tokens import build_tokens
 
     store = build_tokens(config)
     counts = statistics(store)

@@ -39,11 +39,12 @@ from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
 from megadistill.config.held_out import held_out, in_eval_keys
+from megadistill.data.counts import count_tokens
 from megadistill.data.learned import require_learned
 from megadistill.data.names import store_names
 from megadistill.data.packing import sample_labels
 from megadistill.data.recipe_keys import keys_of
-from megadistill.data.tokens import build_tokens, count_tokens
+from megadistill.data.tokens import build_tokens
 from megadistill.disk import free_bytes
 from megadistill.errors import DataError, MegadistillError, StoreError, TeacherError
 from megadistill.parallel import Mesh, accounted

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
-from megadistill.data.tokens import token_counts
+from megadistill.data.counts import token_counts
 from megadistill.errors import CorruptBlockError
 
 _HEAD = struct.Struct("<8sII")

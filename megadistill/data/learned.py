@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from megadistill.blocks import BlockStore
+from megadistill.data.counts import count_tokens
 from megadistill.data.packing import IGNORED, sample_labels
 from megadistill.errors import DataError
 
@@ -23,7 +24,7 @@ def require_learned(store: BlockStore, *, key: str) -> None:
 
     key: where the configuration names the store, for messages.
     """
-    learned, tokens = learned_tokens(store), len(store) * int(store.recipe["seq_len"])
+    learned, tokens = learned_tokens(store), count_tokens(store)
     # Counts are of tokens; the first of a document is no label. So one sequence has to be found.
     if learned == 0 or not any(has_labels(store[i]) for i in range(len(store))):
         raise DataError(nothing_learned(store, key=key))

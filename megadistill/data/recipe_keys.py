@@ -27,7 +27,11 @@ _FIELDS = {
     "teacher": "teacher.model",
 }
 CORPUS_KEYS = ("data.source", "data.files", "data.name")
-_COLUMNS = {"columns.loss_mask": "data.messages_field", "columns.tokens": "data.seq_len"}
+_COLUMNS = {
+    "columns.loss_mask": "data.messages_field",
+    "columns.padding": "data.packing",
+    "columns.tokens": "data.seq_len",
+}
 
 
 def keys_of(config: Config | None, *, kind: str) -> Keys:

@@ -23,11 +23,11 @@ import numpy as np
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
-from megadistill.blocks.padding import without_padding
 from megadistill.config import Config, DataConfig
 from megadistill.data.best_fit import BestFit
 from megadistill.data.chat.encoder import ChatSpec
 from megadistill.data.chat.settings import find_chat
+from megadistill.data.counts import statistics
 from megadistill.data.encode import EncoderSpec, Unit
 from megadistill.data.growth import continue_from, covers, lasting_blocks
 from megadistill.data.in_order import InOrder
@@ -181,37 +181,6 @@ def _stream(settings: dict[str, Any], spec: EncoderSpec, number: int, cursor: Cu
     if packing == "best_fit":
         return BestFit(filler=spec.eos, **shape)
     return InOrder(isolate=recipe["pack"] == "isolate", **shape)
-
-
-def token_counts(store: BlockStore, blocks: list[int] | None = None) -> np.ndarray:
-    """int64 [V]: how often each id occurs in the blocks, by default all. Reads them once."""
-    vocab_size = store.recipe["tokenizer"]["vocab_size"]
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for block in store.committed() if blocks is None else blocks:
-        for sample in store.block(block):
-            counts += np.bincount(without_padding(sample), minlength=vocab_size)
-    return counts
-
-
-def count_tokens(store: BlockStore) -> int:
-    """Tokens of all blocks, without padding. Reads the markers of a store with padding."""
-    total = len(store) * store.recipe["seq_len"]
-    if "padding" not in store.columns:
-        return total
-    markers = map(store.marker, store.committed())
-    return total - sum(marker["statistics"]["padding_tokens"] for marker in markers)
-
-
-def statistics(store: BlockStore) -> dict[str, int]:
-    """The counts of all blocks together, and how the corpus ended."""
-    total = {"sequences": len(store), "tokens": count_tokens(store)}
-    end: dict[str, Any] = {}
-    for block in store.committed():
-        marker = store.marker(block)
-        end = marker.get("end", {})
-        for name, value in marker["statistics"].items():
-            total[name] = total.get(name, 0) + value
-    return total | {k: v for k, v in end.items() if k not in ("exhausted", "sequences")}
 
 
 class _Run:

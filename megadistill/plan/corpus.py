@@ -10,6 +10,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.remote import shown
 from megadistill.config import Config
 from megadistill.data import files
+from megadistill.data.counts import count_tokens
 from megadistill.data.growth import covers
 from megadistill.data.learned import learned_tokens
 from megadistill.data.source import count_documents
@@ -48,10 +49,19 @@ def target_share(config: Config) -> float:
         return 1.0
     with contextlib.suppress(MegadistillError):  # not there yet, or for its reader to report
         store = BlockStore.open(config.data.dir)
-        learned, tokens = learned_tokens(store), len(store) * config.data.seq_len
+        learned, tokens = learned_tokens(store), count_tokens(store)
         if learned is not None and tokens:
             return min(1.0, learned / tokens)
     return 1.0
+
+
+def tokens(config: Config, sequences: int) -> int:
+    """Tokens of so many sequences, without padding where the token store says how much it has."""
+    with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
+        store = BlockStore.open(config.data.dir)
+        if len(store) and store.recipe.get("seq_len") == config.data.seq_len:
+            return round(sequences * count_tokens(store) / len(store))
+    return sequences * config.data.seq_len
 
 
 def _of_sources(config: Config) -> tuple[int | None, str]:

@@ -233,7 +233,7 @@ def _steps_line(config: Config, steps: int | None) -> str:
     if steps is None:
         return "unknown: train.epochs of an unknown number of sequences"
     train, why = config.train, "" if config.train.steps is not None else ", as the sequences are"
-    tokens = steps * train.global_batch * config.data.seq_len
+    tokens = corpus.tokens(config, steps * train.global_batch)
     return (
         f"{_count(steps)} of {_count(train.global_batch)} sequences, {_count(tokens)} tokens{why}"
     )

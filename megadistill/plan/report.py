@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadistill.config import Config
 from megadistill.disk import free_bytes, readable_bytes
+from megadistill.plan import corpus
 from megadistill.plan.estimate import Plan
 from megadistill.plan.sizes import Rates, Row, row, table
 
@@ -37,7 +38,7 @@ class Report:
         """The configured run; None where its size is not known."""
         if self.plan.sequences is None:
             return None
-        tokens = self.plan.sequences * self.config.data.seq_len
+        tokens = corpus.tokens(self.config, self.plan.sequences)
         return row(
             self.config, self.rates, tokens, ranks=self.ranks, price=self.price, plan=self.plan
         )

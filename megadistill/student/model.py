@@ -75,6 +75,7 @@ class Student(nn.Module):
         targets: Targets | ProjectedTargets | None = None,
         options: dict[str, Any] | None = None,
         router_share: float | None = None,
+        router_mask_BT: torch.Tensor | None = None,
         features: Features | None = None,
         feature_weights: tuple[float, float] = (0.0, 0.0),
         **inputs: Any,
@@ -88,6 +89,7 @@ class Student(nn.Module):
         router_share: one over the micro-batches of the step, to add the routers' loss where the
         model has one. It is no sum over positions, so, as everywhere, it is that of each
         micro-batch, and their mean: equal at every number of ranks.
+        router_mask_BT: 0 at padding, which the routers' loss does not count; None without padding.
         """
         if labels_N is None:
             return self.model(**inputs)
@@ -101,7 +103,7 @@ class Student(nn.Module):
             targets = targets.through(self.projector)
         terms = self.head(output.last_hidden_state, labels_N, targets, **options)
         if router_share is not None and self.router_loss_weight:
-            router = router_share * router_loss(self.model, output.router_logits)
+            router = router_share * router_loss(self.model, output.router_logits, router_mask_BT)
             terms = terms._replace(
                 loss=terms.loss + self.router_loss_weight * router, router=router.detach().double()
             )

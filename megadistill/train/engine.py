@@ -16,6 +16,7 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from megadistill.config import Config, LossConfig
@@ -114,6 +115,13 @@ class Trainer:
             dtype=student.head.weight.dtype,
         )  # fmt: skip
 
+    def _router_mask(self, batch: MicroBatch) -> torch.Tensor | None:
+        if not self.student.router_loss_weight or not batch.padding_B.any():
+            return None
+        B, T = batch.tokens_BT.shape
+        is_token_BT = np.arange(T) < T - batch.padding_B.reshape(B, 1)
+        return torch.as_tensor(is_token_BT.astype(np.int64), device=self.mesh.device)
+
     def backward(
         self, batch: MicroBatch, loss: LossConfig, normalizer: tuple[float, float], *, last: bool
     ) -> LossTerms:
@@ -126,7 +134,8 @@ class Trainer:
         options = loss.model_dump(exclude={"curriculum", *features}) | {"normalizer": normalizer}
         share = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
         terms = self.engine(
-            batch.labels_N, batch.targets, options, router_share=share, features=batch.features,
+            batch.labels_N, batch.targets, options, router_share=share,
+            router_mask_BT=self._router_mask(batch), features=batch.features,
             feature_weights=tuple(getattr(loss, name) for name in features), **batch.inputs,
         )  # fmt: skip
         # Infinity minus something may well have a finite gradient. Chosen without a look at the

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from megadistill.data.counts import statistics
 from megadistill.data.encode import Encoder, Unit
 from megadistill.data.skipped import Skipped
 from megadistill.data.tokenizer import encoder_spec
-from megadistill.data.tokens import build_tokens, statistics
+from megadistill.data.tokens import build_tokens
 from megadistill.errors import BadDocumentError
 from tests.data.stores import same_store
 

@@ -11,8 +11,9 @@ import pytest
 
 from megadistill.config import Config, load_config
 from megadistill.data.chat.encoder import ChatEncoder
+from megadistill.data.counts import statistics
 from megadistill.data.tokenizer import chat_identity, chat_spec
-from megadistill.data.tokens import build_tokens, statistics
+from megadistill.data.tokens import build_tokens
 from megadistill.errors import BadDocumentError, ConfigError, RecipeError
 from tests.data.chats import CHAT, CHATML, TEMPLATES, TOOLS, byte_tokenizer, marked, stock
 from tests.data.stores import same_store

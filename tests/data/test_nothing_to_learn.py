@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from megadistill.blocks import BlockStore
 from megadistill.config import Config
-from megadistill.data.tokens import build_tokens, statistics
+from megadistill.data.counts import statistics
+from megadistill.data.tokens import build_tokens
 from megadistill.errors import ConfigError, DataError
 
 PLAIN = (

@@ -13,8 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from megadistill.config import DataConfig
+from megadistill.data.counts import statistics
 from megadistill.data.source import documents, with_tools
-from megadistill.data.tokens import build_tokens, statistics
+from megadistill.data.tokens import build_tokens
 from megadistill.errors import DataError
 from tests.data import odd_files
 from tests.data.odd_files import A, B, Odd, lines

@@ -17,8 +17,9 @@ from megadistill.blocks.install import retract_block
 from megadistill.blocks.padding import without_padding
 from megadistill.cache.inspection import inspect_store
 from megadistill.data import best_fit, tokens
+from megadistill.data.counts import statistics, token_counts
 from megadistill.data.packing import sample_labels
-from megadistill.data.tokens import build_tokens, statistics, token_counts
+from megadistill.data.tokens import build_tokens
 from megadistill.errors import ConfigError, DataError, RecipeError, StoreError
 from tests.data import slow_packing
 from tests.data.chats import CHAT, CHATML, stock

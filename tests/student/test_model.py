@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
-from megadistill.experts import expert_blocks, router_loss_weight
+from megadistill.experts import expert_blocks, router_loss, router_loss_weight
 from megadistill.student.model import Student, check_fits, replace_head, student_settings
 from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
 from tests.forked import Ranks
@@ -93,6 +93,22 @@ def test_blocks_of_experts_are_found_where_there_are_any(name, tmp_path):
         )
     assert bool(expert_blocks(model)) == a.experts
     assert router_loss_weight(model) == 0  # only where config.json says output_router_logits
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_loss_of_routers_counts_no_padding(name):
+    a = ARCHITECTURES[name]
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, vocab_size=VOCAB, **a.settings)
+    )
+    generator = torch.Generator().manual_seed(0)
+    experts = expert_blocks(model)[0].gate.weight.shape[0]
+    logits = [torch.randn(2, 8, experts, generator=generator) for _ in range(3)]
+    mask_BT = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
+    found = router_loss(model, tuple(each.flatten(0, 1) for each in logits), mask_BT)
+    expected = router_loss(model, tuple(each[mask_BT == 1] for each in logits))
+    torch.testing.assert_close(found, expected)
+    assert found != router_loss(model, tuple(each.flatten(0, 1) for each in logits))
 
 
 def train_mixtral(config):

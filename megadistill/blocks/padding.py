@@ -18,16 +18,17 @@ def without_padding(sample: dict[str, Any]) -> np.ndarray:
     return tokens[: len(tokens) - int(sample.get("padding", 0))]
 
 
-def padding_problem(sample: dict[str, Any]) -> str | None:
-    """Returns what contradicts the sample's `padding`, or None. Compares three columns."""
-    padding, length = int(sample.get("padding", 0)), len(sample["tokens"])
+def padding_problem(sample: dict[str, Any]) -> tuple[str, str] | None:
+    """(expected, found) where the sample's columns contradict its `padding`, else None."""
+    padding = int(sample.get("padding", 0))
     if not padding:
         return None
+    length = len(sample["tokens"])
     if padding >= length:
-        return f"padding: expected fewer than {length} tokens, found {padding}"
+        return f"padding of fewer than {length} tokens", f"{padding}"
     begin, last = length - padding, int(sample["documents"][-1])
     if last != begin:
-        return f"documents: expected the padding's start {begin} as the last one, found {last}"
+        return f"the padding's start {begin} as the last of documents", f"{last}"
     if "loss_mask" in sample and sample["loss_mask"][begin:].any():
-        return f"loss_mask: expected 0 from position {begin} on, where padding begins, found 1"
+        return f"a loss_mask of 0 from position {begin} on, where padding begins", "1"
     return None

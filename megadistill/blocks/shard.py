@@ -26,6 +26,7 @@ import xxhash
 
 from megadistill.blocks.columns import Column, decode_record, encode_record, hashed_part
 from megadistill.blocks.files import open_regular, read_at, told, xxh3_of
+from megadistill.blocks.padding import padding_problem
 from megadistill.blocks.records import hex64
 from megadistill.errors import CorruptBlockError, StoreError
 
@@ -95,9 +96,14 @@ class Shard:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample `index` of the block, verified."""
-        return decode_record(
-            self.columns, self.record(index), sequence=self.first + index, file=str(self.path)
+        sequence = self.first + index
+        sample = decode_record(
+            self.columns, self.record(index), sequence=sequence, file=str(self.path)
         )
+        problem = padding_problem(sample)
+        if problem is not None:
+            raise CorruptBlockError(f"{self.path}, sequence {sequence}", *problem)
+        return sample
 
     def record(self, index: int) -> bytes:
         """The bytes of sample `index`, not verified."""

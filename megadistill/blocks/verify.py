@@ -21,7 +21,6 @@ from megadistill.blocks.derived import (
 from megadistill.blocks.files import names_in
 from megadistill.blocks.install import tokens_hash
 from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, same_bytes, shard_name
-from megadistill.blocks.padding import padding_problem
 from megadistill.blocks.pool import each_block
 from megadistill.blocks.records import hex64, read_json
 from megadistill.blocks.shard import Shard
@@ -109,14 +108,7 @@ def verify_block(
         for key, value in found.items()
         if marker[key] != value
     ]
-    findings += _padding(store, block, samples)
     return marker, findings + (check(samples, marker) if check else [])
-
-
-def _padding(store: BlockStore, block: int, samples: list[Sample]) -> list[str]:
-    found = {block * store.block_size + i: padding_problem(s) for i, s in enumerate(samples)}
-    file = store.layout.shard(block)
-    return [f"{file}, sequence {i}: {problem}" for i, problem in found.items() if problem]
 
 
 def read_markers(store: BlockStore) -> tuple[list[dict[str, Any]], list[str]]:

@@ -119,7 +119,10 @@ def _positions(sample: dict[str, Any]) -> list[Facts]:
         {"token": int(token), "document_begins": bool(begins)}
         for token, begins in zip(sample["tokens"], starts, strict=True)
     ]
+    end = len(facts) - int(sample.get("padding", 0))
     for position, fact in enumerate(facts):
+        if "padding" in sample:
+            fact["padding"] = position >= end
         if "loss_mask" in sample:
             fact["loss_mask"] = int(sample["loss_mask"][position])
         if "targets" in sample:

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 # A tokenizer holds some 100 bytes for each token under way, and a character can be a token.
 BATCH_CHARACTERS = 128 * 1024
 BATCH_UNITS = 1024
+PADDING, MANY = 0.1, 100  # share of positions, and sequences, from which the log advises
 LITTLE = 0.01  # learned tokens of all tokens, below which the log says so
 
 
@@ -308,6 +309,14 @@ def _report(store: BlockStore) -> None:
         100 * padding / (tokens + padding), s["empty_documents"], s["dropped_tokens"],
         s.get("dropped_documents", 0),
     )  # fmt: skip
+    # A small corpus has its last sequences open, whatever the lengths of its documents.
+    if padding > PADDING * (tokens + padding) and s["sequences"] >= MANY:
+        log.warning(
+            "%s: %.0f %% of the positions are padding, which costs the teacher's and the student's "
+            "time: documents are often longer than half a sequence; set data.packing=in_order, or "
+            "another data.seq_len, and data.dir to another folder",
+            store.path, 100 * padding / (tokens + padding),
+        )  # fmt: skip
     if "cut_tokens" in s:  # older stores counted cuts
         log.info(
             "%s: %d documents (%.1f %%) cut; %d tokens (%.1f %%) lie behind a cut, without the "

@@ -13,6 +13,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import FEATURES
 from megadistill.cache.inspection import inspect_store
 from megadistill.cache.reader import open_cache
+from megadistill.cache.sequence import sequence_facts, sequence_text
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.targets import METHODS
@@ -82,8 +83,8 @@ def test_a_flag_without_its_column_is_refused(tmp_path):
     ("changes", "said"),
     [
         ({"padding": np.uint64(SEQ_LEN)}, "fewer than 8 tokens, found 8"),
-        ({"padding": np.uint64(2)}, "the padding's start 6 as the last one, found 5"),
-        ({"loss_mask": np.ones(SEQ_LEN, np.uint8)}, "loss_mask: expected 0 from position 5 on"),
+        ({"padding": np.uint64(2)}, "the padding's start 6 as the last of documents, found 5"),
+        ({"loss_mask": np.ones(SEQ_LEN, np.uint8)}, "a loss_mask of 0 from position 5 on"),
     ],
 )
 def test_verifying_finds_padding_that_contradicts_the_other_columns(tmp_path, changes, said):
@@ -96,6 +97,8 @@ def test_verifying_finds_padding_that_contradicts_the_other_columns(tmp_path, ch
     (finding,) = store.verify()
     assert said in finding
     assert "sequence 0" in finding
+    with pytest.raises(CorruptBlockError, match=said):
+        store[0]
 
 
 def test_targets_in_padding_are_not_written(tmp_path):
@@ -119,3 +122,16 @@ def test_targets_in_padding_are_not_read(tmp_path):
     found = cache[0] | {"padding": 4}
     with pytest.raises(CorruptBlockError, match="no targets in padding"):
         open_cache(tmp_path / "cache")._decoded(found, 0)
+
+
+def test_people_are_shown_how_much_padding_there_is_and_not_its_tokens(tmp_path):
+    cache = open_cache(shutil.copytree(KEPT / "topk", tmp_path / "topk"))
+    for index in range(1, len(cache)):
+        facts = sequence_facts(cache, index)
+        end = SEQ_LEN - index  # of padding, sequence n has n tokens
+        assert facts["padding"] == index
+        assert facts["documents"] == (cache[index]["documents"] < end).sum()
+        assert [row["padding"] for row in facts["positions"]] == [False] * end + [True] * index
+        *_, before, last = sequence_text(facts, text_of=None, width=80).splitlines()
+        assert last.split() == ["--", "padding:", str(index), "tokens"]
+        assert before.split()[0] == str(end - 1)

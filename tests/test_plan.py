@@ -60,7 +60,7 @@ def test_the_demos_sequences_are_estimated_within_a_third(place):
 def planned_tokens(sequences: int) -> BlockStore:
     """A token store in "tokens" that knows how many sequences of 8 tokens it will hold."""
     store = BlockStore.create(
-        "tokens", kind="tokens", header={"recipe": {}}, block_size=4,
+        "tokens", kind="tokens", header={"recipe": {"seq_len": 8}}, block_size=4,
         columns={"tokens": "ndarray:uint32:8", "documents": "ndarray:uint32"},
     )  # fmt: skip
     store.plan(sequences)

@@ -44,14 +44,14 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
 
 
 def target_share(config: Config) -> float:
-    """The share of positions that get targets: what the token store's loss mask keeps, else all."""
+    """Positions with targets over all positions, padding included: what the loss mask keeps."""
     if config.targets.positions not in (None, "loss_mask"):
         return 1.0
     with contextlib.suppress(MegadistillError):  # not there yet, or for its reader to report
         store = BlockStore.open(config.data.dir)
-        learned, tokens = learned_tokens(store), count_tokens(store)
-        if learned is not None and tokens:
-            return min(1.0, learned / tokens)
+        learned, positions = learned_tokens(store), len(store) * config.data.seq_len
+        if learned is not None and positions:
+            return min(1.0, learned / positions)
     return 1.0
 
 

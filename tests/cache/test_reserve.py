@@ -102,8 +102,9 @@ def test_all_ranks_stop_before_the_disk_is_full_and_a_rerun_ends_in_the_same_byt
     assert f"{cache}: stopped, its disk has " in said[0]
     assert " are still to come, expected at least 0.5 of that, cache.reserve: free " in said[0]
     stopped = BlockStore.open(cache)
-    # 0.7 - x < (1 - x) / 2 from x = 0.4 on; then the blocks in hand are finished.
-    assert 0.3 * blocks < len(stopped.committed()) < blocks
+    # 0.7 - x < (1 - x) / 2 from x = 0.4 on; of that x, each of two ranks may have a block in
+    # computing and one half written, which takes room and is not committed.
+    assert 0.4 * blocks - 4 < len(stopped.committed()) < blocks
     assert stopped.verify() == []
     assert {p.name for p in cache.glob("shard.*")} == {
         stopped.layout.shard(b).name for b in stopped.committed()

@@ -217,10 +217,14 @@ def test_training_shows_rank_0s_figures_and_a_resumed_run_may_have_other_tracker
     assert run_ranks(2, "tests.train.runs:run", config=config) == [4, 4]
     figures = tensorboard_figures(tmp_path / "out" / "tensorboard")
     for kind, file in (("train", "metrics.jsonl"), ("eval", "eval.jsonl")):
-        records = [r for r in read_records(tmp_path / "out" / file) if r["step"] > done]
+        records = read_records(tmp_path / "out" / file)
+        later = sum(r["step"] > done for r in records)
         for key in records[-1].keys() - {"step"}:
+            found = figures[f"{kind}/{key}"]
+            # An evaluation that the stop came before is left to the resumed run.
+            assert len(found) in (later, later + (kind == "eval"))
             expected = [(r["step"], pytest.approx(r[key], rel=1e-6)) for r in records]
-            assert figures[f"{kind}/{key}"] == expected
+            assert found == expected[-len(found) :]
     imported = run_ranks(2, "tests.train.runs:has_imported", name="tensorboard")
     assert imported == [True, False]
 

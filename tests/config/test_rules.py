@@ -45,6 +45,9 @@ def changed(*settings: str) -> dict:
         (["train.trackers=[tensorbord]"], "train.trackers.0: expected one of tensorboard, wandb, "
                                           "trackio, found 'tensorbord', did you mean tensorboard?"),
         (["train.trackers=wandb"], "train.trackers: expected a list, found 'wandb'"),
+        (["data.packing=best_fit", "data.pack=concat"],
+         "data.packing: best_fit with data.pack=concat, which joins all documents to one text: set "
+         "data.packing=in_order"),
         (["data.messages_field=m"], "python-stdlib has no columns: remove data.messages_field"),
         (["data.messages_field=m", "data.prompt_field=p", "data.completion_field=c",
           "data.source=null", "data.name=x"],

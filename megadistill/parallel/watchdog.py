@@ -119,6 +119,7 @@ class Watchdog:
         self._interrupted_at: float | None = None  # the first Ctrl-C
         self._at_once = False  # a second Ctrl-C
         self.account: Callable[[], str] | None = None  # see `conclude`
+        self._raised = False  # SystemExit, in the main thread
         self._leaving = self._over = self._spoken = False
         self._selector = selectors.DefaultSelector()
         self._lines: dict[int, Line] = {}  # rank 0: of all others; elsewhere: to rank 0
@@ -366,14 +367,18 @@ class Watchdog:
     # Inside -------------------------------------------------------------------------------------
 
     def _in_main_thread(self, number: int, frame: object) -> None:
-        if self._acted_at and self.cause and not self._leaving and self._graceful is None:
+        if self._raised or not self._acted_at or not self.cause:
+            return
+        if not self._leaving and self._graceful is None:
+            # Once: a signal that is still pending must not cut short what runs on the way out.
+            self._raised = True
             sys.exit(self.cause.code)
 
     def _forget(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._known.clear()
         self.cause, self._acted_at, self._spoken = None, 0.0, False
-        self._interrupted_at = None
+        self._interrupted_at, self._raised = None, False
 
     def close(self) -> None:
         """Let go of signals and connections."""

@@ -102,6 +102,12 @@ def test_the_header_of_the_assistants_next_turn_ends_no_turn():
     assert learned(hf, *ours.encode(CHAT)) == ["It is 2.<|user|>", "It is 4.</s>"]
     with pytest.raises(BadDocumentError, match=r"turn 1: .*before the assistant's next turn"):
         ours.encode([*CHAT[:2], CHAT[1]])
+    # A template may print the end of a turn with the next one, whose header is another token.
+    end = "{% if not loop.first %}{{ '<|eot|>' }}{% endif %}{{ '<|' + m.role"
+    hf = byte_tokenizer(["<|user|>", "<|assistant|>", "<|eot|>", "</s>"], eos="</s>")
+    ours = encoder(hf, template.replace("{{ '<|' + m.role", end))
+    chat = [*CHAT[:2], CHAT[1]]
+    assert learned(hf, *ours.encode(chat)) == ["It is 2.<|eot|>", "It is 2.</s>"]
 
 
 def test_texts_that_look_like_json_are_prompts_and_completions():

@@ -83,13 +83,13 @@ class Boundaries:
         for i in turns:
             span = places.get(i) or self._by_prefixes(messages, tools, trace.text, i)
             before = learned[-1][1] if learned else 0
-            if before > span.begin:  # the token behind the turn before is this turn's header
+            opening = self._opening(messages, tools, trace.text, bare, span, others)
+            if before > span.begin and before >= opening:  # this turn's header ended the one before
                 raise ChatError(
                     turns[len(learned) - 1],
                     f"the chat template prints no end-of-turn token before the assistant's next "
                     f"turn: join the two turns, or {_MARK_IT}",
                 )
-            opening = self._opening(messages, tools, trace.text, bare, span, others)
             closing = self._closing(bare, opening, span.end)
             if closing is None and not trace.text[span.end :].strip():
                 closing, unclosed = len(trace.text), True

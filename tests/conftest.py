@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _TESTS = Path(__file__).parent
@@ -47,3 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _SLOW.index(folder) if folder in _SLOW else len(_SLOW)
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_outlives_its_test() -> Iterator[None]:
+    """A command that a test runs in this process logs to that test's stderr, now closed."""
+    yield
+    logging.getLogger("megadistill").handlers.clear()

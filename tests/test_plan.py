@@ -174,7 +174,7 @@ def text(documents: int) -> list[str]:
     return [
         "data.source=null", "data.files=[a.jsonl]", f"data.max_samples={documents}", "data.dir=t",
         "data.shuffle=false", "data.seq_len=16", "data.block_size=4", "data.workers=1",
-        "teacher.model=./teacher", "data.tokenizer=null", "cache.dir=c",
+        "data.packing=best_fit", "teacher.model=./teacher", "data.tokenizer=null", "cache.dir=c",
     ]  # fmt: skip
 
 

@@ -63,3 +63,9 @@ class CorruptBlockError(StoreError):
     def __reduce__(self) -> tuple:
         # Exceptions cross process borders; the default would call __init__ with the message alone.
         return type(self), (self.file, self.expected, self.found)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

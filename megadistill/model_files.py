@@ -6,16 +6,22 @@ fetches config.json (a few kB) from the hub; never weights. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.errors import ConfigError
+from megadistill.checkpoint_files import (
+    TensorHeader,
+    ignored_files,
+    missing_end,
+    read_header,
+    weight_files,
+)
+from megadistill.errors import ConfigError, first_line
 
-_MAX_HEADER = 1 << 28  # bytes; a safetensors header is some 100 bytes a tensor
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
@@ -69,51 +75,56 @@ class ModelFiles:
         return self.get("num_key_value_heads") or self.heads
 
     def weights(self) -> list[Path]:
-        """Its safetensors files, as far as they are on this machine."""
-        return sorted(self.folder.glob("*.safetensors"))
+        """The safetensors files that transformers loads, whether or not they are here."""
+        with self._named():
+            return weight_files(self.folder, self.settings)
+
+    def ignored_weights(self) -> list[str]:
+        """The names of safetensors files in its folder that transformers does not load."""
+        return ignored_files(self.folder, self.settings)
 
     def incomplete_weights(self) -> str | None:
-        """What is missing of the safetensors files in its folder, or None."""
-        files = {file.name: file for file in self.weights()}
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(_read_json(index, key=self.key).get("weight_map", {}).values()))
-            missing = [name for name in names if name not in files]
-            if missing:
-                return f"{len(missing)} of {len(names)} files, {missing[0]} the first"
-        for name, file in files.items():
-            size, expected = file.stat().st_size, _expected_size(file)
-            if size < expected:
-                return f"the end of {name}, which has {size:,} of {expected:,} bytes"
+        """What is missing of its safetensors files, or None."""
+        files = self.weights()
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            return f"{len(missing)} of {len(files)} files, {missing[0]} the first"
+        for file in files:
+            with self._named():
+                sizes = missing_end(file)
+            if sizes is not None:
+                return f"the end of {file.name}, which has {sizes[0]:,} of {sizes[1]:,} bytes"
         return None
+
+    def tensors(self) -> dict[str, TensorHeader] | None:
+        """The tensors of its weights by name, or None where files are not on this machine."""
+        files = self.weights()
+        if not files or not all(file.is_file() for file in files):
+            return None
+        with self._named():
+            return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error about one of its files says where the configuration names the model."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(f"{self.key}: {error}") from None
 
     def other_weights(self) -> list[str]:
         """Names of weights in other formats, which may run code when they are read."""
         found = [path.name for pattern in _OTHER_WEIGHTS for path in self.folder.glob(pattern)]
         return sorted(name for name in found if name != "training_args.bin")
 
-    def float8_tensor(self) -> str | None:
-        """A tensor of eight-bit floats among the weights that are here, or None."""
-        for file in self.weights():
-            for name, tensor in _header(file).items():
-                if name != "__metadata__" and str(tensor.get("dtype")).startswith("F8_"):
-                    return name
-        return None
-
     def parameters(self) -> tuple[int, bool] | None:
         """(number of parameters, whether counted); None where config.json does not tell.
 
         Counted in the weights' headers, else worked out of config.json for a Llama-like model.
         """
-        index = self.folder / "model.safetensors.index.json"
-        files = self.weights()
-        if index.is_file():
-            names = set(_read_json(index).get("weight_map", {}).values())
-            files = [file for file in files if file.name in names]
-            if len(files) < len(names):
-                files = []
-        if files:
-            return sum(_elements(file) for file in files), True
+        tensors = self.tensors()
+        if tensors is not None:
+            return sum(tensor.elements for tensor in tensors.values()), True
         worked_out = self._from_settings()
         return None if worked_out is None else (worked_out, False)
 
@@ -210,12 +221,6 @@ def hub_file_names(model: ModelFiles) -> list[str] | None:
         return None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _read_json(path: Path, *, key: str | None = None) -> dict[str, Any]:
     where = f"{key}: {path}" if key else str(path)
     try:
@@ -225,37 +230,3 @@ def _read_json(path: Path, *, key: str | None = None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{where}: expected an object, found a {type(found).__name__}")
     return found
-
-
-def _elements(file: Path) -> int:
-    return sum(_products(_header(file)))
-
-
-def _expected_size(file: Path) -> int:
-    """The bytes that a safetensors file has by its own header."""
-    header = _header(file)
-    with file.open("rb") as stream:
-        start = 8 + struct.unpack("<Q", stream.read(8))[0]
-    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-    return start + max(ends, default=0)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-        text = stream.read(size) if size <= _MAX_HEADER else b""
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ConfigError(f"{file}: not a safetensors file: its header cannot be read") from None
-
-
-def _products(header: dict[str, Any]) -> Iterator[int]:
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        product = 1
-        for size in tensor["shape"]:
-            product *= size
-        yield product

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from megadistill.checkpoint_tensors import check_loaded
 from megadistill.config import StudentConfig, TeacherConfig
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, first_line
 
 
 def backbone(model: Any) -> Any:
@@ -34,15 +35,18 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
         return AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{key}: {config.model} cannot be read: {reason}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {config.model}: transformers cannot read its config.json "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype) -> Any:
     """The causal language model that `config` names, its weights in `dtype`.
 
-    key: where the configuration names it, for messages. ConfigError where it cannot be loaded.
+    key: where the configuration names it, for messages. ConfigError where it cannot be loaded, or
+    where its checkpoint does not supply all of its tensors.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -50,14 +54,17 @@ def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: t
     if os.environ.get("RANK", "0") != "0":
         transformers_logging.disable_progress_bar()  # one bar is enough
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             config.model,
             revision=config.revision,
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{key}: {config.model} cannot be loaded: {reason}") from error
+        raise ConfigError(f"{key}: {config.model} cannot be loaded: {first_line(error)}") from error
+    check_loaded(model, report, name=str(config.model), key=key)
+    return model

@@ -18,8 +18,9 @@ import xxhash
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
+from megadistill.checkpoint_files import weight_files
 from megadistill.config import Config
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, first_line
 from megadistill.model_files import ModelFiles, find_model
 from megadistill.targets import PARAMETERS
 
@@ -105,11 +106,12 @@ def model_identity(folder: Path) -> dict[str, str]:
     """{"architecture", "config", "weights"}: name and content hashes of a model on disk."""
     settings = json.loads((folder / "config.json").read_text())
     architecture = (settings.get("architectures") or ["unknown"])[0]
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = weight_files(folder, settings)
     if not weights:
         raise ConfigError(
-            f"teacher.model: {folder} holds no .safetensors file: only safetensors weights are "
-            "loaded; convert the model with save_pretrained(..., safe_serialization=True)"
+            f"teacher.model: {folder} holds neither model.safetensors nor "
+            "model.safetensors.index.json: only safetensors weights are loaded; convert the model "
+            "with save_pretrained"
         )
     digest = hashlib.sha256()
     for path in weights:
@@ -138,9 +140,8 @@ def _with_weights(files: ModelFiles) -> Path:
         wanted = ["*.json", "*.safetensors"]
         return Path(snapshot_download(files.name, revision=files.revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{files.key}: {files.name} cannot be downloaded from the hub: {reason}"
+            f"{files.key}: {files.name} cannot be downloaded from the hub: {first_line(error)}"
         ) from error
 
 

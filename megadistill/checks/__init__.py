@@ -13,7 +13,7 @@ from typing import Any
 from megadistill.checks import folders, models, vocabulary
 from megadistill.checks.caches import check_caches
 from megadistill.checks.memory import check_memory
-from megadistill.config import Config
+from megadistill.config import Config, StudentConfig
 from megadistill.config.held_out import evaluation_cache, held_out, in_eval_keys
 from megadistill.config.rules import divergence_problems, not_cached
 from megadistill.config.schema import with_temperature
@@ -52,6 +52,7 @@ def check_generate(config: Config, *, world: int, writing: bool = True) -> Plan:
     if writing:
         found.of(folders.check_room, config, plan, training=False)
     found.raise_all()
+    _check_complete(found, None)
     return plan
 
 
@@ -184,6 +185,19 @@ def check_train(config: Config, *, world: int) -> None:
         if found.teachers:
             found.of(models.check_features, config)
     found.of(folders.check_room, config, make_plan(config, world=world), training=True)
+    found.raise_all()
+    _check_complete(found, (config.student, student) if with_weights else None)
+
+
+def _check_complete(found: _Mistakes, student: tuple[StudentConfig, ModelFiles] | None) -> None:
+    """Each model's weights are those that its config.json asks for.
+
+    Comes last: a model of another kind than it should be has a shorter message.
+    """
+    for config, files in found.teachers:
+        found.of(models.check_complete, config.teacher, files)
+    if student is not None:
+        found.of(models.check_complete, *student)
     found.raise_all()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+from megadistill.checkpoint_files import INDEX, SINGLE
+from megadistill.checkpoint_tensors import check_tensors
 from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, find_model, hub_file_names
@@ -43,15 +45,24 @@ def check_model(
     return model
 
 
+def check_complete(section: TeacherConfig | StudentConfig, model: ModelFiles) -> None:
+    """The weights are those that the model needs, as far as their files are on this machine."""
+    tensors = model.tensors()
+    if tensors is not None:
+        settings = model_settings(section, key=model.key)
+        check_tensors(section, settings, tensors, key=model.key)
+
+
 def _not_quantised(model: ModelFiles) -> None:
     """Weights are floating-point numbers that DeepSpeed can shard, partition and train."""
     found = model.get("quantization_config", "compression_config")
-    small = model.float8_tensor()
-    if not found and small is None:
-        return
     # A folder that transformers wrote of a dequantised fp8 model has fp8 weights all the same, and
     # says so nowhere in its config.json: it would be loaded without its scales.
-    what = f"{small} is of fp8"
+    dtypes = {name: tensor.dtype for name, tensor in (model.tensors() or {}).items()}
+    small = next((name for name in dtypes if dtypes[name].startswith(_SMALL_DTYPES)), None)
+    if not found and small is None:
+        return
+    what = f"{small} has dtype {dtypes[small]}" if small else ""
     if found:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         what = f"quant_method {method} in its config.json"
@@ -61,6 +72,8 @@ def _not_quantised(model: ModelFiles) -> None:
         "bfloat16 with their scales"
     )
 
+
+_SMALL_DTYPES = ("F8_", "F4", "F6_", "U8", "I8")
 
 # What models say in config.json that carry a state from one position to the next.
 _STATE_KEYS = (
@@ -114,12 +127,14 @@ def _causal(model: ModelFiles, *, trusted: bool) -> None:
 
 
 def _safetensors(model: ModelFiles) -> None:
+    """There are weights that transformers loads, and that cannot run code."""
     names = hub_file_names(model) if model.on_hub else None
     if names is None and model.on_hub and not model.weights() and not model.other_weights():
         return  # offline, and not downloaded: loading will say so
     if names is not None:
-        if any(name.endswith(".safetensors") for name in names):
+        if SINGLE in names or INDEX in names:
             return
+        ignored = [name for name in names if name.endswith(".safetensors")]
         others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     elif model.weights():
         missing = model.incomplete_weights()
@@ -129,7 +144,12 @@ def _safetensors(model: ModelFiles) -> None:
             )
         return
     else:
-        others = model.other_weights()
+        ignored, others = model.ignored_weights(), model.other_weights()
+    if ignored:
+        raise ConfigError(
+            f"{model.key}: {model.name} has {ignored[0]}, and neither {SINGLE} nor {INDEX}, which "
+            "transformers loads: copy the missing file, or convert the model with save_pretrained"
+        )
     if others:
         raise ConfigError(
             f"{model.key}: {model.name} has its weights as {others[0]}, which can run code when it "
@@ -137,8 +157,7 @@ def _safetensors(model: ModelFiles) -> None:
         )
     hint = ", or set student.init=random" if model.key == "student.model" else ""
     raise ConfigError(
-        f"{model.key}: {model.name} holds no weights, expected *.safetensors beside config.json"
-        f"{hint}"
+        f"{model.key}: {model.name} holds no weights, expected {SINGLE} beside config.json{hint}"
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from megadistill.checks.models import find_section_model
 from megadistill.config import Config, StudentConfig, TeacherConfig
-from megadistill.errors import ConfigError
-from megadistill.model_files import ModelFiles, first_line, has_tokenizer, may_be_hub_id
+from megadistill.errors import ConfigError, first_line
+from megadistill.model_files import ModelFiles, has_tokenizer, may_be_hub_id
 
 log = logging.getLogger(__name__)
 

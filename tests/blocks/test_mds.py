@@ -113,6 +113,7 @@ def test_a_broken_torchvision_breaks_neither_streaming_nor_transformers(
     assert "operator torchvision::nms does not exist" in premise.stderr
 
 
+@pytest.mark.long
 def test_a_broken_torchvision_is_hidden_whoever_imports_transformers(packages: Path) -> None:
     install_torchvision(packages, BROKEN)
     done = run("import megadistill\n" + USE_TRANSFORMERS, packages)

@@ -88,6 +88,7 @@ def test_the_three_commands_as_typed_from_a_hostfile_to_a_model(place, tmp_path)
     assert whole["method"] == "varopt"
 
 
+@pytest.mark.long
 def test_torchrun_and_plain_python_work_and_write_the_same_cache(place):
     caches = []
     for name, command in (

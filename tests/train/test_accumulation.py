@@ -32,7 +32,7 @@ def test_the_completions_are_of_very_different_lengths(whole):
 @pytest.mark.parametrize(
     ("world", "micro_batch"),
     [
-        (1, 4),
+        pytest.param(1, 4, marks=pytest.mark.long),
         pytest.param(1, 1, marks=pytest.mark.long),
         pytest.param(2, 4, marks=pytest.mark.long),
         (2, 1),

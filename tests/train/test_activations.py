@@ -45,6 +45,7 @@ def test_deepspeeds_own_section_is_said_to_change_nothing(config, caplog):
     assert "it changes nothing here; train.activation_checkpointing=true is what" in caplog.text
 
 
+@pytest.mark.long
 def test_a_run_may_turn_it_on_or_off_between_its_parts(config):
     run_ranks(2, RUN, config=config)
     from tests.train.test_universal import cut

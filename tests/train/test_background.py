@@ -39,6 +39,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_i
             assert (weights(again)[name] == value).all()
 
 
+@pytest.mark.long
 def test_it_is_converted_to_another_number_of_ranks_as_any(tmp_path):
     config = make_config(tmp_path, train=SAVES | {"save_in_background": True})
     run_ranks(2, RUN, config=config)

@@ -57,7 +57,10 @@ def survive(file, undisturbed, folder: Path, death: Death) -> str:
     return f"{death}: left in {left_s:.1f} s, went on from step {step}"
 
 
-@pytest.mark.parametrize("point", ["after the backward", "while DeepSpeed writes"])
+@pytest.mark.parametrize(
+    "point",
+    ["after the backward", pytest.param("while DeepSpeed writes", marks=pytest.mark.long)],
+)
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(
     file, undisturbed, tmp_path, point
 ):
@@ -76,6 +79,7 @@ def test_a_rank_killed_at_any_point_of_a_step_or_a_save(
             sys.stdout.write(f"\nseed {seed}: {line}")
 
 
+@pytest.mark.long
 def test_a_kill_while_converting_costs_nothing(file, tmp_path):
     """One rank's checkpoint, two ranks of which one dies converting it; again; and one rank again.
 

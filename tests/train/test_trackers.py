@@ -159,6 +159,7 @@ def test_a_tracker_that_cannot_begin_is_begun_again_by_the_next_start(tmp_path):
     assert [step for step, _ in found] == [5, 6, 7, 8]
 
 
+@pytest.mark.long
 def test_a_damaged_list_of_names_begins_a_new_curve(tmp_path):
     folder = tmp_path / "run"
     assert tracked(folder, trackers=["wandb"], until=2) == []

@@ -29,6 +29,7 @@ REQUIRES = [
 # What train.trackers can name. trackio 0.43 wants pillow < 13, and the locks are beyond that, so
 # that it is in neither; its tests run where it is installed.
 TRACKERS = {"tensorboard": "tensorboard>=2.19", "wandb": "wandb>=0.21", "trackio": "trackio>=0.20"}
+ADAPTERS = "peft>=0.17"  # merges LoRA adapters into their base
 DEVELOP = [
     "hypothesis",
     "import-linter>=2.3",
@@ -39,6 +40,8 @@ DEVELOP = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.12",
+    ADAPTERS,
+    "gguf>=0.10",  # the tests of a real model, which comes as GGUF
     TRACKERS["tensorboard"],
     TRACKERS["wandb"],
     "types-tqdm",
@@ -57,5 +60,9 @@ setup(
     packages=find_packages(include=["megadistill", "megadistill.*"]),
     python_requires=">=3.11",
     install_requires=REQUIRES,
-    extras_require={"dev": DEVELOP, "trackers": list(TRACKERS.values())},
+    extras_require={
+        "dev": DEVELOP,
+        "peft": [ADAPTERS],
+        "trackers": list(TRACKERS.values()),
+    },
 )

@@ -7,12 +7,14 @@ fetches config.json (a few kB) from the hub; never weights. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megadistill.adapters import Adapter, find_adapter
 from megadistill.checkpoint_files import (
     TensorHeader,
     ignored_files,
@@ -32,6 +34,7 @@ class ModelFiles:
 
     key   where the configuration names it, for messages: teacher.model, student.model
     name  how it names it: a folder or a hub id
+    adapter  where that is an adapter; folder and settings are then those of its base
     """
 
     key: str
@@ -40,6 +43,7 @@ class ModelFiles:
     folder: Path
     settings: dict[str, Any]
     on_hub: bool
+    adapter: Adapter | None = None
 
     def get(self, *names: str) -> Any:
         """The first of `names` that config.json has, of its text model where there are several."""
@@ -153,8 +157,14 @@ def find_model(
     """
     if name is None:
         raise ConfigError(f"{key}: missing, expected a folder or a hub id: set {key}")
+    adapter = find_adapter(name, key=key)
+    if adapter is not None:
+        if find_adapter(adapter.base, key=key) is not None:
+            raise ConfigError(f"{key}: {name} is an adapter of an adapter: merge one of them")
+        base = find_model(adapter.base, key=key, revision=adapter.revision, fetch=fetch)
+        return replace(base, name=name, adapter=adapter)
     folder = Path(name).expanduser()
-    on_hub = not folder.is_dir() and may_be_hub_id(name)
+    on_hub = not folder.is_dir() and may_be_hub_id(name) and not _looks_local(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(
@@ -164,12 +174,19 @@ def find_model(
     elif on_hub:
         folder = _hub_config(name, key=key, revision=revision, fetch=fetch).parent
     else:
-        what = "is a file" if folder.exists() else "does not exist"
+        what = "is a file" if folder.exists() else f"does not exist{similar(folder)}"
         raise ConfigError(
             f"{key}: {name} {what}, expected a model's folder, or a hub id (owner/name)"
         )
     settings = _read_json(folder / "config.json", key=key)
     return ModelFiles(key, name, revision, folder, settings, on_hub)
+
+
+def similar(path: Path) -> str:
+    """A question about a folder beside `path` that has a similar name; empty without one."""
+    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" (is {path.with_name(close[0])} meant?)" if close else ""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -180,9 +197,25 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER)
 
 
+def tokenizer_source(name: str, revision: str | None, *, key: str) -> tuple[str, str | None]:
+    """Returns (name, revision) of the model that has `name`'s tokenizer: an adapter may have none.
+
+    key: where the configuration names it, for messages.
+    """
+    adapter = find_adapter(name, key=key)
+    if adapter is None or has_tokenizer(adapter.folder):
+        return name, revision
+    return adapter.base, adapter.revision
+
+
 def may_be_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name, or name alone, that the hub gives its models."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _looks_local(name: str) -> bool:
+    """Whether `name` is meant as a path although it could be a hub id: its first folder is here."""
+    return Path(name).exists() or ("/" in name and Path(name).parent.is_dir())
 
 
 def _hub_config(name: str, *, key: str, revision: str | None, fetch: bool) -> Path:

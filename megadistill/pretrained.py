@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megadistill.adapters import find_adapter, merge
 from megadistill.checkpoint_tensors import check_loaded
 from megadistill.config import StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError, first_line
@@ -31,9 +32,13 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
     """
     from transformers import AutoConfig
 
+    adapter = find_adapter(config.model, key=key)
+    name, revision = (config.model, config.revision)
+    if adapter is not None:
+        name, revision = adapter.base, adapter.revision
     try:
         return AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+            name, revision=revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
         raise ConfigError(
@@ -46,17 +51,21 @@ def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: t
     """The causal language model that `config` names, its weights in `dtype`.
 
     key: where the configuration names it, for messages. ConfigError where it cannot be loaded, or
-    where its checkpoint does not supply all of its tensors.
+    where its checkpoint does not supply all of its tensors. An adapter is merged into its base.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     if os.environ.get("RANK", "0") != "0":
         transformers_logging.disable_progress_bar()  # one bar is enough
+    adapter = find_adapter(config.model, key=key)
+    name, revision = (config.model, config.revision)
+    if adapter is not None:
+        name, revision = adapter.base, adapter.revision
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision,
+            name,
+            revision=revision,
             dtype=dtype,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
@@ -66,5 +75,5 @@ def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: t
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{key}: {config.model} cannot be loaded: {first_line(error)}") from error
-    check_loaded(model, report, name=str(config.model), key=key)
-    return model
+    check_loaded(model, report, name=str(name), key=key)
+    return model if adapter is None else merge(model, adapter, key=key)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 
 from megadistill.attention import check_isolation, forward_inputs
 from megadistill.errors import ConfigError
+from megadistill.pretrained import backbone
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -83,7 +84,7 @@ def test_sequences_laid_end_to_end_for_flash_attention_give_the_same():
 
 def test_a_model_that_isolates_passes_the_check():
     for config in (LLAMA, MISTRAL, GPT2):
-        check_isolation(build(config), name="tiny")
+        check_isolation(backbone(build(config)), name="tiny", seq_len=12, vocab_size=64)
 
 
 class Concatenating(torch.nn.Module):
@@ -91,8 +92,8 @@ class Concatenating(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = build(LLAMA)
-        self.config = self.inner.config
+        self.inner = backbone(build(LLAMA))
+        self.config, self.dtype = self.inner.config, self.inner.dtype
 
     def forward(self, input_ids, **_):
         return self.inner(input_ids)
@@ -100,4 +101,4 @@ class Concatenating(torch.nn.Module):
 
 def test_a_model_that_does_not_isolate_is_refused():
     with pytest.raises(ConfigError, match=r"data\.pack: isolate, but in tiny \(llama"):
-        check_isolation(Concatenating(), name="tiny")
+        check_isolation(Concatenating(), name="tiny", seq_len=12, vocab_size=64)

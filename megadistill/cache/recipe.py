@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from megadistill.adapters import SETTINGS, WEIGHTS
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
 from megadistill.checkpoint_files import weight_files
@@ -53,7 +54,7 @@ def cache_recipe(
         "positions": chosen_positions(config, tokens),
         "seed": targets.seed,
         "seq_len": config.data.seq_len,
-        "teacher": model_identity(_with_weights(files)),
+        "teacher": model_identity(_with_weights(files), adapter_folder(files)),
         "temperature": targets.temperature,
         "tokenizer": tokens_recipe["tokenizer"],
         "tokens": tokens_recipe,
@@ -102,8 +103,11 @@ def made_with(*, device: str, accelerator: str, cpu_threads: int) -> dict[str, A
     return {**versions, "accelerator": accelerator, "cpu_threads": cpu_threads, "device": device}
 
 
-def model_identity(folder: Path) -> dict[str, str]:
-    """{"architecture", "config", "weights"}: name and content hashes of a model on disk."""
+def model_identity(folder: Path, adapter: Path | None = None) -> dict[str, str]:
+    """{"architecture", "config", "weights"}: name and content hashes of a model on disk.
+
+    adapter: the folder of a LoRA adapter that is merged into it.
+    """
     settings = json.loads((folder / "config.json").read_text())
     architecture = (settings.get("architectures") or ["unknown"])[0]
     weights = weight_files(folder, settings)
@@ -113,6 +117,9 @@ def model_identity(folder: Path) -> dict[str, str]:
             "model.safetensors.index.json: only safetensors weights are loaded; convert the model "
             "with save_pretrained"
         )
+    if adapter is not None:
+        weights += [adapter / WEIGHTS]
+        settings["adapter"] = _adapter_settings(adapter)
     digest = hashlib.sha256()
     for path in weights:
         digest.update(path.name.encode() + _file_hash(path))
@@ -123,11 +130,22 @@ def model_identity(folder: Path) -> dict[str, str]:
     }
 
 
+def _adapter_settings(adapter: Path) -> dict[str, Any]:
+    """Its adapter_config.json, without what says where its base lay."""
+    settings = json.loads((adapter / SETTINGS).read_text())
+    return {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision")}
+
+
 def config_hash(settings: dict[str, Any]) -> str:
     """The content hash of a config.json, without the keys that a library or a copy changes."""
     kept = {name: value for name, value in settings.items() if name not in _INCIDENTAL}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(canonical).hexdigest()[:32]
+
+
+def adapter_folder(files: ModelFiles) -> Path | None:
+    """The folder of the adapter that is merged into a model, or None."""
+    return None if files.adapter is None else files.adapter.folder
 
 
 def _with_weights(files: ModelFiles) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from megadistill.checks.models import find_section_model
 from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError, first_line
-from megadistill.model_files import ModelFiles, has_tokenizer, may_be_hub_id
+from megadistill.model_files import ModelFiles, has_tokenizer, may_be_hub_id, tokenizer_source
 
 log = logging.getLogger(__name__)
 
@@ -175,13 +175,14 @@ def _check_same_ids(
 
 def _tokenizer_of(section: TeacherConfig | StudentConfig, files: ModelFiles) -> Any:
     """The model's own tokenizer, or None where it has none (a config.json alone)."""
-    if not files.on_hub and not has_tokenizer(files.folder):
+    name, revision = tokenizer_source(str(section.model), section.revision, key=files.key)
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
         return None
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+            name, revision=revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:  # noqa: BLE001 - whatever a tokenizer's own code may raise
         raise ConfigError(

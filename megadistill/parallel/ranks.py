@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,7 +27,7 @@ from megadistill.parallel import builds
 from megadistill.parallel.watchdog import PATIENCE_S, Stop, Watchdog
 
 log = logging.getLogger(__name__)
-_FIRST = itertools.count()  # names one call of Mesh.first on all ranks
+_FIRST = itertools.count()  # names one call of Mesh.first or Mesh.on on all ranks
 _WATCHDOG: list[Watchdog] = []  # this process's, from `start` to `stop`
 _STORE: list[dist.Store] = []  # keeps rank 0's server alive until the others have left
 
@@ -115,27 +115,60 @@ class Mesh:
         out. Collective over all ranks.
         """
         key = f"megadistill/first/{next(_FIRST)}"
-        if self.rank == 0:
+        return self._answers([0], key, function, shared=True, poll_s=poll_s)[0]
+
+    def on(self, ranks: Sequence[int], function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
+        """function() on these ranks; what it returned there, None elsewhere, when all have ended.
+
+        A MegadistillError of any of them is raised on every rank. Waits as `first` does. Collective
+        over all ranks, which must name the same `ranks`.
+        """
+        key = f"megadistill/on/{next(_FIRST)}"
+        return self._answers(ranks, key, function, shared=False, poll_s=poll_s).get(self.rank)
+
+    def _answers(
+        self, ranks: Sequence[int], key: str, function: Callable[[], Any], *, shared: bool,
+        poll_s: float,
+    ) -> dict[int, Any]:  # fmt: skip
+        """What function() returned on these ranks: all of them if `shared`, else this rank."""
+        own = None
+        if self.rank in ranks:
+            failed: MegadistillError | None = None
             try:
-                answer: tuple[Any, MegadistillError | None] = (function(), None)
+                own = function()
             except MegadistillError as error:
-                answer = (None, error)
+                error.common = True
+                failed = error
             except BaseException as error:
-                # The others leave quietly: the traceback is rank 0's to print.
-                failed = MegadistillError(f"rank 0 failed: {type(error).__name__}")
+                # The others leave quietly: the traceback is this rank's to print.
+                failed = MegadistillError(f"rank {self.rank} failed: {type(error).__name__}")
                 failed.secondary = True
-                self.store.set(key, pickle.dumps((None, failed)))  # type: ignore[arg-type]
+                self.store.set(f"{key}/{self.rank}", pickle.dumps((None, failed)))  # type: ignore[arg-type]
                 raise
-            if answer[1] is not None:
-                answer[1].common = True
-            self.store.set(key, pickle.dumps(answer))  # type: ignore[arg-type]
-        else:
-            while not self.store.check([key]):
+            answer = pickle.dumps((own if shared else None, failed))
+            self.store.set(f"{key}/{self.rank}", answer)  # type: ignore[arg-type]
+        answers = {}
+        for rank in ranks:
+            if rank == self.rank:
+                answers[rank] = own
+                if failed is not None:
+                    raise failed
+                continue
+            while not self.store.check([f"{key}/{rank}"]):
                 time.sleep(poll_s)
-            answer = pickle.loads(self.store.get(key))  # noqa: S301 - rank 0 wrote it
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+            value, other = pickle.loads(self.store.get(f"{key}/{rank}"))  # noqa: S301 - a rank's
+            if other is not None:
+                raise other
+            answers[rank] = value
+        return answers
+
+    def first_of_hosts(self, *, among: Iterable[int]) -> list[int]:
+        """The lowest rank of `among` on each host that has one, in rank order. Collective."""
+        hosts = self.gather(socket.gethostname())
+        lowest: dict[str, int] = {}
+        for rank in sorted(among):
+            lowest.setdefault(hosts[rank], rank)
+        return sorted(lowest.values())
 
     def sum(self, tensor: torch.Tensor, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """The sum over all ranks, or those of a group, on the device of `tensor`."""

@@ -18,7 +18,7 @@ took 1.5 GB of memory on each under tensor_parallel and 2.0 GB under zero3, two 
 copy of the head included. A checkpoint in another type than `teacher.dtype` has to be converted:
 tensor_parallel then holds it whole in host memory while it loads.
 
-Before either answers anything it is held against the model itself (`teacher/selfcheck.py`).
+Before either answers anything it is compared with the model itself (`teacher/verification.py`).
 
 Shape letters: B sequences, T positions, N = B*T, H hidden size.
 """
@@ -37,14 +37,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from megadistill.attention import Pack, check_isolation, forward_inputs
+from megadistill.attention import Pack, forward_inputs
 from megadistill.config import Config, TeacherConfig
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
 from megadistill.pretrained import backbone, load_pretrained
-from megadistill.teacher import selfcheck
 from megadistill.teacher.head import TeacherHead, check_head
+from megadistill.teacher.verification import Verification, named
 
 log = logging.getLogger(__name__)
 
@@ -109,28 +109,29 @@ def load_teacher(
     with given_back():
         with _quiet():
             model = _pretrained(config.teacher, partition=zero3, key=key)
-            whole = selfcheck.own_log_probs(model, vocab_size=vocab_size) if mesh.tp > 1 else None
-            with selfcheck.named(model, mesh):
+            verification = Verification(
+                config.teacher, mesh, key=key, seq_len=config.data.seq_len,
+                vocab_size=min(vocab_size, model.get_output_embeddings().out_features),
+            )  # fmt: skip
+            with named(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
         teacher = Teacher(
             engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3
         )
-        _check(teacher, model, whole, mesh)
-        if config.data.pack == "isolate":
-            check_isolation(engine.module, name=key, device=mesh.device)
+        _verify(teacher, model, verification, mesh)
     return teacher
 
 
-def _check(teacher: Teacher, model: Any, whole_NV: torch.Tensor | None, mesh: Mesh) -> None:
+def _verify(teacher: Teacher, model: Any, verification: Verification, mesh: Mesh) -> None:
     """TeacherError where engine and head say something else than the model. Collective."""
-    if whole_NV is None:
-        whole_NV = selfcheck.own_log_probs_of(model, teacher.head, device=mesh.device)
-    with selfcheck.named(model, mesh):
-        hidden_NH = teacher.hidden(*selfcheck.probe(whole_NV.shape[1]))
-    ours_NV = torch.cat(
-        [teacher.head.log_probs(rows).clone() for rows in hidden_NH.split(teacher.head.chunk)]
-    )
-    selfcheck.compare(model, whole_NV, ours_NV, mesh)
+    probe = verification.probe
+    alone_TH = packed_TH = None
+    if verification.compares or teacher.lockstep:
+        with named(model, mesh):
+            alone_TH = teacher.hidden(probe.tokens_T[None], [np.zeros(1, np.int64)])
+            if teacher.pack == "isolate":
+                packed_TH = teacher.hidden(probe.packed_T[None], [probe.starts])
+    verification.compare(teacher.head, alone_TH, packed_TH)
 
 
 def _tensor_parallel(

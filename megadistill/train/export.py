@@ -22,7 +22,7 @@ from megadistill.config.curves import told, values
 from megadistill.data.names import shown_name
 from megadistill.errors import ConfigError
 from megadistill.host_memory import given_back
-from megadistill.model_files import has_tokenizer
+from megadistill.model_files import has_tokenizer, tokenizer_source
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
 from megadistill.targets import divergence_name
@@ -159,6 +159,7 @@ def _tokenizer(name: str | None, revision: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    name, revision = tokenizer_source(name, revision, key="student.model")
     if Path(name).is_dir() and not has_tokenizer(Path(name)):
         return None
     try:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megadistill.blocks import BlockStore
-from megadistill.cache.recipe import config_hash, model_identity
+from megadistill.cache.recipe import adapter_folder, config_hash, model_identity
 from megadistill.config import Config
 from megadistill.config.curves import values
 from megadistill.config.schema import with_temperature
@@ -185,11 +185,12 @@ def _differs(config: Config, made_by: dict[str, Any], *, contents: bool) -> str 
         )
     except ConfigError:
         return None
-    if config_hash(files.settings) != made_by.get("config"):
+    if files.adapter is None and config_hash(files.settings) != made_by.get("config"):
         return "another config.json"
     if not contents or not _has_weights(files):
         return "" if not files.on_hub else None
-    same = model_identity(files.folder)["weights"] == made_by.get("weights")
+    identity = model_identity(files.folder, adapter_folder(files))
+    same = all(identity[name] == made_by.get(name) for name in ("config", "weights"))
     return "" if same else "other weights"
 
 

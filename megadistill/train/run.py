@@ -21,7 +21,7 @@ from megadistill.config.held_out import evaluation_cache
 from megadistill.data.order import Order
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
-from megadistill.pretrained import model_settings
+from megadistill.pretrained import backbone, model_settings
 from megadistill.student.features import FeaturePlan, feature_plan
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import DENSE
@@ -212,7 +212,10 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     trainer = Trainer(student, config, mesh, seq_len=run.stores[0].seq_len)
     student.check_head(name="student.model", device=mesh.device)
     if config.data.pack == "isolate":
-        check_isolation(student, name="student.model", device=mesh.device)
+        check_isolation(
+            backbone(student.model), name="student.model", seq_len=run.stores[0].seq_len,
+            vocab_size=run.vocab_size, device=mesh.device,
+        )  # fmt: skip
     if config.teacher.mode == "online":
         trainer.teacher = load_online(config, mesh, run.stores[0], features=run.features)
         if run.projected_width is not None:

@@ -1,0 +1,178 @@
+"""The teacher as transformers runs it: loaded from the same files, touched by no engine.
+
+`teacher/verification.py` compares the engine with it. The model's weights stay mapped from the
+files in host memory. On an accelerator, or in another dtype than the run's, each decoder layer is
+copied when it is called and dropped afterwards. The copies take the memory of the largest layer: of
+the embedding only the rows in use are copied, of the head a block of rows at a time.
+
+Shape letters: T positions, C positions of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from megadistill.config import TeacherConfig
+from megadistill.pretrained import backbone, load_pretrained
+
+_HEAD_BYTES = 64 << 20  # of a block of the head's rows
+
+
+class Reference:
+    """A causal language model of transformers, and the probe's tokens.
+
+    hidden_TH is in the run's dtype; exact_TH is the same in float32, or the same tensor where the
+    run is in float32 itself.
+    """
+
+    def __init__(
+        self, config: TeacherConfig, tokens_T: torch.Tensor, *, key: str, device: torch.device
+    ) -> None:
+        """Loads the model on the CPU and runs it over the tokens, in both dtypes.
+
+        key: where the configuration names the model. Raises ConfigError where it cannot be loaded.
+        """
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.device = device
+        attention = config.attention
+        if "flash" in attention and device.type == "cpu":
+            attention = "sdpa"  # flash attention exists on GPUs only
+        section = config.model_copy(update={"attention": attention})
+        self.model = load_pretrained(section, key=key, dtype=self.dtype).eval()
+        self._output: Any = None
+        self.hidden_TH = self._hidden(tokens_T, self.dtype)
+        same = self.dtype == torch.float32
+        self.exact_TH = self.hidden_TH if same else self._hidden(tokens_T, torch.float32)
+
+    @torch.no_grad()
+    def _hidden(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if dtype == torch.float32 and "flash" in str(self.model.config._attn_implementation):
+            self.model.set_attn_implementation("sdpa")  # flash attention has no float32
+        with fetched(self.model, device=self.device, dtype=dtype):
+            self._output = backbone(self.model)(
+                input_ids=tokens_T[None].to(self.device), use_cache=False
+            )
+        return self._output.last_hidden_state[0]
+
+    @torch.no_grad()
+    def log_probs(self, hidden_CH: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
+        """float32 [C, vocab_size] on the device: through the model's own head, in their dtype."""
+        core = backbone(self.model)
+        output = type(self._output)(**{**self._output, "last_hidden_state": hidden_CH[None]})
+        ids = torch.zeros(1, len(hidden_CH), dtype=torch.int64, device=self.device)
+        with fetched(self.model, device=self.device, dtype=hidden_CH.dtype):
+            core.forward = lambda *_, **__: output
+            try:
+                logits_CV = self.model(input_ids=ids, use_cache=False).logits[0]
+            finally:
+                del core.forward
+        return torch.log_softmax(logits_CV[:, :vocab_size].float(), -1)
+
+
+@contextlib.contextmanager
+def fetched(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `model` computes on `device` in `dtype`, with a layer's copy at a time.
+
+    Parameters and buffers that are in float32 stay in float32.
+    """
+    own = next(model.parameters())
+    if own.device == device and own.dtype == dtype:
+        yield
+        return
+    hooks = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for module, whole in _units(model):
+        fetch = _Fetched(module, whole, device=device, dtype=dtype, by_rows=module is head)
+        hooks.append(module.register_forward_pre_hook(fetch.before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(fetch.after, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Fetched:
+    """Puts copies in the place of a module's tensors before it is called, and takes them away."""
+
+    def __init__(
+        self, module: nn.Module, whole: bool, *, device: torch.device, dtype: torch.dtype,
+        by_rows: bool,
+    ) -> None:  # fmt: skip
+        self.module, self.whole, self.by_rows = module, whole, by_rows
+        self.device, self.dtype = device, dtype
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.padding: int | None = None
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.dtype == torch.float32:
+            dtype = torch.float32
+        return tensor.to(self.device, dtype)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if isinstance(module, nn.Embedding) and len(args) == 1:
+            # Only the rows that are looked up, under new ids.
+            rows, ids = torch.unique(args[0], return_inverse=True)
+            self.put(module.weight, self.copy(module.weight.data[rows.cpu()]))
+            self.padding, module.padding_idx = module.padding_idx, None
+            return (ids,), kwargs
+        if self.by_rows and isinstance(module, nn.Linear) and len(args) == 1:
+            module.__dict__["forward"] = self.linear
+            return None
+        for tensor in self.tensors():
+            self.put(tensor, self.copy(tensor.data))
+        return None
+
+    def after(self, module: nn.Module, *_: Any) -> None:
+        module.__dict__.pop("forward", None)
+        for tensor, data in self.kept:
+            tensor.data = data
+        self.kept.clear()
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = self.padding
+
+    def put(self, tensor: torch.Tensor, data: torch.Tensor) -> None:
+        self.kept.append((tensor, tensor.data))
+        tensor.data = data
+
+    def tensors(self) -> list[torch.Tensor]:
+        module, deep = self.module, self.whole
+        return [*module.parameters(recurse=deep), *module.buffers(recurse=deep)]
+
+    def linear(self, hidden: torch.Tensor) -> torch.Tensor:
+        """F.linear, with a block of the weight's rows on the device at a time."""
+        module: Any = self.module
+        rows = max(1, _HEAD_BYTES // (4 * module.weight.shape[1]))
+        parts = [F.linear(hidden, self.copy(block)) for block in module.weight.data.split(rows)]
+        out = torch.cat(parts, -1)
+        return out if module.bias is None else out + self.copy(module.bias.data)
+
+
+def _units(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """(module, whether its children belong to it): layers of lists, and what stands outside."""
+    for name, child in model.named_children():
+        del name
+        if isinstance(child, nn.ModuleList):
+            yield from ((layer, True) for layer in child)
+        else:
+            yield from _units(child)
+    yield model, False
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """Inside, torch computes with all cores of this process; the host's other ranks wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

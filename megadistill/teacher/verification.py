@@ -1,0 +1,258 @@
+"""Compares the engine and our head with the model itself, before the teacher answers anything.
+
+An engine can change a model without failing: rotary frequencies rounded to bfloat16, a layer
+sharded by the wrong dimension, a window or a soft-cap left out, documents that see each other. So
+the teacher is compared with transformers alone (`teacher/reference.py`) at every start, on random
+tokens, in the run's dtype, over all positions up to `data.seq_len`.
+
+Two sequences go through the engine (`data/probe.py`): one document of seq_len tokens, and several
+documents packed. The documents are prefixes of the first sequence. In a causal model they have the
+log-probabilities that the reference gave for the same positions, so the reference runs once.
+
+Distance is the mean KL from the reference in float32, for each quarter of the positions. What the
+plain model's own rounding moves (float32 against the run's dtype) is measured beside it, and the
+engine may move 1.5 times as much, and four standard errors. So a change of three times the rounding
+is found. Arithmetic: four forwards of seq_len tokens, three in float32. The log tells how small a
+change would have been found.
+
+Under tensor_parallel the tensor-parallel group of each host's first rank is compared; under zero3
+rank 0 of each host compares. The reference runs on that rank while the others wait.
+
+Shape letters: T positions, C positions of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megadistill.config import TeacherConfig
+from megadistill.data.probe import Probe
+from megadistill.errors import TeacherError
+from megadistill.parallel import Mesh
+from megadistill.teacher.head import TeacherHead
+from megadistill.teacher.reference import Reference, all_threads
+
+log = logging.getLogger(__name__)
+
+ADVICE = "use teacher.engine=zero3 with teacher.tp=1, which runs the model's own modules"
+FLOOR = 1e-6  # nats; float32 sums in another order stay far below
+QUARTERS = 4
+
+
+class Verification:
+    """The reference's answers to the probe, held until the engine has given its own."""
+
+    def __init__(
+        self, config: TeacherConfig, mesh: Mesh, *, seq_len: int, vocab_size: int, key: str
+    ) -> None:
+        """Runs the reference. Collective over all ranks; most of them only wait.
+
+        Raises ConfigError where the model cannot be loaded.
+        """
+        self.mesh, self.key, self.dtype = mesh, key, getattr(torch, config.dtype)
+        self.probe = Probe.of(seq_len=seq_len, vocab_size=vocab_size)
+        self.vocab_size = vocab_size
+        self.leaders = mesh.first_of_hosts(among=range(0, mesh.world, mesh.tp))
+        self.seconds = time.monotonic()
+
+        def run() -> Reference:
+            with all_threads():
+                tokens = torch.from_numpy(self.probe.tokens_T)
+                return Reference(config, tokens, key=key, device=mesh.device)
+
+        self.reference: Reference | None = mesh.on(self.leaders, run)
+
+    @property
+    def compares(self) -> bool:
+        """Whether this rank's tensor-parallel group takes part in the comparison."""
+        return self.mesh.rank - self.mesh.tp_rank in self.leaders
+
+    @torch.no_grad()
+    def compare(
+        self, head: TeacherHead, alone_TH: torch.Tensor | None, packed_TH: torch.Tensor | None
+    ) -> None:
+        """Raises TeacherError on every rank where one group's engine is not the model.
+
+        alone_TH: the engine's hidden states for the first sequence, None where this rank does not
+        compare. packed_TH: for the second, or None where documents need not
+        be kept apart. Collective over all ranks.
+        """
+        problem, line = None, ""
+        if self.compares:
+            assert alone_TH is not None
+            distances = _Distances.of(self, head, alone_TH, packed_TH)
+            problem, line = distances.problem(self), distances.line()
+        self.reference = None
+        problems = [found for found in self.mesh.gather(problem) if found]
+        if problems:
+            error = TeacherError(problems[0])
+            error.common = True
+            raise error
+        seconds = time.monotonic() - self.seconds
+        if self.mesh.rank == 0:
+            log.info("%s: %s (%.1f s)", self.key, line, seconds)
+
+    def name(self) -> str:
+        assert self.reference is not None
+        model: Any = self.reference.model
+        return f"{type(model).__name__} ({model.config.model_type})"
+
+
+@dataclass
+class _Distances:
+    """KL in nats, float64 [T] each, from the reference in float32.
+
+    rounding  of the reference in the run's dtype; zeros in float32
+    alone     of the engine, one document
+    packed    of the engine, several documents in the sequence; None where they are not kept apart
+    """
+
+    rounding: torch.Tensor
+    alone: torch.Tensor
+    packed: torch.Tensor | None
+    positions_T: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, of: Verification, head: TeacherHead, alone_TH: torch.Tensor,
+        packed_TH: torch.Tensor | None,
+    ) -> _Distances:  # fmt: skip
+        positions_T = torch.from_numpy(of.probe.positions_T)
+        T, reference = len(positions_T), of.reference
+        found = torch.zeros(3, T, dtype=torch.float64)
+        V = of.vocab_size
+        for first in range(0, T, head.chunk):
+            rows = slice(first, min(first + head.chunk, T))
+            exact_CV = torch.empty(rows.stop - first, V, device=of.mesh.device)
+            if reference is not None:
+                exact_CV = reference.log_probs(reference.exact_TH[rows], vocab_size=V)
+                if reference.dtype != torch.float32:
+                    own_CV = reference.log_probs(reference.hidden_TH[rows], vocab_size=V)
+                    found[0, rows] = _kl(exact_CV, own_CV).cpu()
+            if of.mesh.tp > 1:
+                dist.broadcast(exact_CV, of.mesh.rank - of.mesh.tp_rank, group=of.mesh.tp_group)
+            found[1, rows] = head_kl(head, exact_CV, alone_TH[rows])
+            if packed_TH is None:
+                continue
+            inside = ((positions_T >= first) & (positions_T < rows.stop)).nonzero()[:, 0]
+            for part in inside.split(head.chunk):
+                exact_PV = exact_CV[positions_T[part] - first]
+                found[2, part] = head_kl(head, exact_PV, packed_TH[part])
+        # Each rank has summed over its slice of the vocabulary; where it has all of it, one counts.
+        if of.mesh.tp > 1:
+            if head.vocabulary.size == V and of.mesh.tp_rank > 0:
+                found.zero_()
+            found = of.mesh.sum(found, group=of.mesh.tp_group)
+        return cls(found[0], found[1], None if packed_TH is None else found[2], positions_T)
+
+    def bounds(self, rounding_T: torch.Tensor) -> list[float]:
+        """The largest mean that is taken for rounding, for each quarter."""
+        return [
+            FLOOR + 1.5 * float(q.mean()) + 4 * math.sqrt(2 / len(q)) * float(q.std(correction=0))
+            for q in _quarters(rounding_T)
+        ]
+
+    def problem(self, of: Verification) -> str | None:
+        checks = [("one document", self.alone, self.rounding)]
+        if self.packed is not None:
+            packed_rounding = self.rounding[self.positions_T]
+            checks.append(("several documents in a sequence", self.packed, packed_rounding))
+        for what, kl_T, rounding_T in checks:
+            means = [float(q.mean()) for q in _quarters(kl_T)]
+            for number, (mean, bound) in enumerate(
+                zip(means, self.bounds(rounding_T), strict=True), 1
+            ):
+                if not mean <= bound:  # also where it is not a number
+                    leaks = self.packed is kl_T
+                    return _message(of, what, number, means, mean, bound, leaks)
+        return None
+
+    def line(self) -> str:
+        parts = [_means(self.alone)]
+        if self.packed is not None:
+            parts.append(f"{_means(self.packed)} with several documents in the sequence")
+        visible = max(self.bounds(self.rounding))
+        return (
+            f"compared with transformers on {len(self.alone)} random tokens: KL by quarter of the "
+            f"positions {', '.join(parts)}; a change of {visible:.1g} nats would have been found"
+        )
+
+
+def head_kl(head: TeacherHead, exact_CV: torch.Tensor, hidden_CH: torch.Tensor) -> torch.Tensor:
+    """float64 [C] on the CPU: KL from `exact_CV` over this rank's slice of the vocabulary."""
+    ours_CV = head.log_probs(hidden_CH)
+    first = head.vocabulary.first
+    exact_CV = exact_CV[:, first : first + ours_CV.shape[1]]
+    return _kl(exact_CV, ours_CV).cpu()
+
+
+def _kl(own_CV: torch.Tensor, other_CV: torch.Tensor) -> torch.Tensor:
+    """float64 [C]. p * (expm1(d) - d) is positive term by term: sums over slices add up."""
+    difference_CV = other_CV.double() - own_CV.double()
+    return (own_CV.double().exp() * (difference_CV.expm1() - difference_CV)).sum(1)
+
+
+def _quarters(values_T: torch.Tensor) -> list[torch.Tensor]:
+    return [q for q in values_T.tensor_split(QUARTERS) if len(q)]
+
+
+def _means(kl_T: torch.Tensor) -> str:
+    return " ".join(f"{float(q.mean()):.1g}" for q in _quarters(kl_T))
+
+
+def _message(
+    of: Verification, what: str, number: int, means: list[float], mean: float, bound: float,
+    leaks: bool,
+) -> str:  # fmt: skip
+    sharded = of.mesh.tp > 1
+    where = f"teacher.tp: {of.mesh.tp}" if sharded else of.key
+    if leaks:
+        way_out = (
+            "documents of a sequence are not kept apart: set data.pack=concat, or use another "
+        )
+        way_out += "model or teacher.attention"
+    elif sharded:
+        way_out = ADVICE
+    else:
+        way_out = (
+            "heads that are known are linear, with logit_scale, logits_scaling or "
+            "final_logit_softcapping in config.json"
+        )
+    name = of.name() if of.reference is not None else "the model"
+    return (
+        f"{where}: {name} under DeepSpeed says something else than in transformers: on "
+        f"{len(of.probe.tokens_T)} random tokens ({what}), quarter {number} of the positions, KL "
+        f"{mean:.2g} nats, expected at most {bound:.1g} (by quarter: "
+        f"{' '.join(f'{m:.1g}' for m in means)}): {way_out}"
+    )
+
+
+@contextlib.contextmanager
+def named(model: Any, mesh: Mesh) -> Iterator[None]:
+    """Raises what sharding `model` dies of as a TeacherError that names the architecture.
+
+    Only where it is sharded: at tp = 1 there is no AutoTP to blame, and an error goes its way.
+    """
+    if mesh.tp == 1:
+        yield
+        return
+    try:
+        yield
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise
+    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError,
+            TypeError, ValueError) as error:  # fmt: skip
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise TeacherError(
+            f"teacher.tp: {mesh.tp}: DeepSpeed's AutoTP cannot shard {type(model).__name__} "
+            f"({model.config.model_type}) ({lines[0]}): {ADVICE}"
+        ) from error

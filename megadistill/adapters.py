@@ -56,10 +56,7 @@ def find_adapter(name: str | None, *, key: str) -> Adapter | None:
             "enter the model that it was trained on"
         )
     if not (folder / WEIGHTS).is_file():
-        other = (
-            " (adapter_model.bin can run code)" if (folder / "adapter_model.bin").exists() else ""
-        )
-        raise ConfigError(f"{what}, and there is no {WEIGHTS}{other}: save it as safetensors")
+        raise ConfigError(f"{what}, and there is no {WEIGHTS}: save the adapter as safetensors")
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             f"{what} of {base}, and peft, which merges it, is not installed: "

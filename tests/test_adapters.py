@@ -21,6 +21,8 @@ from megadistill.pretrained import load_pretrained, model_settings
 from tests.models import tiny_llama, tiny_tokenizer
 
 peft = pytest.importorskip("peft")
+# peft 0.21 reads a property that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture(scope="module")

@@ -89,12 +89,16 @@ def fetched(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> It
     hooks = []
     head = model.get_output_embeddings()  # type: ignore[operator]
     for module, whole in _units(model):
-        fetch = _Fetched(module, whole, device=device, dtype=dtype, by_rows=module is head)
+        fetch = _Fetched(module, whole, device=device, dtype=dtype)
+        if module is head and isinstance(module, nn.Linear):
+            module.__dict__["forward"] = fetch.linear
+            continue
         hooks.append(module.register_forward_pre_hook(fetch.before, with_kwargs=True))
         hooks.append(module.register_forward_hook(fetch.after, always_call=True))
     try:
         yield
     finally:
+        head.__dict__.pop("forward", None)
         for hook in hooks:
             hook.remove()
 
@@ -103,10 +107,9 @@ class _Fetched:
     """Puts copies in the place of a module's tensors before it is called, and takes them away."""
 
     def __init__(
-        self, module: nn.Module, whole: bool, *, device: torch.device, dtype: torch.dtype,
-        by_rows: bool,
-    ) -> None:  # fmt: skip
-        self.module, self.whole, self.by_rows = module, whole, by_rows
+        self, module: nn.Module, whole: bool, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.module, self.whole = module, whole
         self.device, self.dtype = device, dtype
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.padding: int | None = None
@@ -124,15 +127,11 @@ class _Fetched:
             self.put(module.weight, self.copy(module.weight.data[rows.cpu()]))
             self.padding, module.padding_idx = module.padding_idx, None
             return (ids,), kwargs
-        if self.by_rows and isinstance(module, nn.Linear) and len(args) == 1:
-            module.__dict__["forward"] = self.linear
-            return None
         for tensor in self.tensors():
             self.put(tensor, self.copy(tensor.data))
         return None
 
     def after(self, module: nn.Module, *_: Any) -> None:
-        module.__dict__.pop("forward", None)
         for tensor, data in self.kept:
             tensor.data = data
         self.kept.clear()

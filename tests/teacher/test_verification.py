@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def test_the_reference_is_plain_transformers_in_both_dtypes(tmp_path, tied):
     reference = Reference(section, tokens, key="teacher.model", device=torch.device("cpu"))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     before = {name: p.clone() for name, p in plain.state_dict().items()}
-    for hidden, model in ((reference.hidden_TH, plain), (reference.exact_TH, plain.float())):
+    exact = copy.deepcopy(plain).float()
+    for hidden, model in ((reference.hidden_TH, plain), (reference.exact_TH, exact)):
         with torch.no_grad():
             expected = torch.log_softmax(model(tokens[None]).logits[0].float(), -1)
         found = reference.log_probs(hidden, vocab_size=VOCAB)

@@ -4,7 +4,7 @@ Stands between the tokens and the targets. The backbone runs in DeepSpeed, the h
 (`teacher/head.py`): both of DeepSpeed's ways to shard an output projection end in logits of
 [N, V] on every rank.
 
-Two engines. `tensor_parallel` is DeepSpeed's inference engine with AutoTP; `init_inference` rather
+Two engines. `tensor_parallel` is DeepSpeed's inference engine with AutoTP; `InferenceEngine` rather
 than `initialize`, because it keeps no training state. Its group has to be handed over explicitly,
 as `mpu` and as `tp_group`: alone it takes ranks 0 to tp-1 for the group of every rank. And its
 grain of 64 columns leaves ranks without columns on small models, so it is set to 1.
@@ -137,25 +137,40 @@ def _verify(teacher: Teacher, model: Any, verification: Verification, mesh: Mesh
 def _tensor_parallel(
     config: TeacherConfig, mesh: Mesh, model: Any, vocab_size: int, whole_head: bool
 ) -> tuple[Any, TeacherHead]:
-    import deepspeed
-
     rank, ranks = (0, 1) if whole_head else (mesh.tp_rank, mesh.tp)
     head = TeacherHead.of(
         model, rank=rank, ranks=ranks, group=mesh.tp_group, device=mesh.device,
         vocab_size=vocab_size,
     )  # fmt: skip
-    engine = deepspeed.init_inference(
-        backbone(model),
-        dtype=getattr(torch, config.dtype),
-        replace_with_kernel_inject=False,
-        tensor_parallel={
+    settings = {
+        "dtype": getattr(torch, config.dtype),
+        "replace_with_kernel_inject": False,
+        "tensor_parallel": {
             "tp_size": mesh.tp,
             "tp_grain_size": 1,
             "mpu": _Groups(mesh),
             "tp_group": mesh.tp_group,
         },
-    )
+    }
+    engine = _inference_engine(backbone(model), settings)
     return engine, head
+
+
+def _inference_engine(module: nn.Module, settings: dict[str, Any]) -> Any:
+    """What `deepspeed.init_inference` returns, for a module that has the right dtypes already.
+
+    DeepSpeed would cast every parameter and buffer to the run's dtype. Rotary frequencies in
+    bfloat16 are wrong by whole turns at position 2,000, and routers that a model keeps in float32
+    choose other experts.
+    """
+    from deepspeed.inference.config import DeepSpeedInferenceConfig
+    from deepspeed.inference.engine import InferenceEngine
+
+    class Engine(InferenceEngine):
+        def _convert_to_dtype(self, config: Any) -> None:
+            del config
+
+    return Engine(module, config=DeepSpeedInferenceConfig(**settings))
 
 
 def _zero3(

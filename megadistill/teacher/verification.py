@@ -154,23 +154,26 @@ class _Distances:
             found = of.mesh.sum(found, group=of.mesh.tp_group)
         return cls(found[0], found[1], None if packed_TH is None else found[2], positions_T)
 
-    def bounds(self, rounding_T: torch.Tensor) -> list[float]:
-        """The largest mean that is taken for rounding, for each quarter."""
+    def bounds(self, positions_T: torch.Tensor) -> list[float]:
+        """The largest mean that counts as rounding, for each quarter of a sequence.
+
+        positions_T: the reference's position of each token. Documents repeat positions, and what
+        is repeated is one observation. The spread is that of all positions: in mixtures of experts
+        rounding moves few of them, by much, and one quarter may have had none.
+        """
+        spread = 4 * math.sqrt(2) * float(self.rounding.std(correction=0))
         return [
-            FLOOR + 1.5 * float(q.mean()) + 4 * math.sqrt(2 / len(q)) * float(q.std(correction=0))
-            for q in _quarters(rounding_T)
+            FLOOR + 1.5 * float(self.rounding[q].mean()) + spread / math.sqrt(len(torch.unique(q)))
+            for q in _quarters(positions_T)
         ]
 
     def problem(self, of: Verification) -> str | None:
-        checks = [("one document", self.alone, self.rounding)]
+        checks = [("one document", self.alone, torch.arange(len(self.alone)))]
         if self.packed is not None:
-            packed_rounding = self.rounding[self.positions_T]
-            checks.append(("several documents in a sequence", self.packed, packed_rounding))
-        for what, kl_T, rounding_T in checks:
-            means = [float(q.mean()) for q in _quarters(kl_T)]
-            for number, (mean, bound) in enumerate(
-                zip(means, self.bounds(rounding_T), strict=True), 1
-            ):
+            checks.append(("several documents in a sequence", self.packed, self.positions_T))
+        for what, kl_T, positions_T in checks:
+            means, bounds = _quarter_means(kl_T), self.bounds(positions_T)
+            for number, (mean, bound) in enumerate(zip(means, bounds, strict=True), 1):
                 if not mean <= bound:  # also where it is not a number
                     leaks = self.packed is kl_T
                     return _message(of, what, number, means, mean, bound, leaks)
@@ -180,7 +183,7 @@ class _Distances:
         parts = [_means(self.alone)]
         if self.packed is not None:
             parts.append(f"{_means(self.packed)} with several documents in the sequence")
-        visible = max(self.bounds(self.rounding))
+        visible = max(self.bounds(torch.arange(len(self.alone))))
         return (
             f"compared with transformers on {len(self.alone)} random tokens: KL by quarter of the "
             f"positions {', '.join(parts)}; a change of {visible:.1g} nats would have been found"
@@ -205,8 +208,12 @@ def _quarters(values_T: torch.Tensor) -> list[torch.Tensor]:
     return [q for q in values_T.tensor_split(QUARTERS) if len(q)]
 
 
+def _quarter_means(kl_T: torch.Tensor) -> list[float]:
+    return [float(q.mean()) for q in _quarters(kl_T)]
+
+
 def _means(kl_T: torch.Tensor) -> str:
-    return " ".join(f"{float(q.mean()):.1g}" for q in _quarters(kl_T))
+    return " ".join(f"{mean:.1g}" for mean in _quarter_means(kl_T))
 
 
 def _message(

@@ -19,8 +19,9 @@ def layers_of(core: Any) -> Any:
 
 def rounded_tables(core: Any) -> None:
     """Rotary frequencies in bfloat16, as a cast of all buffers leaves them."""
-    for _, buffer in core.named_buffers():
-        buffer.data = buffer.bfloat16().to(buffer.dtype)
+    for name, buffer in core.named_buffers():
+        if "inv_freq" in name:
+            buffer.copy_(buffer.bfloat16())
 
 
 def another_rope_base(core: Any) -> None:
@@ -65,11 +66,17 @@ def bias_lost(core: Any) -> None:
 def layer_twice(core: Any) -> None:
     layers = layers_of(core)
     for kept, lost in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
-        lost.data = kept.data
+        lost.data.copy_(kept.data)
 
 
 def norm_left_out(core: Any) -> None:
     layers_of(core)[-1].input_layernorm.weight.data.fill_(1.5)
+
+
+def scale_slightly_off(core: Any) -> None:
+    """Little more than rounding: attention that is 13 % too sharp."""
+    for layer in layers_of(core):
+        layer.self_attn.scaling *= 1.13
 
 
 def shard_missing(core: Any) -> None:

@@ -92,10 +92,14 @@ ARCHITECTURES = {
 
 def save_architecture(path: Path | str, model_type: str, *, seed: int = 0, **more: Any) -> str:
     """A random model of `model_type`, float32, as safetensors in `path`, which is returned."""
+    return save_random(path, model_type, ARCHITECTURES[model_type].settings | more, seed=seed)
+
+
+def save_random(path: Path | str, model_type: str, settings: dict[str, Any], *, seed: int) -> str:
+    """The same with these settings."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = ARCHITECTURES[model_type].settings | more
     common = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 0}
     config = AutoConfig.for_model(model_type, **common | {"initializer_range": 0.2} | settings)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

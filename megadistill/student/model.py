@@ -27,6 +27,7 @@ from megadistill.experts import gather_experts_together, router_loss, router_los
 from megadistill.host_memory import given_back
 from megadistill.layers import watched
 from megadistill.parallel import Mesh
+from megadistill.precision import restore
 from megadistill.pretrained import backbone, load_pretrained, model_settings
 from megadistill.student.ensemble import Targets
 from megadistill.student.features import FeatureAlignment, FeaturePlan, Features
@@ -231,7 +232,7 @@ def load_student(
                 projector = Projector(projected_width, width).to(dtype)
         # Weights that transformers 5 does not fill it does not tie either.
         model.tie_weights()
-        _deal(model, whole.pop() if whole else None, mesh)
+        _deal(model, whole.pop() if whole else None, mesh, dtype=dtype)
     if alignment is not None:
         _deal_values(alignment, alignment.initial(seed) if mesh.rank == 0 else None)
     gather_experts_together(model)
@@ -264,7 +265,10 @@ def _whole(config: StudentConfig, settings: Any, dtype: torch.dtype, seed: int) 
         return load_pretrained(config, key="student.model", dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _from_config(config, settings, torch.float32).to(dtype)
+        model = _from_config(config, settings, torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _from_config(config: StudentConfig, settings: Any, dtype: torch.dtype) -> nn.Module:
@@ -287,15 +291,11 @@ def _no_init_weights() -> Any:
     return no_init_weights()
 
 
-def _deal(model: nn.Module, whole: nn.Module | None, mesh: Mesh) -> None:
+def _deal(model: nn.Module, whole: nn.Module | None, mesh: Mesh, *, dtype: torch.dtype) -> None:
     """Rank 0's weights and buffers into the partitioned model. Collective."""
     _deal_values(model, None if whole is None else dict(whole.named_parameters()))
-    # Made under zero.Init, tables such as the rotary frequencies may have been rounded to the
-    # parameters' type.
-    buffers = mesh.first(lambda: dict(whole.named_buffers()) if whole is not None else {})
-    for name, buffer in buffers.items():
-        parent, _, attribute = name.rpartition(".")
-        model.get_submodule(parent)._buffers[attribute] = buffer.to(mesh.device)
+    # ZeRO's optimizer takes parameters of one dtype only. Its own copies are float32.
+    restore(model, whole, mesh, dtype=dtype, parameters=False)
 
 
 def _deal_values(module: nn.Module, values: Mapping[str, torch.Tensor] | None) -> None:

@@ -42,6 +42,7 @@ from megadistill.config import Config, TeacherConfig
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
+from megadistill.precision import restore
 from megadistill.pretrained import backbone, load_pretrained
 from megadistill.teacher.head import TeacherHead, check_head
 from megadistill.teacher.verification import Verification, named
@@ -113,6 +114,8 @@ def load_teacher(
                 config.teacher, mesh, key=key, seq_len=config.data.seq_len,
                 vocab_size=min(vocab_size, model.get_output_embeddings().out_features),
             )  # fmt: skip
+            if zero3:
+                restore(model, verification.plain, mesh, dtype=getattr(torch, config.teacher.dtype))
             with named(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
         teacher = Teacher(

@@ -76,6 +76,11 @@ class Verification:
         """Whether this rank's tensor-parallel group takes part in the comparison."""
         return self.mesh.rank - self.mesh.tp_rank in self.leaders
 
+    @property
+    def plain(self) -> Any:
+        """The model as transformers loads it; None on ranks that do not run the reference."""
+        return None if self.reference is None else self.reference.model
+
     @torch.no_grad()
     def compare(
         self, head: TeacherHead, alone_TH: torch.Tensor | None, packed_TH: torch.Tensor | None

@@ -33,6 +33,10 @@ from megadistill.parallel import Mesh
 
 log = logging.getLogger(__name__)
 
+# Blocks and bytes are one counter: read or added to apart, the bytes may be those of more blocks
+# than are counted. 63 bits hold a million blocks and 128 TiB, in units of 16 bytes.
+_A_BLOCK, _UNIT = 1 << 43, 16
+
 FreeBytes = Callable[[Path], int]
 
 
@@ -56,23 +60,20 @@ class Reserve:
     ) -> None:
         self._mesh, self._store, self._config = mesh, store, config
         self._missing, self._free_bytes = missing, free_bytes
-        self._blocks, self._bytes, self._error = (
-            f"megadistill/{name}/{run}" for name in ("durable", "bytes", "error")
-        )
+        self._durable, self._error = (f"megadistill/{name}/{run}" for name in ("durable", "error"))
         self._asking = threading.Lock()
 
     def committed(self, block: int) -> None:
         """Count a durable block; ask all ranks to stop where the disk is too full to go on."""
         size = block_bytes(self._store, block)
-        total = self._mesh.store.add(self._bytes, size)
-        blocks = self._mesh.store.add(self._blocks, 1)
+        blocks, total = _both(self._mesh.store.add(self._durable, _A_BLOCK + -(-size // _UNIT)))
         error = self._too_little(to_come=total * (self._missing - blocks) // blocks)
         if error is not None:
             self.ask_to_stop(error)
 
     def durable(self) -> tuple[int, int]:
         """(blocks, bytes) that this run has made durable so far, on all ranks."""
-        return self._mesh.store.add(self._blocks, 0), self._mesh.store.add(self._bytes, 0)
+        return _both(self._mesh.store.add(self._durable, 0))
 
     def ask_to_stop(self, error: BaseException) -> None:
         """Tell all ranks to stop before their next block, and why. Safe from any thread."""
@@ -121,6 +122,12 @@ class Reserve:
             f"{readable_bytes(to_come)} are still to come, expected at least {below}: free "
             f"{readable_bytes(to_come + floor - free)} more and run again, or set {setting}"
         )
+
+
+def _both(counter: int) -> tuple[int, int]:
+    """(blocks, bytes) of the counter."""
+    blocks, units = divmod(counter, _A_BLOCK)
+    return blocks, units * _UNIT
 
 
 def block_bytes(store: BlockStore, block: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,10 +170,10 @@ def test_a_disk_that_is_full_stops_all_ranks_with_nothing_half_visible(corpus, w
     assert hashes(cache) == hashes(whole(engine))
 
 
-def test_counting_a_block_takes_two_messages(corpus, whole):
+def test_counting_a_block_takes_one_message(corpus, whole):
     """However many blocks and ranks there are: it stands between a block and the next."""
     said = run_ranks(1, "tests.cache.test_reserve:said_at_a_commit", cache=whole("two copies"))[0]
-    assert said == ["add", "add"]
+    assert said == ["add"]
 
 
 def said_at_a_commit(mesh, cache: Path) -> list[str]:
@@ -190,6 +191,42 @@ def said_at_a_commit(mesh, cache: Path) -> list[str]:
     said.clear()
     reserve.committed(0)
     return said
+
+
+def test_the_bytes_are_those_of_the_blocks_that_are_counted_whenever_they_are_read(
+    corpus, whole, monkeypatch
+):
+    size = 16 * 1000
+    monkeypatch.setattr("megadistill.cache.reserve.block_bytes", lambda store, block: size)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    asked: list[int] = []
+
+    def ranks(count: int) -> list[Reserve]:
+        clients = [dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(count)]
+        store, settings = BlockStore.open(whole("two copies")), CacheConfig(min_free=0)
+        return [
+            Reserve(SimpleNamespace(store=c), store, settings, run=0, missing=4001) for c in clients
+        ]
+
+    def note(reserve: Reserve) -> None:
+        monkeypatch.setattr(reserve, "_too_little", lambda to_come: asked.append(to_come))
+        for block in range(1000):
+            reserve.committed(block)
+
+    *writing, reading = ranks(5)
+    threads = [threading.Thread(target=note, args=(reserve,)) for reserve in writing]
+    for thread in threads:
+        thread.start()
+    read = []
+    while any(thread.is_alive() for thread in threads):
+        read.append(reading.durable())
+    for thread in threads:
+        thread.join()
+    assert reading.durable() == (4000, 4000 * size)
+    assert len(read) > 10
+    assert all(total == blocks * size for blocks, total in read)
+    # What is still to come is worked out from the same two numbers.
+    assert sorted(asked) == [left * size for left in range(1, 4001)]
 
 
 def test_a_writer_that_fails_after_rank_zero_has_gone_says_nothing_more(tmp_path, caplog):

@@ -12,6 +12,7 @@ from megadistill.config import load_config
 from megadistill.model_files import find_model
 from megadistill.plan import corpus, log_plan, make_plan, show_plan
 from megadistill.plan.assumptions import METHODS, position
+from megadistill.plan.estimate import token_store_bytes
 from tests.models import tiny_llama, tiny_tokenizer
 
 
@@ -102,6 +103,18 @@ def test_local_files_are_estimated_by_their_size(place):
     made = plan("data.source=null", "data.files=[a.txt]")
     assert made.sequences == pytest.approx(1e6 / 128, rel=0.01)
     assert plan("data.source=null", "data.files=[a.txt]", "data.max_samples=128").sequences == 1000
+
+
+@pytest.mark.parametrize(("row", "masked"), [
+    ('{"text": "x"}', False),
+    ('{"messages": [{"role": "user", "content": "x"}]}', True),
+    ('{"prompt": "x", "completion": "y"}', True),
+])  # fmt: skip
+def test_the_loss_mask_of_columns_that_are_found_counts(place, row, masked):
+    Path("a.jsonl").write_text(row + "\n")
+    settings = ["data.source=null", "data.files=[a.jsonl]", "data.seq_len=128"]
+    found = token_store_bytes(load_config("demo.yaml", settings))
+    assert found - 4 * 128 == pytest.approx(128 if masked else 0, abs=64)
 
 
 def test_smaller_tau_and_larger_k_need_a_larger_cache(place):

@@ -13,7 +13,7 @@ from megadistill.data import files
 from megadistill.data.counts import count_tokens
 from megadistill.data.growth import covers
 from megadistill.data.learned import learned_tokens
-from megadistill.data.source import count_documents
+from megadistill.data.source import count_documents, resolved
 from megadistill.disk import is_url, readable_bytes
 from megadistill.errors import MegadistillError
 from megadistill.plan import assumptions
@@ -41,6 +41,17 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
         return whole, "as many as train.steps need"
     tokens, how = _tokens(config, vocab_size)
     return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
+
+
+def has_loss_mask(config: Config) -> bool:
+    """Whether the token store has a loss mask: as it says, else by the columns of local files."""
+    data = config.data
+    with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
+        return "loss_mask" in BlockStore.open(data.dir).columns
+    if data.files is not None or (data.name is not None and os.path.isdir(data.name)):
+        with contextlib.suppress(MegadistillError):  # the reader of the corpus reports it
+            data = resolved(data)
+    return data.messages_field is not None or data.completion_field is not None
 
 
 def target_share(config: Config) -> float:

@@ -131,7 +131,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
 
 def token_store_bytes(config: Config) -> int:
     """Bytes of a sequence in the token store, which the cache holds again."""
-    masked = config.data.messages_field is not None or config.data.prompt_field is not None
+    masked = corpus.has_loss_mask(config)
     return assumptions.token_store_bytes_a_sequence(config.data.seq_len, masked=masked)
 
 

@@ -13,6 +13,9 @@ A turn is a dict with `role` and, unless it is null, `content`: the form of Open
 Arguments of tool calls become objects where they are JSON text: transformers' convention, which
 templates print with `tojson`. Results of tools that are objects become JSON text. Keys at null are
 left out; `content` at null is the same as no content.
+
+`weight: 0` (OpenAI) and `train: false` (axolotl) leave a turn of the assistant unlearned. Such a
+turn has `weight: 0`; no other turn has either key.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ _ROLES = {
 _CALLS = ("function_call", "tool_call")
 _LISTS = ("messages", "conversations", "conversation")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_LEARNING = ("weight", "train", "train_detail")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -108,8 +112,11 @@ def _turn(value: Any, where: str) -> Turn:
     # A null `value` is no key any more in parquet.
     stated = text is not None or key == "from" or any(k in value for k in ("content", "value"))
     content = None if text is None else turn[text]
-    rest = {k: v for k, v in turn.items() if k not in (key, text, "role", "content", "from")}
+    known = (key, text, "role", "content", "from", *_LEARNING)
+    rest = {k: v for k, v in turn.items() if k not in known}
     result: Turn = {"role": role}
+    if not _is_learned(turn, role, where):
+        result["weight"] = 0
     if name in _CALLS:
         rest["tool_calls"], content = _parsed(content, f"{where}: {key} {name}"), None
     if "function_call" in rest:
@@ -129,6 +136,42 @@ def _turn(value: Any, where: str) -> Turn:
             f"{where}: has neither content nor tool_calls; its keys are {', '.join(turn)}"
         )
     return result | rest
+
+
+def _is_learned(turn: Turn, role: str, where: str) -> bool:
+    """What `weight` and `train` say of a turn. True for an assistant's turn without either."""
+    if "train_detail" in turn:
+        raise BadDocumentError(
+            f"{where}: train_detail marks parts of a turn, expected weight or train, which hold "
+            "for the whole turn: leave train_detail out"
+        )
+    said = {}
+    if "weight" in turn:
+        said["weight"] = _one_of(turn["weight"], {0: False, 1: True}, f"{where}: weight", "0 or 1")
+    if "train" in turn:
+        values = {False: False, True: True}
+        said["train"] = _one_of(turn["train"], values, f"{where}: train", "true or false")
+    if len(set(said.values())) > 1:
+        raise BadDocumentError(f"{where}: weight and train contradict each other: leave one out")
+    key = next((key for key, learn in said.items() if learn), None)
+    if key is not None and role != "assistant":
+        raise BadDocumentError(
+            f"{where}: {key} asks to learn a turn of the role {role!r}, expected one of the "
+            f"assistant: only its turns are learned: leave {key} out"
+        )
+    return all(said.values())
+
+
+def _one_of(value: Any, values: dict[Any, bool], where: str, expected: str) -> bool:
+    """values[value]; numbers and truth values are not taken for each other."""
+    truth = isinstance(next(iter(values)), bool)
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool) != truth
+        or value not in values
+    ):
+        raise BadDocumentError(f"{where}: expected {expected}, found {_found(value)}")
+    return values[value]
 
 
 def _content(value: Any, role: str, where: str) -> Any:

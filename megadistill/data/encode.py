@@ -6,7 +6,7 @@ Imports neither torch nor, for plain text, transformers: a process starts in 0.2
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,15 @@ class Unit:
 class EncoderSpec:
     """What a tokenising process needs of a tokenizer.
 
-    `backend`: the tokenizers library's JSON. `chat`: the chat template, for chats only.
+    `backend`: the tokenizers library's JSON. `chat`: the chat template, for chats only. `columns`:
+    the corpus' columns by their `data` key, for messages.
     """
 
     backend: str
     eos: int
     bos: int | None
     chat: ChatSpec | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 class Encoder:
@@ -70,7 +72,10 @@ class Encoder:
         self.eos = spec.eos
         self.chat = None
         if spec.chat is not None:
-            self.chat = ChatEncoder(spec.chat, backend=spec.backend, eos=spec.eos)
+            self.chat = ChatEncoder(
+                spec.chat, backend=spec.backend, eos=spec.eos, columns=spec.columns
+            )
+        self._columns = spec.columns
 
     def encode(self, units: list[Unit]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(ids uint32 [n], lengths int64 [units], loss mask uint8 [n] or None: all is learned).
@@ -119,8 +124,9 @@ class Encoder:
             return self.chat.encode_completion(unit.prompt, unit.completion, unit.tools)
         for column in ("prompt", "completion"):
             if not isinstance(getattr(unit, column) or "", str):
+                name = self._columns.get(f"{column}_field", column)
                 raise BadDocumentError(
-                    f"{column}: expected text as in the corpus' first document, found a chat"
+                    f"column {name!r}: expected text as in the corpus' first document, found a chat"
                 )
         prompt, completion = self._ids([unit.prompt or "", unit.completion or ""])
         if not completion:

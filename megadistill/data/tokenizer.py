@@ -78,13 +78,19 @@ def open_tokenizer(
     return tokenizer
 
 
-def encoder_spec(tokenizer: Any, *, chat: ChatSpec | None = None) -> EncoderSpec:
-    """What a tokenising process needs of it, and of the chat template for a corpus of chats."""
+def encoder_spec(
+    tokenizer: Any, *, chat: ChatSpec | None = None, columns: dict[str, str] | None = None
+) -> EncoderSpec:
+    """What a tokenising process needs of it, and of the chat template for a corpus of chats.
+
+    columns: the corpus' columns by their `data` key.
+    """
     return EncoderSpec(
         backend=tokenizer.backend_tokenizer.to_str(),
         eos=tokenizer.eos_token_id,
         bos=begin_token(tokenizer),
         chat=chat,
+        columns=columns or {},
     )
 
 

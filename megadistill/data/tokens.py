@@ -27,6 +27,7 @@ from megadistill.config import Config, DataConfig
 from megadistill.data.best_fit import BestFit
 from megadistill.data.chat.encoder import ChatSpec
 from megadistill.data.chat.settings import find_chat
+from megadistill.data.columns import configured
 from megadistill.data.counts import statistics
 from megadistill.data.encode import EncoderSpec, Unit
 from megadistill.data.growth import continue_from, covers, lasting_blocks
@@ -83,7 +84,7 @@ def build_tokens(
     tokenizer = load_tokenizer(config)
     config, chat = find_chat(config, tokenizer)
     data = config.data
-    spec = encoder_spec(tokenizer, chat=chat)
+    spec = encoder_spec(tokenizer, chat=chat, columns=configured(data))
     settings = store_settings(config, tokenizer, chat, packing=_packing(data, spec))
     with ExitStack() as stack:
         store = None

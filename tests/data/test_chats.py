@@ -15,7 +15,7 @@ from megadistill.data.counts import statistics
 from megadistill.data.tokenizer import chat_identity, chat_spec
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import BadDocumentError, ConfigError, RecipeError
-from tests.data.chats import CHAT, CHATML, TEMPLATES, TOOLS, byte_tokenizer, marked, stock
+from tests.data.chats import CHAT, CHATML, TEMPLATES, TOOLS, TRUTH, byte_tokenizer, marked, stock
 from tests.data.stores import same_store
 from tests.data.test_chat_masks import encoder, learned, truth
 
@@ -133,7 +133,10 @@ def test_a_last_turn_without_an_end_gets_the_end_token_and_learns_it(hf):
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     bare += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     assert texts(hf, bare, CHAT[:2]) == ["It is 2.<|im_end|>"]
-    with pytest.raises(BadDocumentError, match=r"^turn 1: the chat template prints no end-of-turn"):
+    with pytest.raises(
+        BadDocumentError,
+        match=r"^column 'messages': turn 1: the chat template prints no end-of-turn",
+    ):
         encoder(hf, bare).encode(CHAT)
 
 
@@ -153,7 +156,10 @@ def test_a_last_turn_without_an_end_gets_the_end_token_and_learns_it(hf):
 ])  # fmt: skip
 def test_a_turn_whose_borders_are_unknown_is_refused_with_its_number(hf, template, said):
     chat = [CHAT[0], CHAT[1], {"role": "tool", "content": "result"}, CHAT[1]]
-    with pytest.raises(BadDocumentError, match=rf"^turn 1: .*{said}.*data.assistant_mask=template"):
+    with pytest.raises(
+        BadDocumentError,
+        match=rf"^column 'messages': turn 1: .*{said}.*data.assistant_mask=template",
+    ):
         encoder(hf, template).encode(chat)
 
 
@@ -164,7 +170,9 @@ def test_what_a_template_refuses_is_said_with_the_turn(hf):
         "{% elif m.role == 'assistant' %}",
     )
     chat = [*CHAT, {"role": "critic", "content": "x"}, *CHAT]
-    with pytest.raises(BadDocumentError, match=r"^turn 4: the chat template refuses it: no crit"):
+    with pytest.raises(
+        BadDocumentError, match=r"^column 'messages': turn 4: the chat template refuses it: no crit"
+    ):
         encoder(hf, strict).encode(chat)
 
 
@@ -184,7 +192,9 @@ def test_of_a_prompt_with_a_completion_as_turns_only_the_completion_is_learned(h
     ids, mask = ours.encode_completion(CHAT[:3], CHAT[3:])
     assert learned(hf, ids, mask) == ["It is 4.<|im_end|>"]
     assert ids == ours.encode(CHAT)[0]
-    with pytest.raises(BadDocumentError, match=r"^completion: turn 0: expected text as content"):
+    with pytest.raises(
+        BadDocumentError, match=r"^column 'completion': turn 0: expected text as content"
+    ):
         ours.encode_completion(CHAT[:1], [{"role": "assistant", "content": 4}])
 
 
@@ -354,7 +364,8 @@ def test_marks_that_are_not_there_cannot_be_asked_for(tmp_path, model):
 
 def test_templates_run_in_the_sandbox(hf):
     escape = "{{ messages.__class__.__mro__ }}" + stock(CHATML)
-    with pytest.raises(BadDocumentError, match=r"^turn 0: the chat template refuses it: .*unsafe"):
+    said = r"^column 'messages': turn 0: the chat template refuses it: .*unsafe"
+    with pytest.raises(BadDocumentError, match=said):
         encoder(hf, escape).encode(CHAT)
 
 
@@ -392,12 +403,79 @@ def test_one_bad_turn_is_said_with_its_file_row_and_turn_or_left_out(tmp_path, m
     bad = [*CHAT, {"role": "assistant", "content": 42}]
     rows = [{"messages": CHAT}] * 30 + [{"messages": bad}] + [{"messages": CHAT}] * 3
     path = write(tmp_path / "a.jsonl", rows)
-    said = r"a.jsonl: line 31: turn 4: expected text as content, found the number 42; data.on_bad"
+    said = (
+        r"a.jsonl: line 31: column 'messages': turn 4: expected text as content, found the number"
+    )
     with pytest.raises(BadDocumentError, match=said):
         build_tokens(config(tmp_path, files=[path]))
     assert not Path(tmp_path / "tokens").exists()
     skipping = config(tmp_path, files=[path], on_bad_document="skip")
     assert statistics(build_tokens(skipping))["skipped_documents"] == 1
+
+
+@pytest.mark.parametrize(("names", "rows", "said"), [
+    ({"messages_field": "dialog"}, [{"dialog": [*CHAT, 7]}], "column 'dialog': turn 4: expected"),
+    ({"messages_field": "dialog", "tools_field": "schemas"},
+     [{"dialog": CHAT, "schemas": ["no"]}], "column 'schemas': tool 0: expected JSON"),
+    ({"prompt_field": "asked", "completion_field": "said"},
+     [{"asked": CHAT[:3], "said": [{"role": "assistant", "content": 4}]}],
+     "column 'said': turn 0: expected text as content"),
+    ({"prompt_field": "asked", "completion_field": "said"},
+     [{"asked": [{"role": "critic"}], "said": CHAT[3:]}], "column 'asked': turn 0: has neither"),
+    ({"prompt_field": "asked", "completion_field": "said"},
+     [{"asked": "What?", "said": "That."}, {"asked": "What?", "said": CHAT[3:]}],
+     "column 'said': expected text as in the corpus' first document"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_chat_is_said_with_its_column(tmp_path, model, names, rows, said):
+    model()
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(BadDocumentError) as refused:
+        build_tokens(config(tmp_path, files=[path], **names))
+    assert f"a.jsonl: line {len(rows)}: {said}" in str(refused.value)
+
+
+# Turns that are not learned
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_turn_of_weight_0_is_not_learned_and_the_text_stays(name, off):
+    template, special, eos = TEMPLATES[name]
+    hf = byte_tokenizer(special, eos=eos)
+    ids, mask = truth(hf, marked(TRUTH.get(name, template)), CHAT)
+    stretches = learned(hf, ids, mask)
+    assert len(stretches) == 2
+    sources = [(stock(template), "generated")]
+    sources += [(marked(template), "template")] if name not in TRUTH else []
+    for number, left in ((1, stretches[1:]), (3, stretches[:1])):
+        chat = [turn | off if i == number else turn for i, turn in enumerate(CHAT)]
+        for source, mask in sources:
+            found = encoder(hf, source, mask=mask).encode(chat)
+            assert found[0] == ids
+            said = learned(hf, *found)
+            if not left[-1].endswith(eos):  # the encoder's end token, of a turn that is learned
+                said[-1] = said[-1].removesuffix(eos)
+            assert said == left
+
+
+def test_weights_that_say_what_holds_anyway_change_nothing(hf):
+    chat = [
+        t | ({"weight": 1, "train": True} if t["role"] == "assistant" else {"weight": 0})
+        for t in CHAT
+    ]
+    ours = encoder(hf, stock(CHATML))
+    assert ours.encode(chat) == ours.encode(CHAT)
+    off = [t | {"train": False} for t in CHAT]
+    assert sum(ours.encode(off)[1]) == 0
+    assert sum(ours.encode_completion(off[:3], off[3:])[1]) == 0
+
+
+def test_a_last_turn_of_weight_0_without_an_end_does_not_learn_the_end_token(hf):
+    bare = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    bare += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ids, mask = encoder(hf, bare).encode([CHAT[0], CHAT[1] | {"weight": 0}])
+    assert ids[-1] == hf.eos_token_id
+    assert sum(mask) == 0
 
 
 # Stores that were begun before masks had a rule in the recipe

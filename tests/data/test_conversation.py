@@ -118,6 +118,22 @@ def test_a_tools_result_that_is_an_object_becomes_json():
      "a function with name and arguments, found an object with the keys id"),
     ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "no"}}]}],
      "turn 0: tool call 0: arguments: expected JSON, found the text 'no'"),
+    ([{"role": "assistant", "content": "x", "weight": 0.5}], "turn 0: weight: expected 0 or 1, "
+     "found the number 0.5"),
+    ([{"role": "assistant", "content": "x", "weight": "0"}], "turn 0: weight: expected 0 or 1, "
+     "found the text '0'"),
+    ([{"role": "assistant", "content": "x", "weight": False}], "turn 0: weight: expected 0 or 1, "
+     "found the truth value false"),
+    ([{"from": "gpt", "value": "x", "train": 0}], "turn 0: train: expected true or false, found "
+     "the number 0"),
+    ([{"from": "gpt", "value": "x", "train": []}], "turn 0: train: expected true or false, found "
+     "a list of 0"),
+    ([*PLAIN, {"role": "user", "content": "x", "weight": 1}], "turn 2: weight asks to learn a "
+     "turn of the role 'user', expected one of the assistant"),
+    ([{"role": "assistant", "content": "x", "weight": 0, "train": True}], "turn 0: weight and "
+     "train contradict each other"),
+    ([{"role": "assistant", "content": "x", "train_detail": [{"train": False}]}], "turn 0: "
+     "train_detail marks parts of a turn"),
     ("Hi there", "a chat: expected JSON, found the text 'Hi there'"),
     (17, "expected a list of turns, found the number 17"),
 ])  # fmt: skip
@@ -126,6 +142,14 @@ def test_what_is_no_chat_is_refused_with_its_turn(value, said):
         conversation(value)
     assert str(refused.value).startswith(said)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": "assistant", "content": "x", "weight": 0},
+    {"from": "gpt", "value": "x", "train": False, "weight": None},
+])  # fmt: skip
+def test_a_turn_that_is_not_learned_has_weight_0_however_its_corpus_says_it(turn):
+    assert conversation([turn]) == [{"role": "assistant", "weight": 0, "content": "x"}]
 
 
 SCHEMA = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}

@@ -66,10 +66,13 @@ class Boundaries:
         self.special = _any_of(special)
         self._probe_end: str | None = None
 
-    def find(self, messages: Messages, tools: Tools, *, first: int = 0) -> Chat:
+    def find(
+        self, messages: Messages, tools: Tools, *, first: int = 0, unlearned: Collection[int] = ()
+    ) -> Chat:
         """The learned part of a chat: its assistant's turns from number `first` on.
 
-        Raises ChatError, and TemplateError for a chat that the template refuses.
+        unlearned: numbers of turns that are not learned. Raises ChatError, and TemplateError for a
+        chat that the template refuses.
         """
         trace = self.template.trace(messages, tools)
         turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
@@ -106,7 +109,37 @@ class Boundaries:
                     f"{_MARK_IT}",
                 )
             learned.append((opening, closing))
-        return Chat(trace.text, learned, unclosed)
+        kept = [span for i, span in zip(turns, learned, strict=True) if i not in unlearned]
+        return Chat(trace.text, kept, unclosed and turns[-1] not in unlearned)
+
+    def without(
+        self,
+        spans: list[tuple[int, int]],
+        messages: Messages,
+        tools: Tools,
+        unlearned: Collection[int],
+    ) -> list[tuple[int, int]]:
+        """The marks `spans` of the template but for those of the turns `unlearned`.
+
+        A turn's marks begin between its own text and that of the assistant's next turn. Raises
+        ChatError where a turn's place is unknown.
+        """
+        if not unlearned:
+            return spans
+        trace = self.template.trace(messages, tools)
+        places = _places(trace)
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        begins = [
+            (places.get(i) or self._by_prefixes(messages, tools, trace.text, i)).begin
+            for i in turns
+        ]
+        ends = [*begins[1:], len(trace.text)] if turns else []
+        left_out = [
+            (begin, end)
+            for i, begin, end in zip(turns, begins, ends, strict=True)
+            if i in unlearned
+        ]
+        return [s for s in spans if not any(begin <= s[0] < end for begin, end in left_out)]
 
     def refused_turn(self, messages: Messages, tools: Tools) -> int:
         """The turn behind the longest beginning of the chat that the template prints."""

@@ -10,7 +10,8 @@ text (tokenizers that put a space before every text), the ids stay and the token
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from megadistill.data.conversation import tools as read_tools
 from megadistill.errors import BadDocumentError
 
 EARLIER = "earlier"
+# The columns' usual names, by the `data` key that names others.
+_COLUMNS = {f"{name}_field": name for name in ("messages", "prompt", "completion", "tools")}
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,18 @@ class ChatSpec:
 
 
 class ChatEncoder:
-    """Made once in each tokenising process. backend: the tokenizers library's JSON."""
+    """Made once in each tokenising process.
 
-    def __init__(self, spec: ChatSpec, *, backend: str, eos: int) -> None:
+    backend: the tokenizers library's JSON. columns: the corpus' columns by `data` key, for
+    messages.
+    """
+
+    def __init__(
+        self, spec: ChatSpec, *, backend: str, eos: int, columns: Mapping[str, str] | None = None
+    ) -> None:
         from tokenizers import Tokenizer
+
+        self._columns = _COLUMNS | dict(columns or {})
 
         # The post-processor of byte-level tokenizers cuts white space off the offsets.
         whole = json.loads(backend) | {"truncation": None, "padding": None}
@@ -66,10 +77,12 @@ class ChatEncoder:
 
     def encode(self, messages: Any, tools: Any = None) -> tuple[list[int], list[int]]:
         """(ids, mask) of a chat: every turn of the assistant is learned. BadDocumentError."""
-        if self._mask == EARLIER:
-            template = self._boundaries["default"].template
-            return earlier.encode(template, self._whole, messages, eos=self._eos)
-        return self._encode(conversation(messages), read_tools(tools), first=0)
+        with self._column("messages_field"):
+            if self._mask == EARLIER:
+                template = self._boundaries["default"].template
+                return earlier.encode(template, self._whole, messages, eos=self._eos)
+            turns = conversation(messages)
+        return self._encode(turns, self._tools(tools), [("messages_field", len(turns))], first=0)
 
     def encode_completion(
         self, prompt: Any, completion: Any, tools: Any = None
@@ -78,17 +91,43 @@ class ChatEncoder:
 
         Only the assistant's turns of the completion are learned.
         """
-        before = _turns(prompt, "prompt", "user")
-        after = _turns(completion, "completion", "assistant")
+        with self._column("prompt_field"):
+            before = _turns(prompt, "user")
+        with self._column("completion_field"):
+            after = _turns(completion, "assistant")
         if not after:
             return [], []
-        return self._encode(before + after, read_tools(tools), first=len(before))
+        origin = [("prompt_field", len(before)), ("completion_field", len(after))]
+        return self._encode(before + after, self._tools(tools), origin, first=len(before))
+
+    def _tools(self, tools: Any) -> Tools:
+        with self._column("tools_field"):
+            return read_tools(tools)
+
+    @contextmanager
+    def _column(self, key: str) -> Iterator[None]:
+        """Puts the column's name before what is said of a document."""
+        try:
+            yield
+        except BadDocumentError as error:
+            raise BadDocumentError(f"column {self._columns[key]!r}: {error}") from error
+
+    def _where(self, turn: int, origin: list[tuple[str, int]]) -> str:
+        """The column of a turn, and its number there."""
+        for key, count in origin[:-1]:
+            if turn < count:
+                return f"column {self._columns[key]!r}: turn {turn}"
+            turn -= count
+        return f"column {self._columns[origin[-1][0]]!r}: turn {turn}"
 
     def _encode(
-        self, messages: Messages, tools: Tools, *, first: int
+        self, messages: Messages, tools: Tools, origin: list[tuple[str, int]], *, first: int
     ) -> tuple[list[int], list[int]]:
+        """origin: the `data` keys of the columns that hold the turns, and how many each holds."""
         if not messages:
             return [], []
+        unlearned = {i for i, m in enumerate(messages) if m.get("weight") == 0}
+        messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
         name = "tool_use" if tools is not None and "tool_use" in self._boundaries else "default"
         boundaries = self._boundaries[name]
         refused: tuple[Messages, TemplateError] | None = None
@@ -99,16 +138,19 @@ class ChatEncoder:
                 if self._mask == "template":
                     text, spans = boundaries.template.marked(shaped, tools)
                     begin = boundaries.begin(shaped, tools, first) if first else 0
+                    spans = boundaries.without(spans, shaped, tools, unlearned)
                     return self._overlapping(text, [span for span in spans if span[0] >= begin])
-                return self._within(boundaries.find(shaped, tools, first=first))
+                return self._within(
+                    boundaries.find(shaped, tools, first=first, unlearned=unlearned)
+                )
             except TemplateError as error:
                 refused = refused or (shaped, error)
             except ChatError as error:
-                raise BadDocumentError(f"{_number(error.turn, first)}: {error}") from error
+                raise BadDocumentError(f"{self._where(error.turn, origin)}: {error}") from error
         assert refused is not None
         shaped, reason = refused
-        turn = _number(boundaries.refused_turn(shaped, tools), first)
-        raise BadDocumentError(f"{turn}: the chat template refuses it: {reason}") from reason
+        where = self._where(boundaries.refused_turn(shaped, tools), origin)
+        raise BadDocumentError(f"{where}: the chat template refuses it: {reason}") from reason
 
     # Tokens
 
@@ -162,19 +204,10 @@ class ChatEncoder:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def _turns(value: Any, column: str, role: str) -> Messages:
+def _turns(value: Any, role: str) -> Messages:
     if isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
-    try:
-        return conversation(value)
-    except BadDocumentError as error:
-        raise BadDocumentError(f"{column}: {error}") from error
-
-
-def _number(turn: int, first: int) -> str:
-    if first == 0:
-        return f"turn {turn}"
-    return f"prompt: turn {turn}" if turn < first else f"completion: turn {turn - first}"
+    return conversation(value)
 
 
 def _shapes(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:

@@ -150,7 +150,7 @@ def check_topk(targets, log_probs: torch.Tensor, counted: np.ndarray) -> None:
     """The listed ids are nearly those of plain transformers, their probabilities its own."""
     position = np.repeat(np.arange(len(counted)), np.diff(targets.offsets))
     own = log_probs[position, targets.ids.astype(np.int64)].numpy()
-    apart = np.abs(np.exp(targets.log_probs) - np.exp(own))
+    apart = np.abs(targets.weights - np.exp(own))
     assert apart.mean() < 0.002
 
 

@@ -65,6 +65,18 @@ def find_adapter(name: str | None, *, key: str) -> Adapter | None:
     return Adapter(folder, base, settings.get("revision"))
 
 
+def changed_modules(adapter: Adapter) -> list[str]:
+    """Returns the names of the base's modules whose weights merging changes, sorted."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+        names = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
+    cut = [name.partition(".lora_")[0] if ".lora_" in name else name for name in names]
+    found = {name if ".lora_" in full else name.rpartition(".")[0]
+             for name, full in zip(cut, names, strict=True)}  # fmt: skip
+    return sorted(found)
+
+
 def merge(model: Any, adapter: Adapter, *, key: str) -> Any:
     """Returns `model` with the adapter's weights added to its own.
 

@@ -47,11 +47,14 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
         ) from error
 
 
-def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype) -> Any:
+def load_pretrained(
+    config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype, merged: bool = True
+) -> Any:
     """The causal language model that `config` names, its weights in `dtype`.
 
-    key: where the configuration names it, for messages. ConfigError where it cannot be loaded, or
-    where its checkpoint does not supply all of its tensors. An adapter is merged into its base.
+    key: where the configuration names it, for messages. merged: whether an adapter is merged into
+    its base, or left to the caller. ConfigError where the model cannot be loaded, or where its
+    checkpoint does not supply all of its tensors.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -76,4 +79,4 @@ def load_pretrained(config: TeacherConfig | StudentConfig, *, key: str, dtype: t
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{key}: {config.model} cannot be loaded: {first_line(error)}") from error
     check_loaded(model, report, name=str(name), key=key)
-    return model if adapter is None else merge(model, adapter, key=key)
+    return merge(model, adapter, key=key) if adapter is not None and merged else model

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from megadistill.data.tokenizer import open_tokenizer
 from megadistill.errors import ConfigError
 from megadistill.pretrained import load_pretrained, model_settings
 from tests.models import tiny_llama, tiny_tokenizer
+from tests.ranks import run_ranks
 
 peft = pytest.importorskip("peft")
 # peft 0.21 reads a property that transformers 5.23 has renamed.
@@ -153,10 +155,27 @@ def test_where_peft_is_not_installed_it_is_named(place, monkeypatch):
             check_model(section, key, with_weights=True)
 
 
-def test_zero3_is_refused_before_anything_is_loaded(place):
-    section = TeacherConfig(model=str(place / "adapter"), engine="zero3")
-    with pytest.raises(ConfigError, match=r"set teacher\.engine=tensor_parallel"):
-        check_model(section, "teacher.model", with_weights=True)
+def under_zero3(mesh, folder: str):
+    """The engine's log-probabilities; its start compares it with the merged model."""
+    from megadistill.config import Config
+    from megadistill.teacher.engine import load_teacher
+
+    teacher = {"model": folder, "engine": "zero3", "dtype": "float32"}
+    data = {"source": "python-stdlib", "seq_len": 16}
+    config = Config.model_validate({"data": data, "teacher": teacher})
+    found = load_teacher(config, mesh, vocab_size=512)
+    tokens = np.arange(16)[None] * 7
+    return found.head.log_probs(found.hidden(tokens, [np.zeros(1, np.int64)])).clone()
+
+
+def test_an_adapter_is_merged_under_zero3(place):
+    base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(base, place / "adapter")
+    with torch.no_grad():
+        logits = merged(torch.arange(16)[None] * 7).logits[0]
+    expected = torch.log_softmax(logits, -1)
+    for found in run_ranks(2, "tests.test_adapters:under_zero3", folder=str(place / "adapter")):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["models/studnt", "./nowhere", "../x/y", "a/b/c", "models/"])

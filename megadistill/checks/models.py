@@ -36,12 +36,6 @@ def check_model(
     _not_quantised(model)
     if with_weights:
         _safetensors(model)
-    if model.adapter is not None and getattr(section, "engine", None) == "zero3":
-        raise ConfigError(
-            f"{key}: {model.name} is an adapter, and zero3 loads a model in parts, into which it "
-            "cannot be merged: set teacher.engine=tensor_parallel, or merge it once with peft "
-            "(merge_and_unload, then save_pretrained) and give that folder"
-        )
     if section.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         part = key.rpartition(".")[0]
         raise ConfigError(

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from megadistill.adapters import changed_modules, find_adapter
 from megadistill.attention import Pack, forward_inputs
 from megadistill.config import Config, TeacherConfig
 from megadistill.experts import gather_experts_together
@@ -115,6 +116,7 @@ def load_teacher(
                 vocab_size=min(vocab_size, model.get_output_embeddings().out_features),
             )  # fmt: skip
             if zero3:
+                _deal_merged(config.teacher, model, verification.plain, mesh, key=key)
                 restore(model, verification.plain, mesh, dtype=getattr(torch, config.teacher.dtype))
             with named(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
@@ -123,6 +125,18 @@ def load_teacher(
         )
         _verify(teacher, model, verification, mesh)
     return teacher
+
+
+def _deal_merged(config: TeacherConfig, model: Any, merged: Any, mesh: Mesh, *, key: str) -> None:
+    """The weights that an adapter changes, from rank 0's merged model into the partitioned base."""
+    import deepspeed
+
+    adapter = find_adapter(config.model, key=key)
+    for module in [] if adapter is None else changed_modules(adapter):
+        for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if mesh.rank == 0:
+                    parameter.data.copy_(merged.get_parameter(name).data)
 
 
 def _verify(teacher: Teacher, model: Any, verification: Verification, mesh: Mesh) -> None:
@@ -231,7 +245,8 @@ def _pretrained(config: TeacherConfig, *, partition: bool, key: str) -> Any:
 
     # While this object lives, from_pretrained partitions each weight as it reads it.
     alive = HfDeepSpeedConfig(_zero3_settings(config)) if partition else None
-    model = load_pretrained(config, key=key, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    model = load_pretrained(config, key=key, dtype=dtype, merged=not partition)
     del alive
     check_head(model)
     return model.eval().requires_grad_(False)

@@ -182,6 +182,10 @@ def student_settings(config: StudentConfig) -> Any:
     for name, value in settings.to_dict().items():
         if _DROPOUT.search(name) and isinstance(value, float):
             setattr(settings, name, 0.0)
+    # transformers 4 keeps those of an old config.json, and may refuse to save a model that has any.
+    sampling = getattr(settings, "_get_non_default_generation_parameters", dict)
+    for name in sampling():
+        setattr(settings, name, None)
     return settings
 
 

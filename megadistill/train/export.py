@@ -26,6 +26,7 @@ from megadistill.model_files import has_tokenizer, tokenizer_source
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
 from megadistill.targets import divergence_name
+from megadistill.train.own_files import GENERATION, special_ids
 from megadistill.train.padding import without_padding
 
 log = logging.getLogger(__name__)
@@ -108,10 +109,12 @@ def export(
     *,
     tokenizer: Any,
     card: Callable[[], str],
+    own: Callable[[], dict[str, bytes]] = dict,
 ) -> None:
     """Write `folder`: safetensors, config.json, generation settings, tokenizer, README.md.
 
-    tokenizer: to save beside it, or None. Collective; raises StoreError where writing fails.
+    tokenizer: to save beside it, or None. own: what `own_files` returns, called on rank 0.
+    Collective; raises StoreError where writing fails.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     weights = folder.with_name(f".{folder.name}.weights")
@@ -120,10 +123,16 @@ def export(
 
     def write() -> None:
         LOCAL.remove_tree(temporary)
-        with without_padding(student, state) as cut:
+        files = own()
+        with without_padding(student, state, special=special_ids(files)) as cut:
             student.model.save_pretrained(temporary, state_dict=cut, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if GENERATION in files:
+            LOCAL.unlink(temporary / GENERATION)
+        for name, content in files.items():
+            if not (temporary / name).exists():
+                LOCAL.write_new(temporary / name, content)
         LOCAL.write_new(temporary / "README.md", card().encode())
         for file in temporary.iterdir():
             LOCAL.fsync(file)

@@ -11,7 +11,7 @@ it is the model that was trained and evaluated. With a cache its rows are then t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,19 @@ State = dict[str, torch.Tensor]
 
 
 @contextlib.contextmanager
-def without_padding(student: Student, state: State) -> Iterator[State]:
+def without_padding(
+    student: Student, state: State, *, special: Sequence[int] = ()
+) -> Iterator[State]:
     """`state`, a whole model's, without padding; inside, the model's configuration says so too.
 
-    A special token that the model's configuration places among the padding keeps the rows up to it.
+    A special token that stands among the padding keeps the rows up to it, whether the model's
+    configuration names it or `special` does (generation settings that are exported beside it).
     """
     model, head = student.model, student.head
     rows = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
-    kept = min(rows, max(head.vocab_size or rows, 1 + _highest_special(model)))
+    kept = min(rows, max(head.vocab_size or rows, 1 + _highest_special(model), *(
+        1 + token for token in special
+    )))  # fmt: skip
     if kept == rows:
         yield state
         return

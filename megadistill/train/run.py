@@ -6,6 +6,7 @@ settings; `build` what only a loaded model can tell; `finish` exports.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -49,6 +50,7 @@ from megadistill.train.journal import read_records
 from megadistill.train.known import check_known, other_targets, with_known
 from megadistill.train.machine import check_machine
 from megadistill.train.online import OnlineTeacher, open_online
+from megadistill.train.own_files import own_files
 from megadistill.train.projected import begin_projection
 from megadistill.train.trackers import check_trackers
 
@@ -273,10 +275,12 @@ def _export(
     made_at = recipe.get("temperature", config.loss.at(0).temperature)
     if recipe.get("method") in DENSE:
         made_at = None
+    assert config.student is not None
+    tokenizer = student_tokenizer(config) if mesh.rank == 0 else None
     with trainer.judged():
         export(
-            trainer.student, mesh, folder,
-            tokenizer=student_tokenizer(config) if mesh.rank == 0 else None,
+            trainer.student, mesh, folder, tokenizer=tokenizer,
+            own=functools.partial(own_files, config.student, tokenizer=tokenizer),
             card=lambda: model_card(
                 config, learned=learned, steps=steps, figures=figures, made_at=made_at
             ),

@@ -27,13 +27,26 @@ def check_corpus(config: Config) -> None:
 
 
 def check_apart(training: list[str], held_out: list[str]) -> None:
-    """No file is trained on and held out."""
+    """No file is trained on and held out, under another name, through a link, or as a copy.
+
+    Only files of equal size are read, at most 64 MiB of each.
+    """
     from megadistill.data import files
 
-    shared = sorted(set(files.find(training)) & set(files.find(held_out)))
+    by_size: dict[int, list[str]] = {}
+    for path in files.find(training):
+        by_size.setdefault(os.path.getsize(path), []).append(path)
+    shared = []
+    for path in files.find(held_out):
+        for other in by_size.get(os.path.getsize(path), []):
+            if os.path.samefile(path, other) or files.fingerprint(path) == files.fingerprint(other):
+                shared.append((path, other))
+                break
     if shared:
+        path, other = shared[0]
+        what = "" if path == other else f", as {other}"
         raise ConfigError(
-            f"eval.files: {shared[0]} is among the text that is trained on (data.files), "
+            f"eval.files: {path} is among the text that is trained on (data.files{what}), "
             f"{len(shared)} such file(s): hold out other files"
         )
 
@@ -72,6 +85,8 @@ def check_run_folder(config: Config) -> None:
     folder = Path(config.train.out_dir)
     _can_be_written(folder, "train.out_dir")
     others = _entries(folder) if folder.is_dir() else []
+    # A run that was killed before it wrote run.json leaves its lock.
+    others = [name for name in others if not name.startswith("run.lock")]
     if others and not _RUN_ENTRIES.intersection(others):
         raise ConfigError(
             f"train.out_dir: {folder} holds something else ({_some(others)}) and no training run: "
@@ -104,6 +119,14 @@ def _some(names: list[str]) -> str:
 def _can_be_written(folder: Path, key: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{key}: {folder} is a file, expected a folder: choose another place")
+    dangling = next(
+        (p for p in (folder, *folder.parents) if p.is_symlink() and not p.exists()), None
+    )
+    if dangling is not None:
+        raise ConfigError(
+            f"{key}: {dangling} is a link to {os.readlink(dangling)}, which does not exist: make "
+            "that folder, or choose another place"
+        )
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise ConfigError(f"{key}: {folder} would lie in {nearest}, which is a file")

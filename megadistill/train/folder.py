@@ -30,7 +30,7 @@ from megadistill.blocks.lock import StoreLock, require_holder
 from megadistill.blocks.recipe import differences, require_same_recipe, shown_differences
 from megadistill.blocks.records import encode_json, put_file, read_json
 from megadistill.config import Config
-from megadistill.errors import RecipeError, TrainError
+from megadistill.errors import CorruptBlockError, RecipeError, TrainError
 from megadistill.train import checkpoint
 from megadistill.train.checkpoint import Checkpoint
 from megadistill.train.data import Sequences
@@ -80,7 +80,7 @@ class RunFolder:
         configuration.
         """
         self._refuse_anything_else()
-        if self._is(identity) and self.model.is_dir():
+        if self._is(identity) and self.exported:
             self._check_journals()
             return Claimed(True, None)
         LOCAL.mkdir(self.path)
@@ -90,16 +90,21 @@ class RunFolder:
         self._refuse_anything_else()
         begun = self._identity.exists()
         self._check_journals()
-        if begun and (checkpoint.checkpoints(self.checkpoints) or self.model.is_dir()):
+        if begun and (checkpoint.checkpoints(self.checkpoints) or self.exported):
             self._refuse_another_run(identity, config)  # before gigabytes are read
         found = checkpoint.latest(self.checkpoints)
         if not begun:
             self._write(identity)
-        elif found is None and not self.model.is_dir():
+        elif found is None and not self.exported:
             self._begin_anew(identity)
         else:
             self._settle(identity, config, found)
-        return Claimed(self.model.is_dir(), found)
+        return Claimed(self.exported, found)
+
+    @property
+    def exported(self) -> bool:
+        """Whether the trained model is there: an empty folder is none."""
+        return (self.model / "config.json").is_file()
 
     def require_lock(self) -> None:
         """LockedError where another process has taken the folder over. For rank 0."""
@@ -128,7 +133,18 @@ class RunFolder:
         return self._identity.exists() and not self._differences(identity)
 
     def _differences(self, identity: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        return list(differences(read_json(self._identity), identity))
+        return list(differences(self._begun(), identity))
+
+    def _begun(self) -> dict[str, Any]:
+        """run.json. TrainError where it is damaged."""
+        try:
+            return read_json(self._identity)
+        except CorruptBlockError as error:
+            raise TrainError(
+                f"{self._identity}: is damaged, so that nobody knows which run this is: expected "
+                f"{error.expected}, found {error.found}: restore it from a copy, or choose "
+                "another train.out_dir"
+            ) from error
 
     def _write(self, identity: dict[str, Any]) -> None:
         temporary = self.path / ".run.json"
@@ -154,7 +170,7 @@ class RunFolder:
         """The run that is here is resumed: it must be this one, or may have grown."""
         different = self._differences(identity)
         if found is not None and STEPS in {name for name, _, _ in different}:
-            old, new = (each["train"]["steps"] for each in (read_json(self._identity), identity))
+            old, new = (each["train"]["steps"] for each in (self._begun(), identity))
             others = [name for name, _, _ in different if name != STEPS]
             reason = reason_against_growth(
                 config, others, old=old, new=new, done=found.position.step
@@ -174,7 +190,7 @@ class RunFolder:
     ) -> None:
         """RecipeError where the run is of other settings, and of none of `but_for`."""
         if {name for name, _, _ in self._differences(identity)}.isdisjoint(but_for):
-            begun = read_json(self._identity)
+            begun = self._begun()
             require_same_recipe(
                 without_followers(begun, identity), without_followers(identity, begun),
                 file=str(self._identity), other="this run's is", keys=run_keys(config),
@@ -182,7 +198,7 @@ class RunFolder:
 
     def _grow(self, identity: dict[str, Any], old: int, new: int) -> None:
         log.info("%s: train.steps grows from %d to %d", self.path, old, new)
-        if self.model.is_dir():
+        if self.exported:
             # Moved first: with the new run.json it would say that the longer run is finished.
             kept = self.path / f"model_step_{old:06d}"
             LOCAL.remove_tree(kept)
@@ -198,7 +214,7 @@ class RunFolder:
         """
         if not self._identity.exists():
             return None
-        stores = read_json(self._identity)["cache"]
+        stores = self._begun()["cache"]
         return [_numbers(stores[str(i)].get("blocks")) for i in range(len(stores))]
 
 

@@ -27,6 +27,7 @@ from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.checkpoint import Checkpoint, Position
 from megadistill.train.data import MicroBatch
+from megadistill.train.disk_errors import disk_errors
 from megadistill.train.engine import Trainer
 from megadistill.train.folder import run_identity
 from megadistill.train.journal import read_records
@@ -55,9 +56,15 @@ def train(config: Config, mesh: Mesh) -> Trained:
     """Train `config.student`, or resume the run in `train.out_dir`. Collective.
 
     Raises ConfigError, StoreError, TrainError before a model is loaded, LockedError while another
-    process trains in the folder, TrainError for numbers that are not finite. On SIGINT, SIGTERM or
+    process trains in the folder, TrainError for numbers that are not finite and for a disk that
+    is full. On SIGINT, SIGTERM or
     SIGHUP it finishes the step, saves where that fits (stopping.py), and returns.
     """
+    with disk_errors(config.train.out_dir):
+        return _trained(config, mesh)
+
+
+def _trained(config: Config, mesh: Mesh) -> Trained:
     if config.teacher.mode == "online":
         tokenise(config, mesh)
     run = prepare(config, mesh)

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 
 from megadistill.blocks.lock import StoreLock, _identity
 from megadistill.blocks.records import read_json
-from megadistill.errors import LockedError, RecipeError
+from megadistill.checks.folders import check_run_folder
+from megadistill.errors import ConfigError, LockedError, RecipeError, TrainError
 from megadistill.train import checkpoint
 from megadistill.train.folder import LOCK, RunFolder
 from tests.ranks import run_ranks
@@ -193,6 +195,94 @@ def test_before_its_decay_a_run_may_grow(tmp_path, monkeypatch, said):
     monkeypatch.setattr(checkpoint, "latest", lambda folder: found)
     assert claim(config, steps=9).found is found
     assert said.messages[-1].endswith("train.steps grows from 4 to 9")
+
+
+def test_a_lock_that_a_killed_start_left_alone_is_no_other_content(tmp_path):
+    config = make_config(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / LOCK).write_text(json.dumps(_identity() | {"nonce": "old", "started": "1"}))
+    (out / f"{LOCK}.0123").write_text("{}")
+    check_run_folder(config)
+    assert not claim(config).finished
+
+
+def test_a_link_to_nothing_is_said_before_anything_is_loaded(tmp_path):
+    config = make_config(tmp_path)
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    said = r"^train.out_dir: .*/out is a link to .*/gone, which does not exist: make that folder"
+    with pytest.raises(ConfigError, match=said):
+        check_run_folder(config)
+
+
+def test_a_run_through_a_link_is_the_run_in_the_folder(tmp_path):
+    config = make_config(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    check_run_folder(config)
+    claim(config)
+    assert (tmp_path / "real/run.json").exists()
+    with (
+        StoreLock(tmp_path / "real" / LOCK, what="a run", patience_s=60),
+        pytest.raises(LockedError),
+    ):
+        claim(config)
+
+
+@pytest.mark.parametrize("left", [0, -9])
+def test_a_damaged_run_json_is_said_of_the_run_and_not_of_a_cache(tmp_path, left):
+    config = make_config(tmp_path)
+    claim(config)
+    file = tmp_path / "out/run.json"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(TrainError) as refused:
+        claim(config)
+    text = str(refused.value)
+    assert "run.json: is damaged, so that nobody knows which run this is" in text
+    assert text.endswith("restore it from a copy, or choose another train.out_dir")
+    assert "CACHE" not in text
+
+
+def test_an_empty_model_folder_is_no_finished_run(tmp_path):
+    config = make_config(tmp_path)
+    assert run_ranks(1, RUN, config=config) == [4]
+    shutil.rmtree(tmp_path / "out/model")
+    (tmp_path / "out/model").mkdir()
+    assert run_ranks(1, RUN, config=config) == [4]
+    assert (tmp_path / "out/model/config.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many KiB at tmp_path/out."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def mount(kib):
+        options = ["-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(out)]
+        if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a tmpfs")
+
+    yield mount
+    subprocess.run(["umount", "--lazy", str(out)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize(("kib", "settings"), [
+    (8, {}), (100, {}), (100, {"save_in_background": True}), (420, {}),
+], ids=["run.json and metrics", "a checkpoint", "in the background", "the model"])  # fmt: skip
+def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(
+    tmp_path, small_disk, kib, settings
+):
+    config = make_config(tmp_path, train={"save_every": 2, "keep": 1} | settings)
+    small_disk(kib)
+    ((kind, text),) = run_ranks(1, MESSAGE, config=config)
+    assert kind in ("TrainError", "StoreError"), text
+    assert str(tmp_path / "out") in text
+    assert "\n" not in text
+    remount = ["mount", "-o", "remount,size=64m", str(tmp_path / "out")]
+    subprocess.run(remount, check=True)
+    assert run_ranks(1, RUN, config=config) == [4]
+    assert (tmp_path / "out/model/config.json").exists()
 
 
 def test_minutes_between_checkpoints_change_nothing_but_when_they_are_written(tmp_path):

@@ -149,6 +149,25 @@ def test_what_is_wrong_with_the_held_out_text_is_said_in_its_own_key(folder, tmp
             check_generate(settings(folder, tmp_path, eval={"files": files}), world=1)
 
 
+def test_a_training_file_is_not_held_out_under_another_name_through_a_link_or_as_a_copy(
+    folder, tmp_path, monkeypatch
+):
+    text = folder / "text.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(text)
+    (tmp_path / "copy.jsonl").write_bytes(text.read_bytes())
+    (tmp_path / "equally-long.jsonl").write_bytes(text.read_bytes()[::-1])
+    monkeypatch.chdir(folder)
+    for name in ("./text.jsonl", f"../{folder.name}/text.jsonl", tmp_path / "link.jsonl",
+                 tmp_path / "copy.jsonl"):  # fmt: skip
+        config = settings(folder, tmp_path, eval={"files": [str(name)]})
+        with pytest.raises(
+            ConfigError, match=r"^eval\.files: .* is among the text that is trained"
+        ):
+            check_generate(config, world=1)
+    other = {"files": [str(tmp_path / "equally-long.jsonl")]}
+    check_generate(settings(folder, tmp_path, eval=other), world=1)
+
+
 def test_another_held_out_text_is_refused_in_its_own_key(made, folder, tmp_path):
     (tmp_path / "third.jsonl").write_text('{"text": "%s"}\n' % ("something else " * 99))
     place = Path(made.cache.dir).parent

@@ -29,6 +29,7 @@ from megadistill.student.ensemble import Ensemble, Targets, has_targets
 from megadistill.student.features import Features
 from megadistill.student.projection import ProjectedTargets
 from megadistill.targets import SparseTargets, concatenate
+from megadistill.train.known import pack_of
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,12 @@ def _incomplete(store: BlockStore, key: str) -> str:
             "made it again"
         )
     ask = "; or train on what is there, cache.allow_incomplete=true" if key == "cache.dir" else ""
+    if not store.is_remote and store.num_sequences is not None and not store.missing():
+        return (
+            "damaged: all its blocks are there, but blocks.bin or index.json is missing or not as "
+            f"they say: run `python tools/merge_and_inspect.py --repair {store.name}`, which "
+            "writes both anew"
+        )
     return (
         f"incomplete, {_extent(store, len(store))}: run the command that made it again, it goes "
         f"on where it stopped{ask}"
@@ -235,10 +242,12 @@ def local_copies(config: Config) -> LocalCopies:
 
 
 def _require_mixable(first: Sequences, other: Sequences) -> None:
+    packs = pack_of(first.recipe), pack_of(other.recipe)
     for what, ours, theirs in (
         ("tokenizer", first.tokenizer["content"], other.tokenizer["content"]),
         ("seq_len", first.seq_len, other.seq_len),
         ("vocab_size", first.vocab_size, other.vocab_size),
+        ("data.pack", *(packs if all(packs) else ("", ""))),  # unless a recipe does not say
         ("kind", first.store.kind, other.store.kind),
     ):
         if ours != theirs:

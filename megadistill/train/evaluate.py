@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from megadistill.blocks.copies import LocalCopies
-from megadistill.errors import ConfigError
+from megadistill.data.packing import IGNORED, sample_labels
+from megadistill.errors import ConfigError, DataError
 from megadistill.student.calibration import BINS, calibration_error
 from megadistill.targets import SAMPLED, SparseTargets
 from megadistill.train.data import MicroBatch, micro_batch, open_sequences
@@ -54,6 +55,18 @@ class Evaluation:
             )
         self.temperature = float(self.sequences.recipe["temperature"])
         self.count = min(len(self.sequences), max_sequences or len(self.sequences))
+
+    def require_labels(self) -> None:
+        """DataError where no sequence that is evaluated has a label with a target."""
+        for i in range(self.count):
+            sample = self.sequences[i]
+            if ((sample_labels(sample) != IGNORED) & (sample["targets"].counts > 0)).any():
+                return
+        raise DataError(
+            f"{self.sequences.key}: {self.sequences.name}: there is nothing to evaluate, no label "
+            f"of its first {self.count} sequence(s) has a target: check the loss mask and "
+            "targets.positions of that text, and generate it again"
+        )
 
     @torch.no_grad()
     def run(

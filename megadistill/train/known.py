@@ -41,8 +41,8 @@ def with_known(config: Config, store: BlockStore) -> Config:
     """The configuration with what the store knows in place of defaults and of other `targets`."""
     recipe = store.recipe
     data: dict[str, Any] = {"seq_len": int(recipe["seq_len"])}
-    pack = recipe.get("pack") or (recipe.get("tokens") or {}).get("pack")
-    if pack in ("isolate", "concat") and "pack" not in config.data.model_fields_set:
+    pack = pack_of(recipe)
+    if pack is not None and "pack" not in config.data.model_fields_set:
         data["pack"] = pack
     update: dict[str, Any] = {"data": _updated(config.data, data)}
     method = recipe.get("method")
@@ -53,6 +53,12 @@ def with_known(config: Config, store: BlockStore) -> Config:
         if "temperature" not in config.loss.model_fields_set and "temperature" in recipe:
             update["loss"] = with_temperature(config.loss, recipe["temperature"])
     return config.model_copy(update=update)
+
+
+def pack_of(recipe: dict[str, Any]) -> str | None:
+    """What the documents of a sequence see of each other; None where the recipe does not say."""
+    pack = recipe.get("pack") or (recipe.get("tokens") or {}).get("pack")
+    return pack if pack in ("isolate", "concat") else None
 
 
 def with_local_known(config: Config) -> Config:
@@ -132,6 +138,14 @@ def _contradictions(config: Config, store: BlockStore) -> Iterator[str]:
         yield (
             f"data.seq_len: {data.seq_len}, and {store.name} has sequences of {seq_len}: set "
             f"data.seq_len={seq_len}, or leave it out, {_WAY_OUT}"
+        )
+    pack = pack_of(recipe)
+    # Of text alone, without a teacher, both ways are open.
+    taught = store.kind == "cache" and config.loss.learns_from_teacher
+    if taught and "pack" in data.model_fields_set and pack not in (None, data.pack):
+        yield (
+            f"data.pack: {data.pack}, and the teacher of {store.name} read its sequences with "
+            f"{pack}: set data.pack={pack}, or leave it out, {_WAY_OUT}"
         )
     if data.tokenizer is None or "tokenizer" not in recipe:
         return

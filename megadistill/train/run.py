@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megadistill.attention import check_isolation
@@ -47,7 +48,7 @@ from megadistill.train.evaluate import Evaluation, open_evaluation
 from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
 from megadistill.train.folder import RunFolder
 from megadistill.train.journal import read_records
-from megadistill.train.known import check_known, other_targets, with_known
+from megadistill.train.known import check_known, other_targets, pack_of, with_known
 from megadistill.train.machine import check_machine
 from megadistill.train.online import OnlineTeacher, open_online
 from megadistill.train.own_files import own_files
@@ -129,6 +130,8 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             f"{other.key}: {other.name} was made with another tokenizer than {store.name}: "
             "generate it again with this run's data.tokenizer"
         )
+    if evaluation:
+        mesh.first(lambda: _check_evaluation(config, evaluation, stores))
     own = mesh.first(lambda: check_tokenizer(config, store.tokenizer, store=store.name))
     stored = [s.vocab_size for s in (store, evaluation and evaluation.sequences) if s]
     vocab_size = max(own, *stored)  # tokens that were added to the student's are tokens, too
@@ -158,6 +161,29 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         config, stores, order, evaluation, folder, steps, vocab_size,
         feature_plan(config, student), width,
     )  # fmt: skip
+
+
+def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[Sequences]) -> None:
+    """ConfigError where the student would read the held-out text otherwise than its teacher did.
+
+    DataError for a text without a label. Warns of blocks that are trained on as well. For rank 0.
+    """
+    evaluation.require_labels()
+    held = evaluation.sequences
+    pack = pack_of(held.recipe)
+    if pack not in (None, config.data.pack):
+        raise ConfigError(
+            f"{held.key}: the teacher of {held.name} read its sequences with data.pack={pack}, and "
+            f"the student reads them with {config.data.pack}: generate it again with "
+            f"data.pack={config.data.pack}"
+        )
+    for store in stores:
+        both = np.isin(held.store.tokens_xxh3(), store.store.tokens_xxh3())
+        if both.any():
+            log.warning(
+                "%s: %d of %d blocks of %s are trained on as well, in %s: the figures are not "
+                "those of held-out text", held.key, both.sum(), len(both), held.name, store.name,
+            )  # fmt: skip
 
 
 def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> None:

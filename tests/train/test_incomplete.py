@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 
+from megadistill.commands import run
 from megadistill.errors import StoreError
 from megadistill.train.data import blocks_there, open_sequences
 from megadistill.train.folder import _numbers, _ranges
+from tests.cache.caches import fill_cache
+from tests.programs import program
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
 from tests.train.test_loop import series, weights
@@ -101,3 +104,21 @@ def test_a_held_out_cache_must_be_complete_whatever_the_key_says(tmp_path):
 def test_blocks_are_written_as_ranges(blocks, text):
     assert _ranges(blocks) == text
     assert _numbers(text) == blocks
+
+
+@pytest.mark.parametrize("name", ["blocks.bin", "index.json"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_cache_with_all_blocks_is_not_called_incomplete_and_repair_cures_it(tmp_path, name, how):
+    path = str(fill_cache(tmp_path / "cache").path)
+    file = tmp_path / "cache" / name
+    whole = file.read_bytes()
+    file.unlink() if how == "missing" else file.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(StoreError) as refused:
+        open_sequences(path, key="cache.dir", with_targets=True)
+    assert "is damaged: all its blocks are there, but blocks.bin or index.json" in str(
+        refused.value
+    )
+    assert f"--repair {path}`" in str(refused.value)
+    assert run(program("tools/merge_and_inspect.py").main, ["--repair", path]) == 0
+    assert file.read_bytes() == whole
+    open_sequences(path, key="cache.dir", with_targets=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,72 @@ def test_the_packing_of_the_cache_holds_unless_one_is_set(tmp_path):
     store = BlockStore.open(make_store(tmp_path / "cache", tokens={"pack": "concat"}))
     assert with_known(smallest(tmp_path), store).data.pack == "concat"
     assert with_known(smallest(tmp_path, data={"pack": "isolate"}), store).data.pack == "isolate"
+
+
+def test_another_packing_than_the_caches_teacher_read_is_refused_where_it_is_set(tmp_path):
+    make_store(tmp_path / "cache", tokens={"pack": "concat"})
+    (line,) = said(smallest(tmp_path, data={"pack": "isolate"}))
+    assert line.startswith("data.pack: isolate, and the teacher of ")
+    assert "read its sequences with concat: set data.pack=concat, or leave it out" in line
+    check_caches(smallest(tmp_path, data={"pack": "concat"}))
+    text = {"kd_weight": 0.0, "ce_weight": 1.0}
+    check_caches(smallest(tmp_path, data={"pack": "isolate"}, loss=text))
+
+
+def test_caches_of_other_packing_are_not_mixed(tmp_path):
+    make_store(tmp_path / "cache", tokens={"pack": "isolate"})
+    make_store(tmp_path / "other", tokens={"pack": "concat"}, seed=3)
+    caches = [str(tmp_path / "cache"), str(tmp_path / "other")]
+    ((kind, text),) = run_ranks(1, MESSAGE, config=smallest(tmp_path, cache={"dir": caches}))
+    assert (kind, "cache.dir: data.pack is isolate in " in text) == ("ConfigError", True)
+    make_store(tmp_path / "silent", seed=3)  # made before recipes said it
+    caches = [str(tmp_path / "cache"), str(tmp_path / "silent")]
+    silent = smallest(tmp_path, cache={"dir": caches})
+    assert run_ranks(1, MESSAGE, config=silent) == [("", "no error")]
+
+
+def held_out_beside(folder: Path, **store) -> Config:
+    make_store(folder / "held", method="topk", k=5, seed=9, **store)
+    make_store(folder / "cache", tokens={"pack": "isolate"})
+    return smallest(folder, eval={"cache": str(folder / "held")})
+
+
+def test_a_held_out_cache_of_another_packing_is_refused(tmp_path):
+    config = held_out_beside(tmp_path, tokens={"pack": "concat"})
+    ((kind, text),) = run_ranks(1, MESSAGE, config=config)
+    assert kind == "ConfigError"
+    assert text.startswith("eval.cache: the teacher of ")
+    assert "with data.pack=concat, and the student reads them with isolate" in text
+
+
+def test_a_held_out_cache_without_a_label_is_refused(tmp_path):
+    ((kind, text),) = run_ranks(1, MESSAGE, config=held_out_beside(tmp_path, nothing=True))
+    assert kind == "DataError"
+    assert "eval.cache: " in text
+    assert "there is nothing to evaluate, no label of its first 24 sequence(s) has a" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_blocks_that_are_trained_on_are_said(tmp_path, caplog):
+    from megadistill.train.data import open_sources
+    from megadistill.train.evaluate import Evaluation
+    from megadistill.train.run import _check_evaluation
+
+    make_store(tmp_path / "held", method="topk", k=5, seed=9)
+    config = smallest(tmp_path)
+    with caplog.at_level(logging.WARNING, "megadistill"):
+        make_store(tmp_path / "cache")
+        held = Evaluation(str(tmp_path / "held"), max_sequences=None)
+        _check_evaluation(config, held, open_sources(config))
+        assert caplog.messages == []
+        held = Evaluation(make_store(tmp_path / "same", method="topk", k=5), max_sequences=None)
+        shutil.rmtree(tmp_path / "cache")
+        shutil.copytree(tmp_path / "same", tmp_path / "cache")
+        _check_evaluation(config, held, open_sources(config))
+    (line,) = caplog.messages
+    count = held.sequences.store.num_blocks
+    assert line.startswith(f"eval.cache: {count} of {count} blocks of ")
+    assert line.endswith("the figures are not those of held-out text")
 
 
 def said(config: Config) -> list[str]:

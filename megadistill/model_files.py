@@ -22,6 +22,7 @@ from megadistill.checkpoint_files import (
     read_header,
     weight_files,
 )
+from megadistill.context_length import longest_sequence
 from megadistill.errors import ConfigError, first_line
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -60,7 +61,7 @@ class ModelFiles:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence it was made for, in tokens."""
-        return self.get("max_position_embeddings", "n_positions", "max_sequence_length")
+        return longest_sequence(self.settings | (self.settings.get("text_config") or {}))
 
     @property
     def hidden_size(self) -> int | None:

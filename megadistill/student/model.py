@@ -22,6 +22,7 @@ from torch import nn
 
 from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
+from megadistill.context_length import longest_sequence
 from megadistill.errors import ConfigError
 from megadistill.experts import gather_experts_together, router_loss, router_loss_weight
 from megadistill.host_memory import given_back
@@ -196,11 +197,11 @@ def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
             f"student.model: has {settings.vocab_size} token ids, the cache's teacher and "
             f"tokenizer have {vocab_size}: take a student of the same tokenizer"
         )
-    limit = getattr(settings, "max_position_embeddings", None)
+    limit = longest_sequence(settings.to_dict())
     if limit is not None and seq_len > limit:
         raise ConfigError(
             f"data.seq_len: {seq_len} exceeds the student's limit of {limit} positions "
-            "(max_position_embeddings): make a cache of shorter sequences"
+            "(max_position_embeddings, with its rope scaling): make a cache of shorter sequences"
         )
 
 

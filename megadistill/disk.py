@@ -8,6 +8,8 @@ from pathlib import Path
 
 from megadistill.errors import ConfigError
 
+LESS = "do less (data.max_samples, a larger targets.tau)"
+
 
 def is_url(path: str | Path) -> bool:
     """Whether `path` names a place that is reached through fsspec: `s3://bucket/cache`."""
@@ -33,15 +35,25 @@ def used_bytes(path: str | Path) -> int:
         return 0
 
 
-def check_disk(path: str | Path, needed_bytes: int, *, key: str = "", reserve: int = 0) -> None:
-    """ConfigError where `path` has less than `needed_bytes` and the `reserve` to be left free."""
+def check_disk(
+    path: str | Path,
+    needed_bytes: int,
+    *,
+    key: str = "",
+    reserve: int = 0,
+    less: str = LESS,
+) -> None:
+    """ConfigError where `path` has less than `needed_bytes` and the `reserve` to be left free.
+
+    less: what makes it need less, for the message.
+    """
     free = free_bytes(path)
     if needed_bytes + reserve > free:
         left = f", {readable_bytes(reserve)} of which stay free" if reserve else ""
         raise ConfigError(
             f"{key + ': ' if key else ''}{path} needs about {readable_bytes(needed_bytes)}, and "
-            f"its disk has {readable_bytes(free)}{left}: make room, choose another disk, or do "
-            "less (data.max_samples, a larger targets.tau)"
+            f"its disk has {readable_bytes(free)}{left}: make room, choose another disk, or "
+            f"{less}"
         )
 
 

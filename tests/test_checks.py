@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,11 +12,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from megadistill.checks import check_generate, check_train
+from megadistill.checks.folders import check_room
 from megadistill.checks.models import check_pack
 from megadistill.config import Config, load_config
 from megadistill.disk import check_disk, free_bytes
 from megadistill.errors import ConfigError
 from megadistill.model_files import find_model
+from megadistill.plan import make_plan
 from tests.models import tiny_llama, tiny_model, tiny_tokenizer
 
 
@@ -541,6 +544,14 @@ def test_too_little_disk_for_the_estimate(place):
     with pytest.raises(ConfigError, match=r"x: none/yet needs about 909\.5 TiB"):
         check_disk("none/yet", 10**15, key="x")
     check_disk("none/yet", 10)
+
+
+def test_a_disk_that_is_too_small_for_a_run_is_said_with_what_a_run_can_do(place):
+    config = load_config("demo.yaml", [f"cache.min_free={free_bytes('.') / 2**30 + 1}"])
+    plan = make_plan(config, world=1)
+    plan = dataclasses.replace(plan, run_bytes_to_come=10**6)
+    with pytest.raises(ConfigError, match=r"^train\.out_dir: .* or keep fewer checkpoints"):
+        check_room(config, plan, training=True)
 
 
 def test_all_mistakes_are_reported_at_once(place):

@@ -9,10 +9,11 @@ from pathlib import Path
 from megadistill.blocks.layout import KINDS, kind_of
 from megadistill.config import Config
 from megadistill.config.rules import NO_CORPUS
-from megadistill.disk import check_disk, device_of, is_url
+from megadistill.disk import LESS, check_disk, device_of, is_url
 from megadistill.errors import ConfigError
 from megadistill.plan import Plan
 
+_FEWER = "keep fewer checkpoints (train.keep)"
 _RUN_ENTRIES = {"run.json", ".run.json", "metrics.jsonl", "checkpoints", "model"}
 
 
@@ -143,7 +144,9 @@ def check_room(config: Config, plan: Plan, *, training: bool) -> None:
     for key, path, needed in _needs(config, plan, training=training):
         if needed is not None:
             needed = 0 if trusting else needed
-            check_disk(path, needed, key=key, reserve=int(config.cache.min_free * 2**30))
+            reserve = int(config.cache.min_free * 2**30)
+            less = _FEWER if key == "train.out_dir" else LESS
+            check_disk(path, needed, key=key, reserve=reserve, less=less)
 
 
 def _needs(config: Config, plan: Plan, *, training: bool) -> Iterator[tuple[str, str, int | None]]:

@@ -5,8 +5,8 @@ one tokenizer's ids, by one teacher. Training reads all of it from the cache:
 
 - the method, its parameters and the temperature always hold; other `targets.*` are reported in one
   line. They may stand there for generating something else.
-- sequence length, tokenizer and teacher are compared where the configuration sets them, and a
-  difference is refused: another cache is meant than the one that is named.
+- sequence length, packing, tokenizer and teacher are compared where the configuration sets them,
+  and a difference is refused: another cache is meant than the one that is named.
 
 Every cache of `cache.ensemble` and of a list has a teacher of its own, so that `teacher.model` is
 compared with a single cache only.

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from megadistill.adapters import find_adapter, merge
 from megadistill.checkpoint_tensors import check_loaded
@@ -22,7 +23,9 @@ def backbone(model: Any) -> Any:
     if model.base_model is not model:
         return model.base_model
     decoder = getattr(model, "get_decoder", lambda: None)()  # Gemma 3 in transformers 4
-    return model if decoder is None else decoder
+    if decoder is None or decoder is model:
+        decoder = getattr(model, "model", None)  # Llama 4, whose prefix is of its multimodal model
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:

@@ -30,9 +30,9 @@ def check_memory(
     """
     needs = {}
     sizes = [
-        (each, teacher_weights(each, size[0], files.layers, world))
+        (each, size)
         for each, files in teachers
-        if (size := files.parameters()) is not None and files.layers
+        if (size := teacher_weights(each, files, world)) is not None
     ]
     if sizes:
         needs["teacher"] = at_once(sizes)

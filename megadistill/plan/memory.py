@@ -5,26 +5,26 @@ training  16 bytes a parameter for weights, gradients and Adam, 18 in bfloat16, 
           hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix), twice that in 32;
           with activation checkpointing 2 of them, a layer's input, and the 34 of one layer. What is
           offloaded to the host does not count
-teacher   weights, 16 live values a token and hidden unit, and the chunk of the head
+teacher   the weights of the rank (plan/shares.py), 16 live values a token and hidden unit, and the
+          chunk of the head
 """
 
 from __future__ import annotations
 
 from megadistill.config import Config
 from megadistill.model_files import ModelFiles
+from megadistill.plan.shares import WIDTH, at_work_bytes, tensor_parallel_bytes, zero3_bytes
 
 HEAD_CHUNK = 256 << 20  # bytes of logits that the teacher's head works on at a time, about
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def teacher_memory(config: Config, model: ModelFiles | None, world: int) -> int | None:
     """Bytes a rank to generate on `world` ranks; None where the model's size is not known."""
-    found = None if model is None else model.parameters()
-    if model is None or found is None or not model.hidden_size or not model.layers:
+    weights = None if model is None else teacher_weights(config, model, world)
+    if model is None or weights is None or not model.hidden_size:
         return None
     tokens = config.teacher.micro_batch * config.data.seq_len
-    live = tokens * model.hidden_size * 16 * _WIDTH[config.teacher.dtype]
-    return teacher_weights(config, found[0], model.layers, world) + live + HEAD_CHUNK
+    return weights + tokens * model.hidden_size * 16 * WIDTH[config.teacher.dtype] + HEAD_CHUNK
 
 
 def at_once(sizes: list[tuple[Config, int]]) -> int:
@@ -36,13 +36,26 @@ def at_once(sizes: list[tuple[Config, int]]) -> int:
     return resident + max((size for config, size in sizes if config.teacher.offload), default=0)
 
 
-def teacher_weights(config: Config, parameters: int, layers: int, world: int) -> int:
-    """Bytes a rank of the teacher's weights alone: its share, under zero3 two whole layers too."""
-    size = parameters * _WIDTH[config.teacher.dtype]
-    if config.teacher.engine == "zero3":
-        share = 0 if config.teacher.offload else size // world
-        return share + 2 * size // layers
-    return size // config.teacher.tp
+def teacher_weights(config: Config, model: ModelFiles, world: int) -> int | None:
+    """Bytes a rank of the teacher's weights alone, under zero3 with the layers at work.
+
+    Counted in the headers of its files, else estimated from config.json. None where that does not
+    tell.
+    """
+    zero3 = config.teacher.engine == "zero3"
+    if zero3 and (counted := zero3_bytes(config, model, world)) is not None:
+        whole, spread = counted
+        at_work = at_work_bytes(config, model) or 0
+        return whole + at_work - (spread if config.teacher.offload else 0)
+    if not zero3 and (share := tensor_parallel_bytes(config, model)) is not None:
+        return share
+    found = model.parameters()
+    if found is None or not model.layers:
+        return None
+    size = found[0] * WIDTH[config.teacher.dtype]
+    if not zero3:
+        return size // config.teacher.tp
+    return (0 if config.teacher.offload else size // world) + 2 * size // model.layers
 
 
 def student_memory(config: Config, model: ModelFiles | None, world: int) -> int | None:

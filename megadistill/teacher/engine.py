@@ -45,6 +45,7 @@ from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
 from megadistill.precision import restore
 from megadistill.pretrained import backbone, load_pretrained
+from megadistill.teacher.expert_sharding import cut_while_loading, shard_experts
 from megadistill.teacher.head import TeacherHead, check_head
 from megadistill.teacher.verification import Verification, named
 
@@ -110,7 +111,10 @@ def load_teacher(
     build = _zero3 if zero3 else _tensor_parallel
     with given_back():
         with _quiet():
-            model = _pretrained(config.teacher, partition=zero3, key=key)
+            # An adapter is merged into whole experts.
+            whole = zero3 or find_adapter(config.teacher.model, key=key) is not None
+            with cut_while_loading(rank=mesh.tp_rank, ranks=1 if whole else mesh.tp):
+                model = _pretrained(config.teacher, partition=zero3, key=key)
             verification = Verification(
                 config.teacher, mesh, key=key, seq_len=config.data.seq_len,
                 vocab_size=min(vocab_size, model.get_output_embeddings().out_features),
@@ -169,6 +173,7 @@ def _tensor_parallel(
             "tp_group": mesh.tp_group,
         },
     }
+    shard_experts(model, rank=mesh.tp_rank, ranks=mesh.tp, group=mesh.tp_group)
     engine = _inference_engine(backbone(model), settings)
     return engine, head
 

@@ -3,7 +3,9 @@
 `teacher/verification.py` compares the engine with it. The model's weights stay mapped from the
 files in host memory. On an accelerator, or in another dtype than the run's, each decoder layer is
 copied when it is called and dropped afterwards. The copies take the memory of the largest layer: of
-the embedding only the rows in use are copied, of the head a block of rows at a time.
+the embedding only the rows in use are copied, of the head a block of rows at a time. Weights that
+transformers converts on loading (another dtype than the run's, experts that it stacks) cannot stay
+mapped: the rank that runs the reference holds those in host memory until the comparison is made.
 
 Shape letters: T positions, C positions of a chunk, H hidden size, V vocabulary.
 """

@@ -82,8 +82,14 @@ def build_cache(
     built: list[Built] = []
     with contextlib.ExitStack() as held:  # rank 0 holds the stores' locks to the end
         held.enter_context(accounted(partial(_account, config)))
-        # All text is tokenised first: a mistake in it is found before the teacher has run.
-        to_do = mesh.first(lambda: [_prepare(c, held, is_held_out=c is not config) for c in wanted])
+
+        # All text is tokenised first, the short held-out text before the other: a mistake in it is
+        # found before anything takes long.
+        def prepare() -> list[list[int]]:
+            last_first = [_prepare(c, held, is_held_out=c is not config) for c in wanted[::-1]]
+            return last_first[::-1]
+
+        to_do = mesh.first(prepare)
         for each, missing in zip(wanted, to_do, strict=True):
             tokens = BlockStore.open(each.data.dir)
             store = BlockStore.open(each.cache.folder)
@@ -151,7 +157,7 @@ def _with_positions(config: Config, store: BlockStore) -> Config:
 
 def _prepare(config: Config, held: contextlib.ExitStack, *, is_held_out: bool = False) -> list[int]:
     """On rank 0: the token store, the cache's folder, and the blocks to do."""
-    with in_eval_keys() if is_held_out else contextlib.nullcontext():
+    with in_eval_keys(config) if is_held_out else contextlib.nullcontext():
         tokens = build_tokens(config)
         require_learned(tokens, key="data.dir")
         store = create_store(config, tokens)

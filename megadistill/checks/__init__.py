@@ -70,7 +70,7 @@ def _check_held_out(config: Config, *, writing: bool) -> None:
     made = held_out(config)
     if made is None:
         return
-    with in_eval_keys():
+    with in_eval_keys(made):
         folders.check_corpus(made)
         if config.data.files is not None and made.data.files is not None:
             folders.check_apart(config.data.files, made.data.files)

@@ -77,12 +77,18 @@ def evaluation_cache(config: Config) -> tuple[str, str] | None:
 
 
 @contextmanager
-def in_eval_keys() -> Iterator[None]:
-    """Errors about the text of a held-out configuration, in the keys that the user set."""
+def in_eval_keys(made: Config) -> Iterator[None]:
+    """Errors about the text of a held-out configuration, in the keys that the user set.
+
+    made: that configuration. An error that names no key says that it is about the held-out text.
+    """
     try:
         yield
     except (ConfigError, DataError, RecipeError) as error:
-        raise type(error)(_KEYS.sub(r"eval.\1", str(error))) from error
+        said = _KEYS.sub(r"eval.\1", str(error))
+        if "eval." not in said:
+            said = f"eval.{'files' if made.data.files is not None else 'name'}: {said}"
+        raise type(error)(said) from error
 
 
 def evaluation_problems(config: Config) -> Iterator[Problem]:

@@ -23,7 +23,7 @@ from tests.cache.test_build import hashes
 from tests.config.test_rules import changed
 from tests.models import teacher_and_text, tiny_model
 from tests.programs import program
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 BUILD, RERUN = "tests.cache.test_build:build", "tests.cache.test_build:rerun"
 SEQ_LEN = 32
@@ -229,3 +229,16 @@ def test_the_held_out_cache_has_entries_of_topk_and_blocks_that_a_shard_holds():
         changed("eval.files=[a]", "targets.positions=entropy", "targets.min_entropy=1")
     )
     assert held_out(config).targets.positions is None
+
+
+def test_a_mistake_in_the_held_out_text_is_found_before_the_other_text_is_tokenised(
+    folder, tmp_path
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 7}\n')
+    config = settings(folder, tmp_path, eval={"files": [str(bad)]})
+    check_generate(config, world=1)
+    with pytest.raises(RankError, match=r"eval\.files: .*bad\.jsonl"):
+        run_ranks(1, BUILD, config=config)
+    assert not (tmp_path / "tokens").exists()
+    assert not (tmp_path / "cache").exists()

@@ -122,3 +122,13 @@ def test_a_cache_with_all_blocks_is_not_called_incomplete_and_repair_cures_it(tm
     assert run(program("tools/merge_and_inspect.py").main, ["--repair", path]) == 0
     assert file.read_bytes() == whole
     open_sequences(path, key="cache.dir", with_targets=True)
+
+
+def test_a_missing_shard_is_named_with_what_makes_it_again(tmp_path):
+    path = fill_cache(tmp_path / "cache").path
+    lost = sorted(path.glob("shard.*.mds"))[0]
+    lost.unlink()
+    with pytest.raises(StoreError) as refused:
+        open_sequences(str(path), key="cache.dir", with_targets=True)
+    assert f"{lost.name} is missing or of another size (1 such shard(s))" in str(refused.value)
+    assert f"--repair {path}`, then the command that made it again" in str(refused.value)

@@ -24,6 +24,7 @@ from torch import nn
 
 from megadistill.data.packing import position_ids
 from megadistill.data.probe import Probe
+from megadistill.documents_apart import DocumentsApart, runs_apart
 from megadistill.errors import ConfigError
 
 Pack = Literal["isolate", "concat"]
@@ -75,15 +76,20 @@ def check_isolation(
 
     model: anything that returns `last_hidden_state`; `name` is for the message. Compares a sequence
     of several documents of random tokens with each document alone, two forwards of seq_len tokens.
-    Collective under ZeRO-3.
+    A model that carries a state runs the documents apart, as it does in training. Collective under
+    ZeRO-3.
     """
     probe = Probe.of(seq_len=seq_len, vocab_size=vocab_size)
     was_training = model.training
     model.eval()
+
+    def output(tokens_BT: np.ndarray, documents: list[np.ndarray]) -> Any:
+        if runs_apart(model, "isolate"):
+            return DocumentsApart.of(tokens_BT, documents, device=device).run(model, lockstep=True)
+        return model(**forward_inputs(model, tokens_BT, documents, device=device))
+
     alone_TH, packed_TH = (
-        model(**forward_inputs(model, tokens_T[None], [starts], device=device))
-        .last_hidden_state[0]
-        .float()
+        output(tokens_T[None], [starts]).last_hidden_state[0].float()
         for tokens_T, starts in (
             (probe.tokens_T, np.zeros(1, np.int64)),
             (probe.packed_T, probe.starts),

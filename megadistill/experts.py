@@ -30,6 +30,15 @@ def gather_experts_together(model: nn.Module) -> None:
         set_z3_leaf_module(block, True)
 
 
+def are_modules_of_their_own(model: nn.Module) -> bool:
+    """Whether each expert is a module that is called where a token was routed to it.
+
+    So it is in transformers 4. Experts of stacked weights are one module, which every rank calls.
+    """
+    blocks: list[Any] = expert_blocks(model)
+    return any(isinstance(m, nn.ModuleList) for block in blocks for m in block.experts.modules())
+
+
 def router_loss_weight(model: Any) -> float:
     """Weight of the routers' loss in what `model` itself would return as its loss; 0 without one.
 

@@ -6,6 +6,7 @@ configuration says so.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -16,6 +17,8 @@ from megadistill.adapters import find_adapter, merge
 from megadistill.checkpoint_tensors import check_loaded
 from megadistill.config import StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError, first_line
+
+log = logging.getLogger(__name__)
 
 
 def backbone(model: Any) -> Any:
@@ -50,6 +53,33 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
         ) from error
 
 
+def attention_of(config: TeacherConfig | StudentConfig, settings: Any) -> str:
+    """The attention implementation that runs: eager for a model that has no sdpa.
+
+    settings: the model's transformers configuration.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    # A model with code of its own is not in the mapping: its class is asked when it is loaded.
+    kind = found[0] if isinstance(found, tuple) else found
+    has_sdpa = getattr(kind, "_supports_sdpa", True)
+    return "eager" if config.attention == "sdpa" and not has_sdpa else config.attention
+
+
+def log_attention(config: TeacherConfig | StudentConfig, settings: Any, *, key: str) -> None:
+    """One line where another attention implementation runs than the configured one.
+
+    key: where the configuration names the model.
+    """
+    runs = attention_of(config, settings)
+    if runs != config.attention:
+        log.info(
+            "%s: transformers has no %s attention for model_type %s: it runs with %s attention",
+            key, config.attention, settings.model_type, runs,
+        )  # fmt: skip
+
+
 def load_pretrained(
     config: TeacherConfig | StudentConfig, *, key: str, dtype: torch.dtype, merged: bool = True
 ) -> Any:
@@ -68,12 +98,13 @@ def load_pretrained(
     name, revision = (config.model, config.revision)
     if adapter is not None:
         name, revision = adapter.base, adapter.revision
+    attention = attention_of(config, model_settings(config, key=key))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,

@@ -13,11 +13,9 @@ from transformers import AutoTokenizer
 
 from megadistill.checks import check_generate, check_train
 from megadistill.checks.folders import check_room
-from megadistill.checks.models import check_pack
 from megadistill.config import Config, load_config
 from megadistill.disk import check_disk, free_bytes
 from megadistill.errors import ConfigError
-from megadistill.model_files import find_model
 from megadistill.plan import make_plan
 from tests.models import tiny_llama, tiny_model, tiny_tokenizer
 
@@ -191,30 +189,6 @@ def test_fp8_weights_whose_config_says_nothing_of_it(place):
     assert line.startswith(
         f"teacher.model: ./teacher is quantised ({name} has dtype F8_E4M3), expected "
     )
-
-
-@pytest.mark.parametrize(
-    ("kind", "what", "said"),
-    [
-        ("mamba", {"state_size": 16}, "state_size"),
-        ("jamba", {"mamba_d_state": 16}, "mamba_d_state"),
-        ("rwkv", {"rescale_every": 6}, "rescale_every"),
-        ("minimax", {"layer_types": ["full_attention", "linear_attention"]},
-         "layer_types: linear_attention"),
-    ],
-)  # fmt: skip
-def test_models_that_carry_a_state_cannot_keep_documents_apart(kind, what, said, place):
-    settings("teacher", model_type=kind, architectures=None, **what)
-    line = refused(check_generate)
-    assert line.startswith(
-        f"data.pack: isolate, but teacher.model ./teacher ({kind}) carries a state from one "
-        f"document into the next ({said} in its config.json): set data.pack=concat"
-    )
-    check_pack(config("data.pack=concat"), find_model("./teacher", key="teacher.model"))
-    settings("student", model_type=kind, architectures=None, **what)
-    a_cache()
-    line = refused(check_train, "teacher.model=./none")
-    assert line.startswith(f"data.pack: isolate, but student.model ./student ({kind}) carries a")
 
 
 def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(place):

@@ -23,6 +23,7 @@ from megadistill.checkpoint_files import weight_files
 from megadistill.config import Config
 from megadistill.errors import ConfigError, first_line
 from megadistill.model_files import ModelFiles, find_model
+from megadistill.pretrained import attention_of, model_settings
 from megadistill.targets import PARAMETERS
 
 # Keys of config.json that change with the library or the copy, never with what the model computes.
@@ -44,7 +45,7 @@ def cache_recipe(
     if targets.positions == "entropy":
         method["min_entropy"] = targets.min_entropy
     return {
-        "attention": teacher.attention,
+        "attention": attention_of(teacher, model_settings(teacher, key=key)),
         "dtype": teacher.dtype,
         "engine": teacher.engine,
         "entropy": targets.entropy,

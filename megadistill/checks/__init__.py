@@ -120,7 +120,6 @@ def _check_teacher(found: _Mistakes, config: Config, key: str) -> ModelFiles | N
     teacher = found.of(models.check_model, config.teacher, f"{key}.model", with_weights=True)
     if teacher is not None:
         found.of(models.check_seq_len, config, teacher)
-        found.of(models.check_pack, config, teacher)
         found.of(models.check_heads, config, teacher)
         found.teachers.append((config, teacher))
     return teacher
@@ -177,7 +176,6 @@ def check_train(config: Config, *, world: int) -> None:
     )
     if student is not None:
         found.of(models.check_seq_len, config, student)
-        found.of(models.check_pack, config, student)
         if not online and _teacher_is_there(config):
             tokenizer = vocabulary.tokenizer_if_there(config)
         found.of(vocabulary.check_same_vocabulary, config, tokenizer, student)

@@ -75,29 +75,6 @@ def _not_quantised(model: ModelFiles) -> None:
 
 _SMALL_DTYPES = ("F8_", "F4", "F6_", "U8", "I8")
 
-# What models say in config.json that carry a state from one position to the next.
-_STATE_KEYS = (
-    "state_size", "ssm_state_size", "mamba_d_state", "ssm_cfg", "lru_width", "rescale_every",
-    "linear_conv_kernel_dim", "conv_L_cache",
-)  # fmt: skip
-_STATE_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
-
-
-def check_pack(config: Config, model: ModelFiles) -> None:
-    """Documents of a sequence can be kept apart: a state knows no borders between them."""
-    if config.data.pack != "isolate":
-        return
-    layers = [str(layer) for layer in model.get("layer_types", "layers_block_type") or ()]
-    key = next((key for key in _STATE_KEYS if model.get(key) is not None), None)
-    layer = next((layer for layer in layers if layer in _STATE_LAYERS), None)
-    what = key or (layer and f"layer_types: {layer}")
-    if what:
-        raise ConfigError(
-            f"data.pack: isolate, but {model.key} {model.name} ({model.settings.get('model_type')})"
-            f" carries a state from one document into the next ({what} in its config.json): set "
-            "data.pack=concat, or use a transformer"
-        )
-
 
 def _causal(model: ModelFiles, *, trusted: bool) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -58,6 +58,8 @@ class ModelConfig(Section):
     model: Text | None = Field(default=None, description="a folder or a hub id")
     revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
     attention: Literal["eager", "sdpa", "flash_attention_2"] = Field(
-        default="sdpa", description="transformers' attention implementation"
+        default="sdpa",
+        description="transformers' attention implementation; `sdpa` means `eager` for a model that "
+        "has no sdpa",
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")

@@ -128,7 +128,9 @@ class DataConfig(Section):
     )
     pack: Literal["isolate", "concat"] = Field(
         default="isolate",
-        description="whether attention and positions stay within a document, or cross",
+        description="whether attention, positions and states stay within a document, or cross; "
+        "under `isolate` a model with recurrent layers, linear attention or convolutions runs the "
+        "documents of a sequence apart",
     )
     packing: Literal["best_fit", "in_order"] | None = Field(
         default=None,

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from megadistill.config import Config
+from megadistill.documents_apart import carries_state
 from megadistill.errors import ConfigError
 from megadistill.layers import Seen, layer_pairs
 from megadistill.pretrained import model_settings
@@ -92,6 +93,8 @@ def feature_plan(config: Config, student: Any) -> FeaturePlan | None:
         return None
     teacher = model_settings(config.teacher, key="teacher.model").get_text_config()
     student, features = student.get_text_config(), config.features
+    for key, settings in (("teacher.model", teacher), ("student.model", student)):
+        _check_not_apart(config, settings, key=key)
     pairs = {
         name: tuple(layer_pairs(
             getattr(features, f"{name}_layers"), teacher=teacher.num_hidden_layers,
@@ -110,6 +113,17 @@ def feature_plan(config: Config, student: Any) -> FeaturePlan | None:
         pairs.get("hidden", ()), pairs.get("attention", ()), features.hidden_loss, *widths,
         learned=learned,
     )  # fmt: skip
+
+
+def _check_not_apart(config: Config, settings: Any, *, key: str) -> None:
+    why = carries_state(vars(settings)) if config.data.pack == "isolate" else None
+    if why is not None:
+        weights = " ".join(f"loss.{name}_weight=0" for name in config.loss.aligned)
+        raise ConfigError(
+            f"features: {key} ({settings.model_type}) carries a state from token to token ({why}): "
+            "under data.pack=isolate its documents run apart, and layers are not aligned: set "
+            f"{weights}, or data.pack=concat"
+        )
 
 
 class FeatureAlignment(nn.Module):

@@ -20,16 +20,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from megadistill.attention import forward_inputs
+from megadistill.attention import Pack, forward_inputs
 from megadistill.config import StudentConfig
 from megadistill.context_length import longest_sequence
+from megadistill.documents_apart import DocumentsApart, runs_apart
 from megadistill.errors import ConfigError
-from megadistill.experts import gather_experts_together, router_loss, router_loss_weight
+from megadistill.experts import (
+    are_modules_of_their_own,
+    gather_experts_together,
+    router_loss,
+    router_loss_weight,
+)
 from megadistill.host_memory import given_back
 from megadistill.layers import watched
 from megadistill.parallel import Mesh
 from megadistill.precision import restore
-from megadistill.pretrained import backbone, load_pretrained, model_settings
+from megadistill.pretrained import (
+    attention_of,
+    backbone,
+    load_pretrained,
+    log_attention,
+    model_settings,
+)
 from megadistill.student.ensemble import Targets
 from megadistill.student.features import FeatureAlignment, FeaturePlan, Features
 from megadistill.student.head import DistillationHead
@@ -80,11 +92,13 @@ class Student(nn.Module):
         router_mask_BT: torch.Tensor | None = None,
         features: Features | None = None,
         feature_weights: tuple[float, float] = (0.0, 0.0),
+        apart: DocumentsApart | None = None,
         **inputs: Any,
     ) -> Any:
         """The `LossTerms` of a micro-batch; without labels what the model itself returns.
 
-        inputs: of `attention.forward_inputs`. labels_N, targets, options: of `distillation_terms`.
+        inputs: of `attention.forward_inputs`. apart: in their place, documents that run apart,
+        which is collective. labels_N, targets, options: of `distillation_terms`.
         features: the teacher's, to align with, which needs a normalizer in options; feature_weights
         are those of hidden states and attention. A weight of 0 leaves nothing out: a parameter that
         some steps do not use would keep the gradient of the step before.
@@ -99,7 +113,8 @@ class Student(nn.Module):
         alignment = None if features is None else self.alignment
         layers = {} if alignment is None else alignment.plan.of_student
         with watched(self.model, **layers) as seen:
-            output = backbone(self.model)(**inputs)
+            core = backbone(self.model)
+            output = core(**inputs) if apart is None else apart.run(core, lockstep=True)
         if isinstance(targets, ProjectedTargets):
             assert self.projector is not None
             targets = targets.through(self.projector)
@@ -214,17 +229,20 @@ def load_student(
     vocab_size: int | None = None,
     features: FeaturePlan | None = None,
     projected_width: int | None = None,
+    pack: Pack = "isolate",
 ) -> Student:
     """The student, its parameters partitioned over all ranks. Collective.
 
     seed: of random weights. vocab_size: the data's ids. features: to be aligned with the teacher's.
-    projected_width: of a teacher whose hidden states are to be projected. Raises ConfigError where
-    the model cannot be loaded.
+    projected_width: of a teacher whose hidden states are to be projected. pack: of the data. Raises
+    ConfigError where the model cannot be loaded.
     """
     import deepspeed
 
     settings, dtype = student_settings(config), parameter_dtype(deepspeed_config)
     _import_class(settings)
+    if mesh.rank == 0:
+        log_attention(config, settings, key="student.model")
     whole: list[nn.Module] = []  # rank 0 only; what `first` returns would travel to every rank
     with given_back():
         mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
@@ -240,8 +258,28 @@ def load_student(
         _deal(model, whole.pop() if whole else None, mesh, dtype=dtype)
     if alignment is not None:
         _deal_values(alignment, alignment.initial(seed) if mesh.rank == 0 else None)
-    gather_experts_together(model)
+    if runs_apart(model, pack):
+        _check_experts_run_apart(model)
+    else:
+        gather_experts_together(model)
     return Student(model, vocab_size=vocab_size, alignment=alignment, projector=projector)
+
+
+def _check_experts_run_apart(model: Any) -> None:
+    """ConfigError where experts would have to be gathered together.
+
+    DeepSpeed reduces the gradients of what it gathers together after each of its backward passes:
+    documents that run apart take several in a micro-batch. Experts of stacked weights are one
+    module, which is gathered as a whole anyway.
+    """
+    if are_modules_of_their_own(model):
+        kind = model.config.get_text_config().model_type
+        raise ConfigError(
+            f"student.model: {type(model).__name__} ({kind}) carries a state from token to token, "
+            "and its experts are modules of their own in this version of transformers: under "
+            "data.pack=isolate DeepSpeed cannot train it: install transformers 5, or set "
+            "data.pack=concat"
+        )
 
 
 def _import_class(settings: Any) -> None:
@@ -282,7 +320,7 @@ def _from_config(config: StudentConfig, settings: Any, dtype: torch.dtype) -> nn
     return AutoModelForCausalLM.from_config(
         settings,
         dtype=dtype,
-        attn_implementation=config.attention,
+        attn_implementation=attention_of(config, settings),
         trust_remote_code=config.trust_remote_code,
     )
 

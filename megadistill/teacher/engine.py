@@ -40,11 +40,12 @@ from torch import nn
 from megadistill.adapters import changed_modules, find_adapter
 from megadistill.attention import Pack, forward_inputs
 from megadistill.config import Config, TeacherConfig
+from megadistill.documents_apart import DocumentsApart, log_apart, runs_apart
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
 from megadistill.precision import restore
-from megadistill.pretrained import backbone, load_pretrained
+from megadistill.pretrained import backbone, load_pretrained, log_attention
 from megadistill.teacher.expert_sharding import cut_while_loading, shard_experts
 from megadistill.teacher.head import TeacherHead, check_head
 from megadistill.teacher.verification import Verification, named
@@ -54,13 +55,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher ready to be asked. `lockstep`: every rank must call `hidden` equally often."""
+    """A teacher ready to be asked.
+
+    lockstep: every rank must call `hidden` equally often. apart: documents are run one by one.
+    """
 
     engine: Any
     head: TeacherHead
     device: torch.device
     pack: Pack
     lockstep: bool
+    apart: bool = False
 
     @contextlib.contextmanager
     def awake(self, *, offload: bool) -> Iterator[None]:
@@ -85,6 +90,9 @@ class Teacher:
 
         tokens_BT: integer ids. documents: the starts of the documents within each sequence.
         """
+        if self.apart:
+            apart = DocumentsApart.of(tokens_BT, documents, device=self.device)
+            return apart.run(self.engine, lockstep=self.lockstep).last_hidden_state.flatten(0, 1)
         inputs = forward_inputs(
             self.engine.module, tokens_BT, documents, pack=self.pack, device=self.device
         )
@@ -125,8 +133,12 @@ def load_teacher(
             with named(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
         teacher = Teacher(
-            engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3
-        )
+            engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3,
+            apart=runs_apart(model, config.data.pack),
+        )  # fmt: skip
+        if mesh.rank == 0:
+            log_attention(config.teacher, model.config, key=key)
+            log_apart(model, config.data.pack, key=key)
         _verify(teacher, model, verification, mesh)
     return teacher
 

@@ -154,10 +154,11 @@ def _matmul(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, *, out: torch.Tens
 
 
 def logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by: Cohere multiplies, Granite divides."""
+    """What the model multiplies its logits by: Cohere and Falcon-H1 multiply, Granite divides."""
     config = config.get_text_config()
-    if getattr(config, "logit_scale", None) is not None:
-        return float(config.logit_scale)
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
     if getattr(config, "logits_scaling", None) is not None:
         return 1.0 / float(config.logits_scaling)
     return 1.0
@@ -165,7 +166,10 @@ def logit_scale(config: Any) -> float:
 
 def soft_cap(config: Any) -> float | None:
     """Gemma's bound on logits: softcap * tanh(logits / softcap)."""
-    return getattr(config.get_text_config(), "final_logit_softcapping", None)
+    config = config.get_text_config()
+    # Of Gemma, RecurrentGemma, xLSTM.
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for cap in (getattr(config, name, None) for name in names) if cap), None)
 
 
 def check_head(model: Any) -> None:

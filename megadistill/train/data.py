@@ -24,6 +24,7 @@ from megadistill.config import Config
 from megadistill.config.curves import values
 from megadistill.data.learned import has_labels, nothing_learned, warn_of_few
 from megadistill.data.packing import IGNORED, sample_labels
+from megadistill.documents_apart import DocumentsApart, runs_apart
 from megadistill.errors import ConfigError, DataError, StoreError
 from megadistill.student.ensemble import Ensemble, Targets, has_targets
 from megadistill.student.features import Features
@@ -287,10 +288,16 @@ class MicroBatch:
         return self.tokens_BT.size - int(self.padding_B.sum())
 
     def on(self, model: nn.Module, device: torch.device, *, pack: Any) -> MicroBatch:
-        """The same as tensors on `device`, with the keyword arguments of the model's forward."""
+        """The same as tensors on `device`, with the keyword arguments of `Student.forward`."""
+        inputs: dict[str, Any]
+        if runs_apart(model, pack):
+            apart = DocumentsApart.of(self.tokens_BT, self.documents, device=device)
+            inputs = {"apart": apart}
+        else:
+            inputs = forward_inputs(model, self.tokens_BT, self.documents, pack=pack, device=device)
         return replace(
             self,
-            inputs=forward_inputs(model, self.tokens_BT, self.documents, pack=pack, device=device),
+            inputs=inputs,
             labels_N=torch.as_tensor(self.labels_N, device=device),
             # What a teacher beside the student gave is on its device already.
             targets=self.targets.torch(device)

@@ -21,6 +21,7 @@ from megadistill.attention import check_isolation
 from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
 from megadistill.config.held_out import evaluation_cache
 from megadistill.data.order import Order
+from megadistill.documents_apart import log_apart
 from megadistill.errors import ConfigError
 from megadistill.parallel import Mesh
 from megadistill.pretrained import backbone, model_settings
@@ -233,12 +234,14 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     student = load_student(
         config.student, mesh, deepspeed_config=deepspeed_config(config, mesh.world),
         seed=config.train.seed, vocab_size=run.vocab_size, features=run.features,
-        projected_width=run.projected_width,
+        projected_width=run.projected_width, pack=config.data.pack,
     )  # fmt: skip
     if config.train.activation_checkpointing:
         student.checkpoint_activations()
     trainer = Trainer(student, config, mesh, seq_len=run.stores[0].seq_len)
     student.check_head(name="student.model", device=mesh.device)
+    if mesh.rank == 0:
+        log_apart(student.model, config.data.pack, key="student.model")
     if config.data.pack == "isolate":
         check_isolation(
             backbone(student.model), name="student.model", seq_len=run.stores[0].seq_len,

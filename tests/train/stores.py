@@ -17,7 +17,8 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 
 def make_store(
     path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
-    only_in=None, masked=False, teacher=0, nothing=False, few=False, notes=True, **recipe,
+    only_in=None, masked=False, teacher=0, nothing=False, few=False, notes=True,
+    documents=(None,), **recipe,
 ):  # fmt: skip
     """A cache, or with method=None a token store; `blocks`: commit only so many.
 
@@ -25,6 +26,7 @@ def make_store(
     teacher: stores that differ in it alone have other targets of the same tokens.
     nothing: the mask leaves out every token. few: all but one, the fourth of sequence 0.
     notes: whether topk targets have the teacher's entropy and nll.
+    documents: where each sequence's documents start, in turn; None: two, at random.
     only_in: the one sequence that holds the last id of VOCAB, in its middle.
     """
     rng = np.random.default_rng(seed)
@@ -47,6 +49,9 @@ def make_store(
         drawn = [make_sample(rng, method, vocab, first + i, notes=notes) for i in range(size)]
         samples = [sample for sample, _ in drawn]
         for i, sample in enumerate(samples):
+            starts = documents[(block * block_size + i) % len(documents)]
+            if starts is not None:
+                sample["documents"] = np.array(starts, np.uint32)
             if masked:
                 begin = rng.integers(1, SEQ_LEN)
                 sample["loss_mask"] = (np.arange(SEQ_LEN) >= begin).astype(np.uint8)

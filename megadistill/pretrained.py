@@ -89,9 +89,13 @@ def load_pretrained(
     its base, or left to the caller. ConfigError where the model cannot be loaded, or where its
     checkpoint does not supply all of its tensors.
     """
+    import transformers
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import logging as transformers_logging
 
+    # Under ZeRO-3 transformers 4 compares shapes with those of partitioned, empty parameters.
+    compared = not (is_deepspeed_zero3_enabled() and transformers.__version__.startswith("4."))
     if os.environ.get("RANK", "0") != "0":
         transformers_logging.disable_progress_bar()  # one bar is enough
     adapter = find_adapter(config.model, key=key)
@@ -107,7 +111,7 @@ def load_pretrained(
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=compared,
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:

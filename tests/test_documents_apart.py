@@ -161,8 +161,20 @@ def farthest(folder, results, name, tp):
 def test_a_teacher_says_of_each_document_what_plain_transformers_says(folder, names, ranks, engine):
     models = {name: saved(folder, name) for name in names}
     results = run_ranks(ranks, f"{HERE}:log_probs", models=models, engine=engine)
+    # Its weights are initialised by shapes that ZeRO-3 has taken apart.
+    names = [name for name in names if (name, engine) != ("xlstm", "zero3")]
     wrong = {name: farthest(folder, results, name, 1) for name in names}
     assert not {name: d for name, d in wrong.items() if isinstance(d, str) or not d < 1e-5}
+
+
+def test_a_teacher_that_zero3_cannot_partition_is_refused_by_name(folder):
+    models = {"xlstm": saved(folder, "xlstm")}
+    results = run_ranks(2, f"{HERE}:log_probs", models=models, engine="zero3")
+    for result in results:
+        assert result["xlstm"] == (
+            f"teacher.model: {models['xlstm']} (model_type xlstm) cannot be partitioned by ZeRO-3 "
+            "(IndexError: tuple index out of range): set teacher.engine=tensor_parallel"
+        )
 
 
 @pytest.mark.long

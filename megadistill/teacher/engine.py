@@ -35,17 +35,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megadistill.adapters import changed_modules, find_adapter
 from megadistill.attention import Pack, forward_inputs
 from megadistill.config import Config, TeacherConfig
 from megadistill.documents_apart import DocumentsApart, log_apart, runs_apart
+from megadistill.errors import TeacherError, first_line
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
 from megadistill.precision import restore
-from megadistill.pretrained import backbone, load_pretrained, log_attention
+from megadistill.pretrained import backbone, load_pretrained, log_attention, model_settings
 from megadistill.teacher.expert_sharding import cut_while_loading, shard_experts
 from megadistill.teacher.head import TeacherHead, check_head
 from megadistill.teacher.verification import Verification, named
@@ -263,7 +265,18 @@ def _pretrained(config: TeacherConfig, *, partition: bool, key: str) -> Any:
     # While this object lives, from_pretrained partitions each weight as it reads it.
     alive = HfDeepSpeedConfig(_zero3_settings(config)) if partition else None
     dtype = getattr(torch, config.dtype)
-    model = load_pretrained(config, key=key, dtype=dtype, merged=not partition)
+    try:
+        model = load_pretrained(config, key=key, dtype=dtype, merged=not partition)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError,
+            TypeError) as error:  # fmt: skip
+        if not partition or isinstance(error, torch.OutOfMemoryError | dist.DistError):
+            raise
+        kind = model_settings(config, key=key).model_type
+        raise TeacherError(
+            f"{key}: {config.model} (model_type {kind}) cannot be partitioned by ZeRO-3 "
+            f"({type(error).__name__}: {first_line(error)}): set "
+            "teacher.engine=tensor_parallel"
+        ) from error
     del alive
     check_head(model)
     return model.eval().requires_grad_(False)

@@ -34,11 +34,13 @@ def check_tensors(
     tensors: Mapping[str, TensorHeader],
     *,
     key: str,
-) -> None:
-    """Raises ConfigError where `tensors` are not those that the model of `settings` needs.
+    names: dict[str, str] | None = None,
+) -> Any:
+    """Returns the model of `settings`, empty. ConfigError where `tensors` are not those it needs.
 
     settings: the model's transformers configuration. key: where the configuration names the model,
-    for messages. Logs once which tensors of the checkpoint the model does not use.
+    for messages. names: what `pretrained.tensor_names` returns. Logs once which tensors of the
+    checkpoint the model does not use.
     """
     from transformers import AutoModelForCausalLM
 
@@ -58,6 +60,7 @@ def check_tensors(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            key_mapping=names,
         )
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_loaded(empty, report, name=str(section.model), key=key, shapes=shapes)
@@ -66,6 +69,7 @@ def check_tensors(
         log.info(
             "%s: %s: tensors that the model does not use: %s", key, section.model, _some(unused)
         )
+    return empty
 
 
 def check_loaded(

@@ -17,6 +17,7 @@ from megadistill.adapters import find_adapter, merge
 from megadistill.checkpoint_tensors import check_loaded
 from megadistill.config import StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError, first_line
+from megadistill.text_models import TENSOR_NAMES, check_text_model, is_multimodal, text_settings
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +33,24 @@ def backbone(model: Any) -> Any:
 
 
 def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
-    """The transformers configuration of the model that `config` names.
+    """The transformers configuration of the model that `config` names; of a text model alone.
 
     key: where the configuration names it, for messages. ConfigError where there is none to be had.
     """
+    return _settings(config, key=key)[0]
+
+
+def tensor_names(config: TeacherConfig | StudentConfig, *, key: str) -> dict[str, str] | None:
+    """Patterns of the names that tensors have in the files and what they have in the model.
+
+    None where they are the same: in any model but the text model of a multimodal one.
+    """
+    return _settings(config, key=key)[1]
+
+
+def _settings(
+    config: TeacherConfig | StudentConfig, *, key: str
+) -> tuple[Any, dict[str, str] | None]:
     from transformers import AutoConfig
 
     adapter = find_adapter(config.model, key=key)
@@ -43,7 +58,7 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
     if adapter is not None:
         name, revision = adapter.base, adapter.revision
     try:
-        return AutoConfig.from_pretrained(
+        whole = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
@@ -51,6 +66,11 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
             f"{key}: {config.model}: transformers cannot read its config.json "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
+    own_code = "AutoModelForCausalLM" in (getattr(whole, "auto_map", None) or {})
+    if (own_code and config.trust_remote_code) or not is_multimodal(whole.to_dict()):
+        return whole, None
+    check_text_model(whole.model_type, key=key, name=str(config.model))
+    return text_settings(whole), TENSOR_NAMES
 
 
 def attention_of(config: TeacherConfig | StudentConfig, settings: Any) -> str:
@@ -102,7 +122,9 @@ def load_pretrained(
     name, revision = (config.model, config.revision)
     if adapter is not None:
         name, revision = adapter.base, adapter.revision
-    attention = attention_of(config, model_settings(config, key=key))
+    settings, names = _settings(config, key=key)
+    of_text_model = {} if names is None else {"config": settings, "key_mapping": names}
+    attention = attention_of(config, settings)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -113,6 +135,7 @@ def load_pretrained(
             use_safetensors=True,
             ignore_mismatched_sizes=compared,
             output_loading_info=True,
+            **of_text_model,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{key}: {config.model} cannot be loaded: {first_line(error)}") from error

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
+from typing import Any
+
+import torch
 
 from megadistill.checkpoint_files import INDEX, SINGLE
 from megadistill.checkpoint_tensors import check_tensors
 from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, find_model, hub_file_names
-from megadistill.pretrained import model_settings
+from megadistill.pretrained import backbone, model_settings, tensor_names
 from megadistill.student.features import feature_plan
+from megadistill.text_models import check_text_model, is_multimodal
+
+log = logging.getLogger(__name__)
 
 
 def check_ranks(config: Config, world: int) -> None:
@@ -50,7 +58,32 @@ def check_complete(section: TeacherConfig | StudentConfig, model: ModelFiles) ->
     tensors = model.tensors()
     if tensors is not None:
         settings = model_settings(section, key=model.key)
-        check_tensors(section, settings, tensors, key=model.key)
+        names = tensor_names(section, key=model.key)
+        empty = check_tensors(section, settings, tensors, key=model.key, names=names)
+        _gives_hidden_states(empty, model)
+
+
+def _gives_hidden_states(empty: Any, model: ModelFiles) -> None:
+    """ConfigError for a model whose backbone returns no last hidden states, or that has no head.
+
+    empty: the model on the meta device. A forward that needs real numbers says nothing.
+    """
+    core = backbone(empty)
+    lacks = None
+    if empty.get_output_embeddings() is None:
+        lacks = "no output projection over its vocabulary"
+    elif core is empty:
+        lacks = "no backbone apart from its head"
+    else:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+        with contextlib.suppress(Exception), torch.no_grad():
+            if not hasattr(core(input_ids=ids, use_cache=False), "last_hidden_state"):
+                lacks = f"no last_hidden_state in what {type(core).__name__} returns"
+    if lacks is not None:
+        raise ConfigError(
+            f"{model.key}: {model.name}: {type(empty).__name__} ({empty.config.model_type}) has "
+            f"{lacks}: use another architecture, a decoder-only transformer such as Llama"
+        )
 
 
 def _not_quantised(model: ModelFiles) -> None:
@@ -83,6 +116,11 @@ def _causal(model: ModelFiles, *, trusted: bool) -> None:
     if own_code and trusted:
         return
     key = model.key.rpartition(".")[0]
+    if is_multimodal(model.settings) and not own_code:
+        kind = model.settings.get("model_type")
+        check_text_model(kind, key=model.key, name=model.name)
+        log.info("%s: %s is multimodal (%s): its text model is used", model.key, model.name, kind)
+        return
     kind, classes = model.settings.get("model_type"), model.settings.get("architectures") or []
     known: set[str] = set()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

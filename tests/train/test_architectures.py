@@ -55,12 +55,16 @@ def train_all(mesh, configs):
     return wrong
 
 
-def plain_losses(config):
-    """[loss, routers' loss, gradient norm] of the first steps, in torch and transformers alone."""
+def plain_losses(config, model=None):
+    """[loss, routers' loss, gradient norm] of the first steps, in torch and transformers alone.
+
+    model: to be trained in the place of the student's own folder.
+    """
     settings, cache = config.train, open_cache(config.cache.dir)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.student.model, dtype=torch.float32, attn_implementation=config.student.attention
-    ).eval()  # no dropout
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.student.model, dtype=torch.float32, attn_implementation=config.student.attention
+        ).eval()  # no dropout
     optimizer, order = optimizer_and_order(config, model, cache)
     results = []
     for step in range(COMPARED):

@@ -45,9 +45,14 @@ def forward_inputs(
 
     With flash attention the sequences are laid end to end, [1, B*T], because its packed form exists
     for a batch of one only: bring what the model returns to [N, ...] with a reshape.
+
+    Raises ConfigError for several documents of a model that carries a state from token to token: no
+    mask keeps them apart, and `DocumentsApart` runs them one by one.
     """
     tokens_BT = torch.as_tensor(np.asarray(tokens_BT).astype(np.int64), device=device)
     batch, seq_len = tokens_BT.shape
+    if pack == "isolate" and any(len(starts) > 1 for starts in documents):
+        _check_stateless(model)
     if pack == "concat":
         documents = [np.zeros(1, np.int64)] * batch
     positions_BT = torch.as_tensor(
@@ -62,6 +67,15 @@ def forward_inputs(
         "attention_mask": None,
         "use_cache": False,
     }
+
+
+def _check_stateless(model: Any) -> None:
+    if runs_apart(model, "isolate"):
+        kind = model.config.get_text_config().model_type
+        raise ConfigError(
+            f"data.pack: isolate, but model_type {kind} carries a state from token to token: run "
+            "its documents one by one, with megadistill.documents_apart.DocumentsApart"
+        )
 
 
 # Relative distance of hidden states that rounding may cause.

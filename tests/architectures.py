@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 VOCAB = 97
 
 
@@ -206,6 +208,7 @@ HYBRIDS = {
             "indexer_budget": 8, "indexer_compress_ratio": 4,
         }, experts=True),
     ]
+    if a.model_type in CONFIG_MAPPING_NAMES  # those of this version of transformers
 }  # fmt: skip
 
 

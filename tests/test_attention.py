@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from megadistill.attention import check_isolation, forward_inputs
 from megadistill.errors import ConfigError
@@ -102,3 +102,13 @@ class Concatenating(torch.nn.Module):
 def test_a_model_that_does_not_isolate_is_refused():
     with pytest.raises(ConfigError, match=r"data\.pack: isolate, but in tiny \(llama"):
         check_isolation(Concatenating(), name="tiny", seq_len=12, vocab_size=64)
+
+
+def test_documents_of_a_model_with_a_state_are_not_packed():
+    model = build(
+        MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=64), "eager"
+    )
+    forward_inputs(model, tokens()[:1], [np.zeros(1, np.int64)])
+    forward_inputs(model, tokens(), DOCUMENTS, pack="concat")
+    with pytest.raises(ConfigError, match="model_type mamba carries a state from token to token"):
+        forward_inputs(model, tokens(), DOCUMENTS)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ from tests.train.stores import make_config, make_store
 HERE = "tests.test_documents_apart"
 B, T = 3, 24
 QUICK = ["falcon_h1", "lfm2", "qwen3_next"]
+# transformers 4 has experts as lists of modules, which a student cannot have here.
+STUDENT = "falcon_h1" if version("transformers").startswith("4.") else "qwen3_next"
 LONG = [pytest.mark.long, pytest.mark.models]
 
 
@@ -387,7 +390,7 @@ def train_all(mesh, configs):
 
 @pytest.mark.parametrize(
     ("names", "steps", "again"),
-    [(["qwen3_next"], 4, True), pytest.param(sorted(HYBRIDS), 10, True, marks=LONG),
+    [([STUDENT], 4, True), pytest.param(sorted(HYBRIDS), 10, True, marks=LONG),
      pytest.param(sorted(HYBRIDS), 10, False, marks=LONG)],
     ids=["some", "all", "all without activation checkpointing"],
 )  # fmt: skip

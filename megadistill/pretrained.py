@@ -63,8 +63,7 @@ def _settings(
         )
     except Exception as error:
         raise ConfigError(
-            f"{key}: {config.model}: transformers cannot read its config.json "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"{key}: {config.model} cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
     own_code = "AutoModelForCausalLM" in (getattr(whole, "auto_map", None) or {})
     if (own_code and config.trust_remote_code) or not is_multimodal(whole.to_dict()):

@@ -114,7 +114,7 @@ def test_positions_without_a_next_token_in_their_document_have_no_target(single)
         assert (counts[end:] == 0).all()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_any_number_of_ranks_writes_the_same_bytes(single, corpus, tmp_path, ranks):
     cache = tmp_path / "cache"
     run_ranks(ranks, "tests.cache.test_build:build", config=settings(corpus, cache))

@@ -24,7 +24,7 @@ def train(*arguments: str | Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("method", ["varopt", "topk"])
+@pytest.mark.parametrize("method", ["varopt", pytest.param("topk", marks=pytest.mark.long)])
 def test_hugging_faces_trainer_learns_from_a_cache(tmp_path, method):
     cache = make_store(tmp_path / "cache", method=method)
     tiny_llama(tmp_path / "student", vocab_size=VOCAB, hidden_size=32, intermediate_size=48)

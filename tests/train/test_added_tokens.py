@@ -36,7 +36,7 @@ def added_mass(folder, tokens):
     return float(logits.softmax(1)[:, 512:].sum(1).mean())
 
 
-@pytest.mark.parametrize("method", ["exact", "topk"])
+@pytest.mark.parametrize("method", [pytest.param("exact", marks=pytest.mark.long), "topk"])
 def test_they_are_tokens_that_the_teacher_never_says(pair, method):
     """In the softmax, without a target: the student learns not to say them, and keeps them."""
     from transformers import AutoConfig, AutoTokenizer

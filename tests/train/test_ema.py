@@ -81,6 +81,7 @@ def test_training_is_the_same_with_an_average_as_without(averaged):
             assert torch.equal(value, whole(averaged, step)[name])
 
 
+@pytest.mark.long
 def test_the_average_is_evaluated_where_it_is_asked_for(averaged, tmp_path):
     """In one run of the weights and one of the average; then both exports from scratch."""
     make_store(tmp_path / "heldout", method="topk", seed=5)
@@ -107,7 +108,8 @@ def test_the_average_is_evaluated_where_it_is_asked_for(averaged, tmp_path):
     assert abs(found[True] - found[False]) > 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scalars_and_odd_shapes_are_averaged_and_dealt_anew(tmp_path, dtype):
     made = {"folder": str(tmp_path), "dtype": dtype}
     saved, weights = run_ranks(2, SHAPES, **made, written_by=None)[0]

@@ -149,6 +149,7 @@ def test_the_export_is_a_model_like_any_other(pair, aligned):
     assert "0.3 x hidden states (mse) + 0.2 x attention" in card
 
 
+@pytest.mark.long
 def test_layers_alone_can_be_learned_from(pair):
     """Without a distribution, by cosines, and of equal widths without a matrix."""
     tiny_llama(pair / "wide", vocab_size=512, num_hidden_layers=1, seed=2)

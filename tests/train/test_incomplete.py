@@ -70,6 +70,7 @@ def test_resumed_over_a_cache_that_has_grown_it_keeps_to_the_same_blocks(unfinis
         assert (value == before[1][name]).all()
 
 
+@pytest.mark.long
 def test_resumed_without_the_key_over_a_cache_that_is_finished_it_is_refused(unfinished, tmp_path):
     run_ranks(1, RUN, config=unfinished)
     cut(unfinished, 2)

@@ -67,7 +67,7 @@ def test_a_signal_in_the_last_step_ends_a_finished_run_with_code_0(undisturbed):
     assert weights(config).keys() == weights(undisturbed).keys()
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(6, marks=LONG)])
+@pytest.mark.parametrize("step", [pytest.param(step, marks=LONG) for step in (3, 6)])
 def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(tmp_path, step):
     make_store(tmp_path / "heldout", method="topk", seed=5)
     config = make_config(

@@ -65,6 +65,7 @@ def one(tmp_path_factory):
     return config
 
 
+@pytest.mark.long
 def test_one_two_four_and_one_ranks_train_as_one_does(one):
     config = cut(one, 2, "elastic")
     assert run_ranks(2, RUN, config=config) == [8, 8]

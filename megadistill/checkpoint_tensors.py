@@ -21,7 +21,7 @@ from torch import nn
 
 from megadistill.checkpoint_files import TensorHeader
 from megadistill.config import StudentConfig, TeacherConfig
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -40,28 +40,22 @@ def check_tensors(
 
     settings: the model's transformers configuration. key: where the configuration names the model,
     for messages. names: what `pretrained.tensor_names` returns. Logs once which tensors of the
-    checkpoint the model does not use.
+    checkpoint the model does not use. None for a model whose own code does not run on meta.
     """
-    from transformers import AutoModelForCausalLM
-
     found = {
         name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
         for name, tensor in tensors.items()
     }
-    with torch.device("meta"), _silent():
-        empty = AutoModelForCausalLM.from_config(
-            settings, trust_remote_code=section.trust_remote_code
-        )
-        _, report = type(empty).from_pretrained(
-            None,
-            config=empty.config,
-            state_dict=found,
-            device_map="meta",
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            key_mapping=names,
-        )
+    try:
+        empty, report = _loaded(section, settings, found, names)
+    except Exception as error:
+        if section.trust_remote_code:  # its code may not run on the meta device: loading will tell
+            log.debug("%s: %s: not checked before it is loaded: %s", key, section.model, error)
+            return None
+        raise ConfigError(
+            f"{key}: {section.model}: transformers cannot make the model of its config.json, or "
+            f"load its tensors ({type(error).__name__}: {first_line(error)})"
+        ) from error
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_loaded(empty, report, name=str(section.model), key=key, shapes=shapes)
     unused = sorted(report["unexpected_keys"])
@@ -70,6 +64,32 @@ def check_tensors(
             "%s: %s: tensors that the model does not use: %s", key, section.model, _some(unused)
         )
     return empty
+
+
+def _loaded(
+    section: TeacherConfig | StudentConfig,
+    settings: Any,
+    tensors: dict[str, torch.Tensor],
+    names: dict[str, str] | None,
+) -> tuple[Any, dict[str, Any]]:
+    """The model without weights, and the report of loading `tensors`, which are on meta."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), _silent():
+        empty = AutoModelForCausalLM.from_config(
+            settings, trust_remote_code=section.trust_remote_code
+        )
+        _, report = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=tensors,
+            device_map="meta",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            key_mapping=names,
+        )
+    return empty, report
 
 
 def check_loaded(

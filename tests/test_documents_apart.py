@@ -170,6 +170,7 @@ def test_a_teacher_says_of_each_document_what_plain_transformers_says(folder, na
     assert not {name: d for name, d in wrong.items() if isinstance(d, str) or not d < 1e-5}
 
 
+@pytest.mark.skipif(version("transformers").startswith("4."), reason="xLSTM itself fails there")
 def test_a_teacher_that_zero3_cannot_partition_is_refused_by_name(folder):
     models = {"xlstm": saved(folder, "xlstm")}
     results = run_ranks(2, f"{HERE}:log_probs", models=models, engine="zero3")

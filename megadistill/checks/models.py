@@ -60,7 +60,8 @@ def check_complete(section: TeacherConfig | StudentConfig, model: ModelFiles) ->
         settings = model_settings(section, key=model.key)
         names = tensor_names(section, key=model.key)
         empty = check_tensors(section, settings, tensors, key=model.key, names=names)
-        _gives_hidden_states(empty, model)
+        if empty is not None:
+            _gives_hidden_states(empty, model)
 
 
 def _gives_hidden_states(empty: Any, model: ModelFiles) -> None:

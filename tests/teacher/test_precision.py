@@ -225,6 +225,8 @@ def test_a_students_buffers_are_those_of_plain_transformers(folder, init):
     found = run_ranks(2, "tests.teacher.test_precision:student_buffers", model=model, init=init)
     for name, buffer in plain.named_buffers():
         for of_rank in found:
+            if version("transformers").startswith("4.") and "inv_freq" not in name:
+                continue  # it keeps no correction bias in float32
             assert of_rank[name].dtype == buffer.dtype == torch.float32
             if init == "pretrained" or "inv_freq" in name:
                 assert torch.equal(of_rank[name], buffer)

@@ -39,7 +39,7 @@ def check_tensors(
     """Returns the model of `settings`, empty. ConfigError where `tensors` are not those it needs.
 
     settings: the model's transformers configuration. key: where the configuration names the model,
-    for messages. names: what `pretrained.tensor_names` returns. Logs once which tensors of the
+    for messages. names: patterns of `pretrained.settings_and_names`. Logs once which tensors of the
     checkpoint the model does not use. None for a model whose own code does not run on meta.
     """
     found = {
@@ -124,7 +124,7 @@ def check_loaded(
 
 
 def _renamed(missing: Collection[str], unused: Collection[str]) -> str:
-    """What to do, with the names under which the tensors may stand in the checkpoint."""
+    """Returns the way out, with the names under which the checkpoint may have the tensors."""
     other = ": copy it again, or save it with save_pretrained from a complete model"
     for wanted in missing:
         for found in unused:

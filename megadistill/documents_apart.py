@@ -63,7 +63,7 @@ _FORWARDS_A_LIMIT = 8
 
 
 def carries_state(settings: Mapping[str, Any]) -> str | None:
-    """What in a config.json says that the model carries a state between tokens; None if nothing.
+    """Returns the setting that says that a model carries a state between tokens, or None.
 
     settings: of the whole model, or of its text model alone.
     """

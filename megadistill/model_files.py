@@ -89,7 +89,7 @@ class ModelFiles:
         return ignored_files(self.folder, self.settings)
 
     def incomplete_weights(self) -> str | None:
-        """What is missing of its safetensors files, or None."""
+        """Describes what is missing of its safetensors files; None if nothing is."""
         files = self.weights()
         missing = [file.name for file in files if not file.is_file()]
         if missing:

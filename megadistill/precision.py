@@ -1,4 +1,4 @@
-"""What a model keeps in float32 beside weights of bfloat16 or float16.
+"""Restores what a model keeps in float32 beside weights of bfloat16 or float16.
 
 transformers keeps rotary frequencies, correction biases, and in some models routers or norms in
 float32, whatever dtype a model is loaded in. A rotary frequency rounded to bfloat16 is wrong by

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megadistill.adapters import find_adapter, merge
+from megadistill.adapters import Adapter, find_adapter, merge
 from megadistill.checkpoint_tensors import check_loaded
 from megadistill.config import StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError, first_line
@@ -37,26 +37,20 @@ def model_settings(config: TeacherConfig | StudentConfig, *, key: str) -> Any:
 
     key: where the configuration names it, for messages. ConfigError where there is none to be had.
     """
-    return _settings(config, key=key)[0]
+    return settings_and_names(config, key=key)[0]
 
 
-def tensor_names(config: TeacherConfig | StudentConfig, *, key: str) -> dict[str, str] | None:
-    """Patterns of the names that tensors have in the files and what they have in the model.
-
-    None where they are the same: in any model but the text model of a multimodal one.
-    """
-    return _settings(config, key=key)[1]
-
-
-def _settings(
+def settings_and_names(
     config: TeacherConfig | StudentConfig, *, key: str
 ) -> tuple[Any, dict[str, str] | None]:
+    """Returns `model_settings`, and patterns from tensor names in the files to those in the model.
+
+    The patterns are None where the names are the same: in any model but the text model of a
+    multimodal one.
+    """
     from transformers import AutoConfig
 
-    adapter = find_adapter(config.model, key=key)
-    name, revision = (config.model, config.revision)
-    if adapter is not None:
-        name, revision = adapter.base, adapter.revision
+    _, name, revision = _source(config, key=key)
     try:
         whole = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=config.trust_remote_code
@@ -70,6 +64,16 @@ def _settings(
         return whole, None
     check_text_model(whole.model_type, key=key, name=str(config.model))
     return text_settings(whole), TENSOR_NAMES
+
+
+def _source(
+    config: TeacherConfig | StudentConfig, *, key: str
+) -> tuple[Adapter | None, str | None, str | None]:
+    """(adapter, name, revision): of an adapter's base, or the configured model itself."""
+    adapter = find_adapter(config.model, key=key)
+    if adapter is None:
+        return None, config.model, config.revision
+    return adapter, adapter.base, adapter.revision
 
 
 def attention_of(config: TeacherConfig | StudentConfig, settings: Any) -> str:
@@ -117,11 +121,8 @@ def load_pretrained(
     compared = not (is_deepspeed_zero3_enabled() and transformers.__version__.startswith("4."))
     if os.environ.get("RANK", "0") != "0":
         transformers_logging.disable_progress_bar()  # one bar is enough
-    adapter = find_adapter(config.model, key=key)
-    name, revision = (config.model, config.revision)
-    if adapter is not None:
-        name, revision = adapter.base, adapter.revision
-    settings, names = _settings(config, key=key)
+    adapter, name, revision = _source(config, key=key)
+    settings, names = settings_and_names(config, key=key)
     of_text_model = {} if names is None else {"config": settings, "key_mapping": names}
     attention = attention_of(config, settings)
     try:

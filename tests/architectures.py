@@ -100,6 +100,15 @@ _DELTA = {
 _FEW_EXPERTS = {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16,
                 "shared_expert_intermediate_size": 16}  # fmt: skip
 
+_DELTA_AND_LATENT = {
+    **_GROUPED, **_EXPERTS, "linear_head_dim": 8, "linear_num_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"], "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
+    "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
+    "pad_token_id": 0,
+}  # fmt: skip
+
 # Models that carry a state from token to token.
 HYBRIDS = {
     a.model_type: a
@@ -180,20 +189,10 @@ HYBRIDS = {
             "qk_dim_factor": 1.0, "output_logit_soft_cap": 5.0,
         }),
         Architecture("kimi_linear", "delta attention, latent attention, experts", {
-            **_GROUPED, **_EXPERTS, "linear_head_dim": 8, "linear_num_heads": 4,
-            "layer_types": ["linear_attention", "full_attention"],
-            "mlp_layer_types": ["dense", "sparse"], "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
-            "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
-            "pad_token_id": 0,
+            **_DELTA_AND_LATENT,
         }, experts=True),
         Architecture("bailing_hybrid", "delta attention, latent attention, experts", {
-            **_GROUPED, **_EXPERTS, "linear_head_dim": 8, "linear_num_heads": 4,
-            "layer_types": ["linear_attention", "full_attention"],
-            "mlp_layer_types": ["dense", "sparse"], "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
-            "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
-            "pad_token_id": 0,
+            **_DELTA_AND_LATENT,
         }, experts=True),
         Architecture("lfm3", "short convolutions, windows", {
             **_GROUPED, "layer_types": ["conv", "full_attention"], "pad_token_id": 0,

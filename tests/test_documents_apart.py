@@ -375,20 +375,6 @@ def distillation(logits_NV, batch, config, counts):
     return config.loss.kd_weight * kd / counts[0] + config.loss.ce_weight * ce / counts[1]
 
 
-def train_all(mesh, configs):
-    """Trains each; what went wrong, by name."""
-    from megadistill.errors import MegadistillError
-    from megadistill.train.loop import train
-
-    wrong = {}
-    for name, config in configs.items():
-        try:
-            train(config, mesh)
-        except MegadistillError as error:
-            wrong[name] = str(error)
-    return wrong
-
-
 @pytest.mark.parametrize(
     ("names", "steps", "again"),
     [([STUDENT], 4, True), pytest.param(sorted(HYBRIDS), 10, True, marks=LONG),
@@ -402,7 +388,7 @@ def test_a_student_learns_of_each_document_what_a_plain_loop_learns_of_it_alone(
         name: student_config(folder, name, steps=steps, activation_checkpointing=again)
         for name in names
     }
-    assert run_ranks(2, f"{HERE}:train_all", configs=configs) == [{}, {}]
+    assert run_ranks(2, "tests.train.test_architectures:train_all", configs=configs) == [{}, {}]
     for name, config in configs.items():
         with open(f"{config.train.out_dir}/metrics.jsonl") as file:
             lines = [json.loads(line) for line in file]

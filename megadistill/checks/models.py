@@ -14,7 +14,7 @@ from megadistill.checkpoint_tensors import check_tensors
 from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
 from megadistill.model_files import ModelFiles, find_model, hub_file_names
-from megadistill.pretrained import backbone, model_settings, tensor_names
+from megadistill.pretrained import backbone, model_settings, settings_and_names
 from megadistill.student.features import feature_plan
 from megadistill.text_models import check_text_model, is_multimodal
 
@@ -57,8 +57,7 @@ def check_complete(section: TeacherConfig | StudentConfig, model: ModelFiles) ->
     """The weights are those that the model needs, as far as their files are on this machine."""
     tensors = model.tensors()
     if tensors is not None:
-        settings = model_settings(section, key=model.key)
-        names = tensor_names(section, key=model.key)
+        settings, names = settings_and_names(section, key=model.key)
         empty = check_tensors(section, settings, tensors, key=model.key, names=names)
         if empty is not None:
             _gives_hidden_states(empty, model)

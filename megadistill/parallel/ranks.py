@@ -130,7 +130,7 @@ class Mesh:
         self, ranks: Sequence[int], key: str, function: Callable[[], Any], *, shared: bool,
         poll_s: float,
     ) -> dict[int, Any]:  # fmt: skip
-        """What function() returned on these ranks: all of them if `shared`, else this rank."""
+        """Returns what function() gave on these ranks: all of them if `shared`, else this rank."""
         own = None
         if self.rank in ranks:
             failed: MegadistillError | None = None

@@ -14,7 +14,7 @@ them a rank calls depends on its tokens, and ranks that gather different ones wo
 
 No rank holds a whole model. Weights are mapped from the files, and each rank copies its share, a
 module (tensor_parallel) or a parameter (zero3) at a time. Loading 3.2 GB of a Llama on two ranks
-took 1.5 GB of memory on each under tensor_parallel and 2.0 GB under zero3, two layers at work and a
+took 1.5 GB of memory on each under tensor_parallel and 1.8 GB under zero3, two layers at work and a
 copy of the head included. A checkpoint in another type than `teacher.dtype` has to be converted:
 tensor_parallel then holds it whole in host memory while it loads.
 
@@ -193,7 +193,7 @@ def _tensor_parallel(
 
 
 def _inference_engine(module: nn.Module, settings: dict[str, Any]) -> Any:
-    """What `deepspeed.init_inference` returns, for a module that has the right dtypes already.
+    """Returns the engine of `deepspeed.init_inference`, for a module that has its dtypes already.
 
     DeepSpeed would cast every parameter and buffer to the run's dtype. Rotary frequencies in
     bfloat16 are wrong by whole turns at position 2,000, and routers that a model keeps in float32

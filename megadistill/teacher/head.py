@@ -154,7 +154,7 @@ def _matmul(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, *, out: torch.Tens
 
 
 def logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by: Cohere and Falcon-H1 multiply, Granite divides."""
+    """The factor of the model's logits: Cohere and Falcon-H1 multiply, Granite divides."""
     config = config.get_text_config()
     for name in ("logit_scale", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from megadistill.config import TeacherConfig
 from megadistill.data.probe import Probe
-from megadistill.errors import TeacherError
+from megadistill.errors import TeacherError, first_line
 from megadistill.parallel import Mesh
 from megadistill.teacher.head import TeacherHead
 from megadistill.teacher.reference import Reference, all_threads
@@ -58,7 +58,7 @@ class Verification:
 
         Raises ConfigError where the model cannot be loaded.
         """
-        self.mesh, self.key, self.dtype = mesh, key, getattr(torch, config.dtype)
+        self.mesh, self.key = mesh, key
         self.probe = Probe.of(seq_len=seq_len, vocab_size=vocab_size)
         self.vocab_size = vocab_size
         self.leaders = mesh.first_of_hosts(among=range(0, mesh.world, mesh.tp))
@@ -88,8 +88,8 @@ class Verification:
         """Raises TeacherError on every rank where one group's engine is not the model.
 
         alone_TH: the engine's hidden states for the first sequence, None where this rank does not
-        compare. packed_TH: for the second, or None where documents need not
-        be kept apart. Collective over all ranks.
+        compare. packed_TH: for the second, or None where documents need not be kept apart.
+        Collective over all ranks.
         """
         problem, line = None, ""
         if self.compares:
@@ -263,8 +263,7 @@ def named(model: Any, mesh: Mesh) -> Iterator[None]:
         raise
     except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError,
             TypeError, ValueError) as error:  # fmt: skip
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TeacherError(
             f"teacher.tp: {mesh.tp}: DeepSpeed's AutoTP cannot shard {type(model).__name__} "
-            f"({model.config.model_type}) ({lines[0]}): {ADVICE}"
+            f"({model.config.model_type}) ({first_line(error)}): {ADVICE}"
         ) from error

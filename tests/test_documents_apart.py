@@ -170,6 +170,16 @@ def test_a_teacher_says_of_each_document_what_plain_transformers_says(folder, na
     assert not {name: d for name, d in wrong.items() if isinstance(d, str) or not d < 1e-5}
 
 
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_documents_that_share_a_state_would_be_seen(folder, name):
+    tokens, documents = unequal(1)
+    model = plain(saved(folder, name))
+    with torch.no_grad():
+        expected = torch.log_softmax(alone(model, tokens, documents), 1)
+        joined = torch.log_softmax(alone(model, tokens, [np.zeros(1, np.int64)] * B), 1)
+    assert float((joined - expected).abs().max()) > 1e-3
+
+
 @pytest.mark.skipif(version("transformers").startswith("4."), reason="xLSTM itself fails there")
 def test_a_teacher_that_zero3_cannot_partition_is_refused_by_name(folder):
     models = {"xlstm": saved(folder, "xlstm")}

@@ -24,7 +24,7 @@ from torch import nn
 
 from megadistill.data.packing import position_ids
 from megadistill.data.probe import Probe
-from megadistill.documents_apart import DocumentsApart, runs_apart
+from megadistill.documents_apart import DocumentsApart, calls_counted, runs_apart
 from megadistill.errors import ConfigError
 
 Pack = Literal["isolate", "concat"]
@@ -78,6 +78,17 @@ def _check_stateless(model: Any) -> None:
         )
 
 
+def _check_calls(model: Any, per_forward: list[dict[str, float]], *, name: str) -> None:
+    """ConfigError where a module is called more often in some forward passes than in others."""
+    for module, calls in per_forward[0].items() if per_forward else ():
+        if any(each.get(module, 0) != calls for each in per_forward):
+            raise ConfigError(
+                f"data.pack: isolate, but {name} ({model.config.model_type}) carries a state from "
+                f"token to token and calls {module} more often the longer a document is: ZeRO-3 "
+                "ranks with other documents would wait for each other: set data.pack=concat"
+            )
+
+
 # Relative distance of hidden states that rounding may cause.
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -90,16 +101,21 @@ def check_isolation(
 
     model: anything that returns `last_hidden_state`; `name` is for the message. Compares a sequence
     of several documents of random tokens with each document alone, two forwards of seq_len tokens.
-    A model that carries a state runs the documents apart, as it does in training. Collective under
-    ZeRO-3.
+    A model that carries a state runs the documents apart, as it does in training; ConfigError where
+    it calls a module more often for a longer document. Collective under ZeRO-3.
     """
     probe = Probe.of(seq_len=seq_len, vocab_size=vocab_size)
     was_training = model.training
     model.eval()
+    per_forward: list[dict[str, float]] = []
 
     def output(tokens_BT: np.ndarray, documents: list[np.ndarray]) -> Any:
         if runs_apart(model, "isolate"):
-            return DocumentsApart.of(tokens_BT, documents, device=device).run(model, lockstep=True)
+            apart = DocumentsApart.of(tokens_BT, documents, device=device)
+            with calls_counted(model) as calls:
+                result = apart.run(model, lockstep=True)
+            per_forward.append({module: n / len(apart.groups) for module, n in calls.items()})
+            return result
         return model(**forward_inputs(model, tokens_BT, documents, device=device))
 
     alone_TH, packed_TH = (
@@ -110,6 +126,7 @@ def check_isolation(
         )
     )
     model.train(was_training)
+    _check_calls(model, per_forward, name=name)
     alone_TH = alone_TH[torch.from_numpy(probe.positions_T).to(alone_TH.device)]
     distance_T = (packed_TH - alone_TH).norm(dim=1) / alone_TH.norm(dim=1).clamp_min(1e-6)
     for number, quarter in enumerate(distance_T.tensor_split(4), 1):

@@ -19,6 +19,11 @@ Cost: for log-normal documents with a median of 150 to 900 tokens, in micro-batc
 sequences of 2,048, 3 to 5 forwards over 1.16 to 1.41 times the tokens. Under ZeRO-3 each forward
 gathers the weights again, and takes as long as the slowest rank's.
 
+ZeRO-3 gathers weights when a module is called. A module that is called more often in a longer
+document (Qwen4's indexer) would make ranks come to different collectives. So a teacher's decoder
+layers are gathered as a whole, and a student that has such a module is refused: DeepSpeed takes a
+single forward in a micro-batch of what it gathers as a whole.
+
 Kernels that take the documents' boundaries (`cu_seq_lens_q`, `seq_idx`) would avoid the padding,
 but the implementations that run without those kernels ignore the boundaries.
 
@@ -28,8 +33,10 @@ E experts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +107,35 @@ def log_apart(model: Any, pack: str, *, key: str) -> None:
         )  # fmt: skip
 
 
+def gather_layers_together(model: nn.Module) -> None:
+    """Has ZeRO-3 gather each layer as one module. Called before DeepSpeed's engine is made."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        for layer in module if isinstance(module, nn.ModuleList) else ():
+            set_z3_leaf_module(layer, True)
+
+
+@contextlib.contextmanager
+def calls_counted(model: nn.Module) -> Iterator[Counter[str]]:
+    """Yields how often each module that has parameters of its own is called inside, by name."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Any:
+        return lambda *_: calls.update([name])
+
+    hooks = [
+        module.register_forward_pre_hook(count(name))
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @dataclass(frozen=True)
 class DocumentsApart:
     """The documents of a micro-batch of [B, T] tokens, grouped by length.
@@ -129,7 +166,9 @@ class DocumentsApart:
         lengths = np.diff(firsts, append=B * T)
         groups, order_N, used = [], np.empty(B * T, np.int64), 0
         for members in grouped_by_length(lengths, limit=B * T):
-            R, L = len(members), int(lengths[members[-1]])
+            # After one token a state has decayed nowhere: RWKV's decay would have no gradient on
+            # this rank, and DeepSpeed reduces the gradients of all ranks together.
+            R, L = len(members), max(int(lengths[members[-1]]), 2 if lengths.max() == 1 else 1)
             rows = np.repeat(np.arange(R), lengths[members])
             columns = np.concatenate([np.arange(length) for length in lengths[members]])
             places = firsts[members][rows] + columns

@@ -41,7 +41,13 @@ from torch import nn
 from megadistill.adapters import changed_modules, find_adapter
 from megadistill.attention import Pack, forward_inputs
 from megadistill.config import Config, TeacherConfig
-from megadistill.documents_apart import DocumentsApart, log_apart, runs_apart
+from megadistill.documents_apart import (
+    DocumentsApart,
+    carries_state,
+    gather_layers_together,
+    log_apart,
+    runs_apart,
+)
 from megadistill.errors import TeacherError, first_line
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
@@ -223,6 +229,8 @@ def _zero3(
             model, rank=0, ranks=1, group=None, device=mesh.device, vocab_size=vocab_size
         )
     gather_experts_together(model)
+    if carries_state(vars(model.config.get_text_config())):
+        gather_layers_together(model)
     settings = _zero3_settings(config)
     settings["zero_optimization"] |= _one_layer_ahead(model)
     engine, *_ = deepspeed.initialize(model=backbone(model), config=settings)

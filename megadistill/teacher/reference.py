@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from megadistill.config import TeacherConfig
+from megadistill.errors import TeacherError, first_line
 from megadistill.pretrained import backbone, load_pretrained
 
 _HEAD_BYTES = 64 << 20  # of a block of the head's rows
@@ -39,10 +40,11 @@ class Reference:
     ) -> None:
         """Loads the model on the CPU and runs it over the tokens, in both dtypes.
 
-        key: where the configuration names the model. Raises ConfigError where it cannot be loaded.
+        key: where the configuration names the model. Raises ConfigError where it cannot be loaded,
+        TeacherError where it does not run.
         """
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.device = device
+        self.device, self.key = device, key
         attention = config.attention
         if "flash" in attention and device.type == "cpu":
             attention = "sdpa"  # flash attention exists on GPUs only
@@ -57,10 +59,21 @@ class Reference:
     def _hidden(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if dtype == torch.float32 and "flash" in str(self.model.config._attn_implementation):
             self.model.set_attn_implementation("sdpa")  # flash attention has no float32
-        with fetched(self.model, device=self.device, dtype=dtype):
-            self._output = backbone(self.model)(
-                input_ids=tokens_T[None].to(self.device), use_cache=False
-            )
+        try:
+            with fetched(self.model, device=self.device, dtype=dtype):
+                self._output = backbone(self.model)(
+                    input_ids=tokens_T[None].to(self.device), use_cache=False
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
+            raise TeacherError(
+                f"{self.key}: transformers cannot run {type(self.model).__name__} "
+                f"({self.model.config.model_type}) in {str(dtype).removeprefix('torch.')} "
+                f"({type(error).__name__}: {first_line(error)}): set another teacher.dtype, or use "
+                "another model"
+            ) from error
         return self._output.last_hidden_state[0]
 
     @torch.no_grad()
@@ -89,18 +102,21 @@ def fetched(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> It
         yield
         return
     hooks = []
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    weight = head.weight
     for module, whole in _units(model):
         fetch = _Fetched(module, whole, device=device, dtype=dtype)
         if module is head and isinstance(module, nn.Linear):
-            module.__dict__["forward"] = fetch.linear
+            fetch.replace_linear()
             continue
         hooks.append(module.register_forward_pre_hook(fetch.before, with_kwargs=True))
         hooks.append(module.register_forward_hook(fetch.after, always_call=True))
     try:
         yield
     finally:
-        head.__dict__.pop("forward", None)
+        if "forward" in head.__dict__:
+            del head.forward
+            head.weight = weight
         for hook in hooks:
             hook.remove()
 
@@ -148,13 +164,21 @@ class _Fetched:
         module, deep = self.module, self.whole
         return [*module.parameters(recurse=deep), *module.buffers(recurse=deep)]
 
-    def linear(self, hidden: torch.Tensor) -> torch.Tensor:
-        """F.linear, with a block of the weight's rows on the device at a time."""
+    def replace_linear(self) -> None:
+        """Has the module multiply with a block of its weight's rows on the device at a time."""
         module: Any = self.module
-        rows = max(1, _HEAD_BYTES // (4 * module.weight.shape[1]))
-        parts = [F.linear(hidden, self.copy(block)) for block in module.weight.data.split(rows)]
-        out = torch.cat(parts, -1)
-        return out if module.bias is None else out + self.copy(module.bias.data)
+        weight, bias = module.weight, module.bias
+
+        def linear(hidden: torch.Tensor) -> torch.Tensor:
+            rows = max(1, _HEAD_BYTES // (4 * weight.shape[1]))
+            parts = [F.linear(hidden, self.copy(block)) for block in weight.data.split(rows)]
+            out = torch.cat(parts, -1)
+            return out if bias is None else out + self.copy(bias.data)
+
+        module.forward = linear
+        # Some models cast hidden states to the type of this weight (Mamba). It takes no memory.
+        seen = torch.zeros((), dtype=self.copy(weight.data[:0]).dtype, device=self.device)
+        module.weight = nn.Parameter(seen.expand(weight.shape), requires_grad=False)
 
 
 def _units(model: nn.Module) -> Iterator[tuple[nn.Module, bool]]:

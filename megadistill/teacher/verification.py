@@ -56,7 +56,8 @@ class Verification:
     ) -> None:
         """Runs the reference. Collective over all ranks; most of them only wait.
 
-        Raises ConfigError where the model cannot be loaded.
+        Raises ConfigError where the model cannot be loaded, TeacherError where transformers cannot
+        run it.
         """
         self.mesh, self.key = mesh, key
         self.probe = Probe.of(seq_len=seq_len, vocab_size=vocab_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from megadistill.config import Config, TeacherConfig
 from megadistill.data.probe import Probe
 from megadistill.errors import TeacherError
 from megadistill.teacher.reference import Reference
+from tests.architectures import save_architecture
 from tests.models import tiny_llama
 from tests.ranks import run_ranks
 from tests.teacher import faults
@@ -71,6 +73,24 @@ def test_a_sound_engine_passes_and_a_leak_does_not(llama, ranks, tp, engine, dty
     for said in run_ranks(ranks, VERDICT, fault="leak_late", **options):
         assert "(several documents in a sequence), quarter 4 of the positions" in said
         assert "set data.pack=concat" in said
+
+
+def test_a_head_that_asks_for_its_weights_dtype_is_compared_in_float32(tmp_path):
+    """Mamba casts hidden states to it, as the last step before the head."""
+    model = save_architecture(tmp_path, "mamba", vocab_size=VOCAB)
+    options = {"model": model, "engine": "tensor_parallel", "dtype": "bfloat16", "fault": None}
+    assert run_ranks(1, VERDICT, **options) == [""]
+
+
+@pytest.mark.skipif(version("transformers").startswith("4."), reason="it fails in float32 there")
+def test_a_model_that_transformers_cannot_run_is_refused_by_name(tmp_path):
+    model = save_architecture(tmp_path, "xlstm", vocab_size=VOCAB)
+    options = {"model": model, "engine": "tensor_parallel", "dtype": "bfloat16", "fault": None}
+    [said] = run_ranks(1, VERDICT, **options)
+    assert said.startswith(
+        "teacher.model: transformers cannot run xLSTMForCausalLM (xlstm) in bfloat16 (RuntimeError:"
+    )
+    assert said.endswith("): set another teacher.dtype, or use another model")
 
 
 @pytest.mark.parametrize("fault", ["another_rope_base", "layer_twice", "position_off_by_one_late"])

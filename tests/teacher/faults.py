@@ -141,3 +141,17 @@ def leak_in_one_layer(core: Any) -> None:
         return args, kwargs | {"attention_mask": None}
 
     layers_of(core)[1].register_forward_pre_hook(causal, with_kwargs=True)
+
+
+def state_left_over(core: Any) -> None:
+    """A recurrent layer goes on from where its last forward pass ended."""
+    mixer = layers_of(core)[0].mamba
+    forward, left_over = mixer.forward, []
+
+    def going_on(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        before = [last.expand(len(hidden_states), -1, -1) for last in left_over]
+        left_over[:] = [hidden_states[:1, -8:].clone()]
+        out = forward(torch.cat([*before, hidden_states], 1), **kwargs | {"attention_mask": None})
+        return out[:, -hidden_states.shape[1] :]
+
+    mixer.forward = going_on

@@ -32,13 +32,19 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and faults for it. packed: they show where documents share a sequence alone."""
+    """A model, and faults for it.
+
+    packed: faults that show only where documents share a sequence. tp: where it can be sharded.
+    apart: the model carries a state, and its documents are run one after another.
+    """
 
     model_type: str
     faults: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
     packed: tuple[str, ...] = ()
+    tp: tuple[int, ...] = (1, 2)
+    apart: bool = False
 
 
 CASES = {
@@ -61,6 +67,12 @@ CASES = {
     "mixtral": Case(
         "mixtral", ("expert_missing", "expert_doubled"),
         {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "falcon_h1": Case(
+        "falcon_h1", (),
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
+         "mamba_d_state": 8, "mamba_chunk_size": 32},
+        packed=("state_left_over",), tp=(1,), apart=True,
     ),
 }  # fmt: skip
 
@@ -93,7 +105,12 @@ def plain(folder: str, case: Case, dtype: torch.dtype, *, fault: str | None = No
     if positions is None:
         positions = torch.arange(SEQ_LEN)[None]
     with torch.no_grad():
-        logits = model(tokens, position_ids=positions, attention_mask=None, use_cache=False).logits
+        if packed and case.apart:
+            parts = tokens.tensor_split(probe.starts[1:].tolist(), dim=1)
+            logits = torch.cat([model(part, use_cache=False).logits for part in parts], 1)
+        else:
+            output = model(tokens, position_ids=positions, attention_mask=None, use_cache=False)
+            logits = output.logits
     return torch.log_softmax(logits[0].double(), -1)
 
 
@@ -161,6 +178,8 @@ def planted(request, tmp_path_factory):
 )
 def test_what_counts_is_stopped_and_nothing_else_is(planted, ranks, tp, engine, dtype, capsys):
     case, folder, moved = planted
+    if tp not in case.tp:
+        pytest.skip(f"tp={tp} is refused by name")
     results = run_ranks(
         ranks, "tests.teacher.test_planted_faults:verdicts", tp=tp, folder=folder, engine=engine,
         dtype=dtype, attention=case.attention, names=[None, *moved],

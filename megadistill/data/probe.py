@@ -24,9 +24,12 @@ class Probe:
     positions_T: np.ndarray
 
     @classmethod
-    def of(cls, *, seq_len: int, vocab_size: int) -> Probe:
-        """Documents of T/2, T/4, 1, 2, 4, ... tokens: short ones lie late in the sequence."""
-        tokens_T = np.random.default_rng(0).integers(0, vocab_size, seq_len)
+    def of(cls, *, seq_len: int, vocab_size: int, seed: int = 0) -> Probe:
+        """Documents of T/2, T/4, 1, 2, 4, ... tokens: short ones lie late in the sequence.
+
+        seed: of the tokens. The documents are the same for each.
+        """
+        tokens_T = np.random.default_rng(seed).integers(0, vocab_size, seq_len)
         lengths, short = [max(1, seq_len // 2), seq_len // 4], 1
         while sum(lengths) < seq_len:
             lengths.append(min(short, seq_len - sum(lengths)))

@@ -50,15 +50,21 @@ class Reference:
             attention = "sdpa"  # flash attention exists on GPUs only
         section = config.model_copy(update={"attention": attention})
         self.model = load_pretrained(section, key=key, dtype=self.dtype).eval()
+        self._attention = self.model.config._attn_implementation
         self._output: Any = None
+        self.run(tokens_T)
+
+    def run(self, tokens_T: torch.Tensor) -> None:
+        """Runs the model over other tokens, int64 [T]: hidden_TH and exact_TH are theirs."""
         self.hidden_TH = self._hidden(tokens_T, self.dtype)
         same = self.dtype == torch.float32
         self.exact_TH = self.hidden_TH if same else self._hidden(tokens_T, torch.float32)
 
     @torch.no_grad()
     def _hidden(self, tokens_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if dtype == torch.float32 and "flash" in str(self.model.config._attn_implementation):
-            self.model.set_attn_implementation("sdpa")  # flash attention has no float32
+        if "flash" in str(self._attention):  # it has no float32
+            exact = dtype == torch.float32
+            self.model.set_attn_implementation("sdpa" if exact else self._attention)
         try:
             with fetched(self.model, device=self.device, dtype=dtype):
                 self._output = backbone(self.model)(

@@ -101,7 +101,8 @@ def test_a_changed_model_is_refused_with_quarter_and_distance(llama, fault):
     quarter = "quarter 4" if "late" in fault else "quarter 1"
     assert said.startswith(
         "teacher.model: LlamaForCausalLM (llama) under DeepSpeed says something else than in "
-        f"transformers: on {SEQ_LEN} random tokens (one document), {quarter} of the positions, KL "
+        f"transformers: on {4 * SEQ_LEN} random tokens (one document), {quarter} of the "
+        "positions, KL "
     )
 
 

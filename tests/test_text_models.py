@@ -30,6 +30,7 @@ needs_5 = pytest.mark.skipif(not VERSION_5, reason="transformers 4 refuses multi
 
 QUICK = ["llava", "gemma3", "qwen2_vl", "idefics3"]
 LONG = [pytest.mark.long, pytest.mark.models]
+WORDS = 90  # ids from here on stand for images
 
 
 def sample(quick):
@@ -51,7 +52,7 @@ def saved(folder, name):
 
 def small_batch():
     tokens, documents = batch()
-    return tokens % 90, documents  # without the tokens that stand for images
+    return tokens % WORDS, documents
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def student(folder, name, path, *, run, pack, **train):
 @sample(["gemma3", "qwen2_vl"])
 def test_a_text_model_as_student_learns_as_the_whole_model_and_is_exported(folder, names):
     if not (folder / "cache").exists():
-        make_store(folder / "cache", seed=1, vocab=VOCAB)
+        make_store(folder / "cache", seed=1, vocab=VOCAB, words=WORDS)
     paths = {name: saved(folder, name) for name in names}
     # Not every whole model keeps documents apart where positions restart.
     learning = {
@@ -132,7 +133,7 @@ def test_a_text_model_as_student_learns_as_the_whole_model_and_is_exported(folde
     train = "tests.train.test_architectures:train_all"
     assert run_ranks(2, train, configs=learning) == [{}, {}]
     assert run_ranks(2, train, configs=standing) == [{}, {}]
-    tokens = torch.arange(3, 40)[None] * 7 % 90
+    tokens = torch.arange(3, 40)[None] * 7 % WORDS
     for name, path in paths.items():
         whole = whole_model(path)
         model = AutoModelForCausalLM.from_pretrained(f"{standing[name].train.out_dir}/model")

@@ -18,7 +18,7 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 def make_store(
     path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
     only_in=None, masked=False, teacher=0, nothing=False, few=False, notes=True,
-    documents=(None,), **recipe,
+    documents=(None,), words=VOCAB, **recipe,
 ):  # fmt: skip
     """A cache, or with method=None a token store; `blocks`: commit only so many.
 
@@ -27,6 +27,7 @@ def make_store(
     nothing: the mask leaves out every token. few: all but one, the fourth of sequence 0.
     notes: whether topk targets have the teacher's entropy and nll.
     documents: where each sequence's documents start, in turn; None: two, at random.
+    words: the tokens are ids below.
     only_in: the one sequence that holds the last id of VOCAB, in its middle.
     """
     rng = np.random.default_rng(seed)
@@ -49,6 +50,7 @@ def make_store(
         drawn = [make_sample(rng, method, vocab, first + i, notes=notes) for i in range(size)]
         samples = [sample for sample, _ in drawn]
         for i, sample in enumerate(samples):
+            sample["tokens"] %= words
             starts = documents[(block * block_size + i) % len(documents)]
             if starts is not None:
                 sample["documents"] = np.array(starts, np.uint32)

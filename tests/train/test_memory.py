@@ -1,4 +1,4 @@
-"""No rank ever holds a whole model: loading a teacher or a student of 3 GB, and exporting it."""
+"""No rank ever holds a whole model: a teacher or student of 3 GB loaded, compared and exported."""
 
 import json
 
@@ -101,6 +101,31 @@ def test_a_teacher_is_loaded_in_its_share_and_a_layer(model, empty, engine, tp, 
         print(f"\n{engine}: " + ", ".join(f"{t:.0f} MiB of {s:.0f}" for t, s in found))  # noqa: T201
     for taken, share in found:
         assert taken <= share + LARGEST + SLACK
+
+
+def referring(mesh, model, empty, dtype):
+    """MiB that the reference of the comparison at start takes."""
+    from megadistill.config import TeacherConfig
+    from megadistill.data.probe import Probe
+    from megadistill.teacher.reference import Reference
+
+    tokens = torch.from_numpy(Probe.of(seq_len=64, vocab_size=VOCAB).tokens_T)
+    for folder in (empty, model):
+        with PeakMemory() as memory:
+            section = TeacherConfig(model=str(folder), dtype=dtype)
+            found = Reference(section, tokens, key="teacher.model", device=mesh.device)
+            for hidden in (found.hidden_TH, found.exact_TH):
+                found.log_probs(hidden, vocab_size=VOCAB)
+    return memory.taken
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_teacher_is_compared_in_a_layer_in_any_dtype(model, empty, dtype, capsys):
+    [taken] = run_ranks(1, f"{HERE}:referring", model=model, empty=empty, dtype=dtype)
+    with capsys.disabled():
+        print(f"\nreference in {dtype}: {taken:.0f} MiB, a layer {4 * LAYER / MIB:.0f}")  # noqa: T201
+    assert taken <= 2 * 4 * LAYER / MIB + SLACK
 
 
 def training(mesh, model, out):

@@ -119,7 +119,10 @@ def load_deferred(config: TeacherConfig, *, key: str, dtype: torch.dtype) -> Any
         if tensors is not None:
             return _load(config, tensors, key=key, dtype=dtype)
     except (ConfigError, NotImplementedError) as error:
-        log.debug("%s: %s is loaded whole: %s", key, config.model, first_line(error))
+        log.info(
+            "%s: %s: the model to compare with is loaded whole into host memory: %s",
+            key, config.model, first_line(error),
+        )  # fmt: skip
     return load_pretrained(config, key=key, dtype=dtype)
 
 

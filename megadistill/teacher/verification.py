@@ -95,7 +95,10 @@ class Verification:
 
     @property
     def plain(self) -> Any:
-        """The model as transformers loads it; None on ranks that do not run the reference."""
+        """The model of `load_deferred`; None on ranks that do not run the reference.
+
+        Buffers, and parameters in float32 beside another dtype, have their values.
+        """
         return None if self.reference is None else self.reference.model
 
     @torch.no_grad()

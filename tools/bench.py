@@ -8,6 +8,7 @@
     deepspeed --num_gpus 2 tools/bench.py online [--config demo.yaml] [--pairs 15]
     python tools/bench.py subset  [--positions N] [--vocab_size V] [--entries K ...]
     python tools/bench.py projector [--positions N] [--vocab_size V] [--hidden H]
+    python tools/bench.py apart   [--hidden H] [--seq_len T] [--pairs 15]
     python tools/bench.py angle   [--teacher DIR] [--tokens DIR] [--student DIR] [--bytes 13]
 
 storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
@@ -18,6 +19,7 @@ step     seconds of a training step from a cache over one on hard labels, in pai
 online   seconds of a step with the teacher beside the student over one from a cache
 subset   seconds of other losses on given logits over the union of both sides' most probable ids
 projector  seconds of a teacher's states through its own embeddings over ours through the projector
+apart    seconds of a forward pass with documents apart, for models with a state, over one without
 angle    degrees between the gradients of sparse and full distillation, while a student learns
 
 The teacher is the demo's by default (`make demo` makes it); without it only synthetic ones are
@@ -46,6 +48,7 @@ DEFAULTS = {
     "step": {"vocab_size": [32_000], "hidden": 512, "seq_len": 512},
     "subset": {"vocab_size": [152_000], "positions": 256},
     "projector": {"vocab_size": [152_000], "positions": 256, "hidden": 2048},
+    "apart": {"hidden": 256},
 }
 
 
@@ -71,7 +74,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--positions", type=count, help="default: 4096; head: 2048; subset, projector: 256"
     )
     parser.add_argument(
-        "--hidden", type=count, help="hidden size; default: 1024; step: 512; projector: 2048"
+        "--hidden",
+        type=count,
+        help="hidden size; default: 1024; step: 512; projector: 2048; apart: 256",
     )
     parser.add_argument("--layers", type=count, default=4, help="of step's student")
     parser.add_argument("--entries", type=count, nargs="+", default=[8, 64], help="of a position")
@@ -182,6 +187,12 @@ def projector(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield projector_cost(sizes, rounds=args.pairs)
 
 
+def apart(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from megadistill.bench.apart import ApartSizes, apart_cost
+
+    return apart_cost(ApartSizes(seq_len=args.seq_len, hidden=args.hidden), rounds=args.pairs)
+
+
 def angle(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from megadistill.bench.angle import Plan, Pupil, Teacher, angles
 
@@ -201,6 +212,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]] = 
     "online": online,
     "subset": subset,
     "projector": projector,
+    "apart": apart,
     "angle": angle,
 }
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -388,3 +389,17 @@ def test_the_naive_way_of_the_projector_bench_is_over_the_embeddings():
     assert problem.projector.weight.grad.abs().sum() > 0
     problem.forget()
     assert problem.projector.weight.grad is None
+
+
+@pytest.mark.skipif(version("transformers").startswith("4."), reason="sizes are of version 5")
+def test_the_bench_of_documents_apart_prints_a_row_for_each_model():
+    found = subprocess.run(
+        [sys.executable, str(TOOL), "apart", "--pairs", "2", "--seq_len", "64", "--hidden", "64",
+         "--json"], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    names = [row["data"].split(",")[0] for row in rows]
+    assert names == ["falcon_h1", "lfm2", "qwen3_next"]
+    for row in rows:
+        assert row["forwards"] >= 1 <= row["tokens"]
+        assert row["least"] <= row["ratio"] <= row["most"]

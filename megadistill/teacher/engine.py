@@ -48,7 +48,7 @@ from megadistill.documents_apart import (
     log_apart,
     runs_apart,
 )
-from megadistill.errors import TeacherError, first_line
+from megadistill.errors import ConfigError, TeacherError, first_line
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
 from megadistill.parallel import Mesh
@@ -120,9 +120,10 @@ def load_teacher(
     vocab_size: ids that its distributions are over, see `TeacherHead.of`. whole_head: every rank
     has all of the head's rows, so that it can make whole distributions of hidden states by itself.
     key: where the configuration names the model, for messages.
-    Raises ConfigError when the model cannot be loaded, TeacherError when it has no head, or says
-    something else under its engine than by itself.
+    Raises ConfigError when the model cannot be loaded, or run in its dtype on this machine.
+    TeacherError when it has no head, or says something else under its engine than by itself.
     """
+    _check_dtype(config.teacher, key=key)
     zero3 = config.teacher.engine == "zero3"
     build = _zero3 if zero3 else _tensor_parallel
     with given_back():
@@ -149,6 +150,19 @@ def load_teacher(
             log_apart(model, config.data.pack, key=key)
         _verify(teacher, model, verification, mesh)
     return teacher
+
+
+def _check_dtype(config: TeacherConfig, *, key: str) -> None:
+    """ConfigError for a dtype in which DeepSpeed does not run on this machine."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = [str(dtype).removeprefix("torch.") for dtype in accelerator.supported_dtypes()]
+    if config.dtype not in supported:
+        raise ConfigError(
+            f"{key.removesuffix('model')}dtype: {config.dtype}, and DeepSpeed does not run it on "
+            f"this machine's {accelerator.device_name()}, expected {' or '.join(supported)}"
+        )
 
 
 def _deal_merged(config: TeacherConfig, model: Any, merged: Any, mesh: Mesh, *, key: str) -> None:

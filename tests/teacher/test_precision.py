@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -100,7 +101,36 @@ def test_float32_tensors_stay_so_where_zero3_partitions_in_bfloat16(folder):
     compare_tensors(folder, "zero3", "bfloat16", ["deepseek_v3", "ernie4_5_moe"])
 
 
+def loaded_in_float16(mesh, model: str, engine: str, supported: list[torch.dtype]) -> str:
+    """The refusal of a teacher on a machine with these number formats."""
+    from megadistill.errors import ConfigError
+
+    accelerator = get_accelerator()
+    accelerator.supported_dtypes = lambda: supported
+    try:
+        load(mesh, model, seq_len=24, engine=engine, dtype="float16")
+    except ConfigError as error:
+        return str(error)
+    finally:
+        del accelerator.supported_dtypes
+    return ""
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "tensor_parallel"), (2, "zero3")])
+def test_a_number_format_that_the_machine_lacks_is_refused(folder, ranks, engine):
+    for said in run_ranks(
+        ranks, "tests.teacher.test_precision:loaded_in_float16", model=f"{folder}/llama",
+        engine=engine, supported=[torch.float32, torch.bfloat16],
+    ):  # fmt: skip
+        assert said == (
+            "teacher.dtype: float16, and DeepSpeed does not run it on this machine's cpu, expected "
+            "float32 or bfloat16"
+        )
+
+
 def compare_tensors(folder: str, engine: str, dtype: str, names: list[str]) -> None:
+    if getattr(torch, dtype) not in get_accelerator().supported_dtypes():
+        pytest.skip(f"DeepSpeed has no {dtype} on this machine")
     ranks, tp, engine = ENGINES[engine]
     results = run_ranks(
         ranks, "tests.teacher.test_precision:engine_tensors", tp=tp, folder=folder, engine=engine,
@@ -121,11 +151,18 @@ def compare_tensors(folder: str, engine: str, dtype: str, names: list[str]) -> N
 
 
 def same(expected: torch.Tensor, found: list[torch.Tensor]) -> bool:
-    """Whether each rank has the whole tensor, or all have slices of it along one dimension."""
+    """Whether each rank has the whole tensor, or all have slices of it along one dimension.
+
+    Experts' gate and up projections lie in one tensor, and each rank has slices of both.
+    """
     if found[0].shape == expected.shape:
         return all(torch.equal(part, expected) for part in found)
     differing = [i for i, size in enumerate(expected.shape) if found[0].shape[i] != size]
-    return len(differing) == 1 and torch.equal(torch.cat(found, differing[0]), expected)
+    if len(differing) != 1:
+        return False
+    halves = [part.chunk(2, differing[0]) for part in found]
+    each = [half[0] for half in halves] + [half[1] for half in halves]
+    return any(torch.equal(torch.cat(parts, differing[0]), expected) for parts in (found, each))
 
 
 def random_tokens(sequences: int, length: int) -> np.ndarray:

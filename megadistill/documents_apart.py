@@ -17,7 +17,8 @@ sequences too.)
 
 Cost: for log-normal documents with a median of 150 to 900 tokens, in micro-batches of 4 to 32
 sequences of 2,048, 3 to 5 forwards over 1.16 to 1.41 times the tokens. Under ZeRO-3 each forward
-gathers the weights again, and takes as long as the slowest rank's.
+gathers the weights again, and takes as long as the slowest rank's. `tools/bench.py apart` measures
+1.02 to 1.25 times the seconds of the packed sequences on CPUs.
 
 ZeRO-3 gathers weights when a module is called. A module that is called more often in a longer
 document (Qwen4's indexer) would make ranks come to different collectives. So a teacher's decoder

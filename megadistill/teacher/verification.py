@@ -19,6 +19,10 @@ Rounding has a heavy tail where a model chooses: a router near a tie sends a tok
 expert. One sequence may hold such a token for the engine, and none for the plain model. So an
 engine that seems to move more is compared on three more sequences, and judged on all four.
 
+For a Llama of 1.6 billion parameters at 2,048 tokens, in bfloat16 on two CPU cores, the reference
+takes 66 s and the engine's passes with the comparison 68 s (tensor_parallel, tp = 2) or 143 s
+(zero3, where two ranks run the same), beside 5 s and 11 s for loading.
+
 Under tensor_parallel the tensor-parallel group of each host's first rank is compared; under zero3
 rank 0 of each host compares. The reference runs on that rank while the others wait.
 

@@ -146,9 +146,10 @@ class Verification:
 class _Distances:
     """KL in nats, float64 [R, T] each, from the reference in float32.
 
-    rounding  of the reference in the run's dtype; zeros in float32
-    alone     of the engine, one document
-    packed    of the engine, several documents in the sequence; None where they are not kept apart
+    rounding_RT  of the reference in the run's dtype; zeros in float32
+    alone_RT     of the engine, one document
+    packed_RT    of the engine, several documents in the sequence; None where not kept apart
+    positions_T  of the tokens of those documents
     """
 
     rounding_RT: torch.Tensor

@@ -38,7 +38,7 @@ def forward_inputs(
     pack: Pack = "isolate",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """What to call `model` with (a causal language model of transformers, or its base model).
+    """Returns the inputs of `model` (a causal language model of transformers, or its base model).
 
     tokens_BT: token ids of any integer dtype. documents: each sequence's document starts.
     pack: "isolate" keeps documents apart; "concat" lets every position see all before it.

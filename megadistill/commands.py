@@ -1,4 +1,4 @@
-"""What every program does alike: the command line, logging, and errors without a traceback.
+"""Functions shared by all programs: the command line, logging, and errors without a traceback.
 
     def main(argv: list[str]) -> int | None:
         args = parse(argv, "Generate the cache.")
@@ -111,7 +111,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 
 def start_logging() -> None:
-    """Our log lines, with time, host and rank, on stderr: INFO from rank 0, else WARNING."""
+    """Configures logging to stderr with time, host and rank: INFO from rank 0, else WARNING."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_rank)
     handler.setFormatter(

@@ -98,7 +98,7 @@ def runs_apart(model: Any, pack: str) -> bool:
 
 
 def log_apart(model: Any, pack: str, *, key: str) -> None:
-    """One line where documents run apart. key: where the configuration names the model."""
+    """Logs one line if documents run apart. key: where the configuration names the model."""
     if runs_apart(model, pack):
         config = model.config.get_text_config()
         log.info(

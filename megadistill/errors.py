@@ -27,7 +27,7 @@ class DataError(MegadistillError):
 
 
 class BadDocumentError(DataError):
-    """One document cannot be used. `data.on_bad_document: skip` leaves it out.
+    """Error for a document that cannot be used. `data.on_bad_document: skip` leaves it out.
 
     Raised with the reason alone; where the document stands is added by who reads the corpus.
     """

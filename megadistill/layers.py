@@ -24,7 +24,7 @@ from megadistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class Seen:
-    """What the watched layers gave, by layer.
+    """Outputs of the watched layers, by layer.
 
     hidden     [B, T, H]: the layer's output, before any norm that follows the last
     attention  [B, heads, T, T]: the weights with which each position (third) attends to others

@@ -1,4 +1,4 @@
-"""What a model says about itself before it is loaded: config.json and the headers of its weights.
+"""Metadata of a model, read before it is loaded: config.json and the headers of its weights.
 
 For the checks before a run and for the plan. Reads a folder, or what the hub's cache holds, or
 fetches config.json (a few kB) from the hub; never weights. Imports no torch.

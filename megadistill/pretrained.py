@@ -91,7 +91,7 @@ def attention_of(config: TeacherConfig | StudentConfig, settings: Any) -> str:
 
 
 def log_attention(config: TeacherConfig | StudentConfig, settings: Any, *, key: str) -> None:
-    """One line where another attention implementation runs than the configured one.
+    """Logs one line if another attention implementation runs than the configured one.
 
     key: where the configuration names the model.
     """

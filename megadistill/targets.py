@@ -213,7 +213,7 @@ def check_divergence(
 
 
 def divergence_name(divergence: str, *, kd_temperature: str, made_at: float, coarse: bool) -> str:
-    """What to call it. coarse: at another temperature than the targets' own, at any time."""
+    """Returns the name. coarse: at another temperature than the targets' own, at any time."""
     if not coarse:
         return divergence if made_at == 1 else f"{divergence} at temperature {made_at:g}"
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import shutil
@@ -24,6 +25,12 @@ TOP_LEVEL = {
 MACHINE_PATH = re.compile(r"(?<![\w./~}])/(?:home|root|Users|opt|work)/\w")
 # Which registry serves the packages is the machine's business.
 REGISTRY = re.compile(r"https?://[\w.-]*(?:pypi|pythonhosted|download\.pytorch|conda)\b")
+
+# A docstring says first what the thing is or does.
+NO_SUBJECT = {
+    "What", "Of", "It", "Its", "They", "Their", "This", "These", "That", "Those", "There", "We",
+    "Our",
+}  # fmt: skip
 
 # Modules that take seconds to import, or that a machine for inspecting need not have.
 HEAVY = {"torch", "streaming", "transformers", "datasets", "deepspeed", "pyarrow", "matplotlib"}
@@ -64,6 +71,19 @@ def test_code_is_plain_ascii_except_for_the_texts_that_tests_use() -> None:
         if file.suffix == ".py"
         and file.parts[0] != "tests"
         and not (ROOT / file).read_bytes().isascii()
+    ]
+    assert found == []
+
+
+def test_docstrings_begin_with_their_subject() -> None:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = [
+        f"{file}:{node.body[0].lineno}: {text.splitlines()[0]}"
+        for file in tracked_files()
+        if file.suffix == ".py" and file.parts[0] in {"megadistill", "launch", "tools"}
+        for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8")))
+        if isinstance(node, documented) and (text := ast.get_docstring(node))
+        if re.split(r"\W", text, maxsplit=1)[0] in NO_SUBJECT
     ]
     assert found == []
 

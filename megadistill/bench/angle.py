@@ -234,7 +234,7 @@ def _cosine(step: int, steps: int) -> float:
 
 
 class Kind(NamedTuple):
-    """One way to keep a batch's distributions."""
+    """Targets that keep a batch's distributions in one way."""
 
     name: str
     targets: SparseTargets

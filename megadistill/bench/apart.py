@@ -37,7 +37,7 @@ _STATE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ApartSizes:
-    """Of a micro-batch and of a model of four layers."""
+    """Sizes of a micro-batch and of a model of four layers."""
 
     sequences: int = 4
     seq_len: int = 2048

@@ -117,7 +117,7 @@ class Taken:
 
 
 def interleaved(sizes: Sizes, entries: list[int], rounds: int) -> list[Taken]:
-    """Of plain, then of fused with each number of entries; each round begins with another."""
+    """Times plain, then fused with each number of entries; each round begins with another."""
     problem = Problem(sizes, entries[0])
     rows = [random_targets(sizes, count, torch.Generator().manual_seed(1)) for count in entries]
     sides: list[Callable[[], None]] = [problem.plain, *(partial(problem.fused, r) for r in rows)]
@@ -137,7 +137,10 @@ def interleaved(sizes: Sizes, entries: list[int], rounds: int) -> list[Taken]:
 
 
 def peak_bytes(side: str, sizes: Sizes, entries: int) -> int:
-    """Of one forward and backward in a fresh process, beyond inputs and gradients. Linux only."""
+    """Returns the peak bytes of one forward and backward, beyond inputs and gradients.
+
+    Runs them in a fresh process. Linux only.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak, side, sizes, entries, torch.get_num_threads()).result()
 

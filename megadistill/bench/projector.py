@@ -39,7 +39,7 @@ from megadistill.student.projection import ProjectedTargets, Projector
 
 @dataclass(frozen=True)
 class ProjectorSizes:
-    """Of the two models; positions: of a micro-batch."""
+    """Sizes of the two models; positions: of a micro-batch."""
 
     positions: int = 256
     vocab: int = 152_000
@@ -90,7 +90,7 @@ class Problem:
 
     @property
     def ways(self) -> dict[str, Callable[[], Any]]:
-        """What is measured, by name: ours, and the naive one of the same extent."""
+        """Returns the measured functions by name: ours, and the naive one of the same extent."""
         return {
             "map": lambda: self.projector(self.teacher_NH),
             "naive_map": lambda: self.projector(self.over_embeddings(self.probs_NV)),

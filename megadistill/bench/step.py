@@ -54,7 +54,7 @@ BLOCK = 16  # sequences
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Of the student, a Llama, and of a step."""
+    """Sizes of the student, a Llama, and of a step."""
 
     vocab: int = 32_000
     hidden: int = 512

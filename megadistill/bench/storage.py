@@ -116,7 +116,7 @@ def _megatron(t: SparseTargets, seq_len: int) -> float:
 
 
 def _errors(t: SparseTargets, vocab_size: int, codec: Any) -> Row:
-    """What decoding loses: KL over list and tail, and the largest of single log-probabilities."""
+    """Computes decoding errors: KL over list and tail, and the largest of a log-probability."""
     data = encode_targets(t, vocab_size=vocab_size, codec=codec)
     back = decode_targets(data, vocab_size=vocab_size, codec=codec)
     assert np.array_equal(back.ids, t.ids)

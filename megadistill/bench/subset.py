@@ -43,7 +43,7 @@ from megadistill.teacher.head import TeacherHead
 
 @dataclass(frozen=True)
 class SubsetSizes:
-    """Of a chunk; entries: K of each side; hidden: of teacher and student."""
+    """Sizes of a chunk; entries: K of each side; hidden: of teacher and student."""
 
     positions: int = 256
     vocab: int = 152_000
@@ -111,7 +111,7 @@ def _whole_steps(sizes: SubsetSizes, rounds: int) -> dict[str, list[float]]:
 
 
 def union(student_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> torch.Tensor:
-    """Our gradient of the student's logits; both are overwritten."""
+    """Computes the gradient of the student's logits with our kernels; both are overwritten."""
     entries = union_entries(student_CV, teacher_CV, k)
     labels_C = torch.zeros(len(student_CV), dtype=torch.int64)
     distill_rows(student_CV, entries, labels_C, Terms(kd=1.0, ce=0.0))

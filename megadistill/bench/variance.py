@@ -20,7 +20,7 @@ _TOP = 256  # heads a position has at most, at tau above 1/128
 
 
 class Variances:
-    """What the variances of a distribution follow from; goes through it once."""
+    """Computes variances of sampling from a distribution; goes through it once."""
 
     def __init__(self, distribution: Any) -> None:
         tops, squares, totals = [], [], []
@@ -33,11 +33,11 @@ class Variances:
         self._total_N = torch.cat(totals)
 
     def multinomial(self, draws: int) -> float:
-        """Of `draws` draws with replacement."""
+        """Returns the variance of `draws` draws with replacement."""
         return float(((1 - self._square_N) / draws).mean())
 
     def varopt(self, tau: float, *, rounded: bool = True) -> float:
-        """Of threshold sampling at tau."""
+        """Returns the variance of threshold sampling at tau."""
         top_NK = self._top_NK
         heads_N, points_N, rest_N = self._split(tau)
         squares_NK = torch.nn.functional.pad(top_NK.square().cumsum(1), (1, 0))

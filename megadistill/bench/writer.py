@@ -1,4 +1,4 @@
-"""What keeping the targets costs: generating with the writer on against off, in one process.
+"""Cost of writing the targets: generating with the writer on against off, in one process.
 
 Both score the same blocks. On: each is handed to a CacheWriter, and the time runs until the last
 block is durable, though a real run waits for its writer only once. Off: targets are dropped. The

@@ -79,7 +79,7 @@ def _try_acquire(baton: Any) -> bool:
 
 @contextlib.contextmanager
 def _guarded(path: Path) -> Iterator[None]:
-    """One process at a time decides about a lock; the kernel frees the guard of a dead one."""
+    """Lets one process at a time decide about a lock; the kernel frees the guard of a dead one."""
     try:
         guard = os.open(path.with_name("lock.guard"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:  # torch's own attempt will say why

@@ -30,7 +30,7 @@ SEND_S = 5.0
 
 
 class Line:
-    """One connection: whole messages out, whole messages in."""
+    """Connection that sends and receives whole messages."""
 
     def __init__(self, connection: socket.socket, heartbeat_s: float) -> None:
         self.connection, self._buffer = connection, b""

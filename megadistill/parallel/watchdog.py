@@ -1,4 +1,4 @@
-"""One thread a rank that sees to it that all ranks stop together, within 20 s.
+"""Watchdog thread of each rank: all ranks stop together, within 20 s.
 
 It waits for a signal to this process, the launcher's end, and news over the circle's connections
 (circle.py). The first cause that any rank sees is told to all. Then, on each rank:
@@ -205,7 +205,7 @@ class Watchdog:
         return self.cause
 
     def failed(self, error: BaseException) -> None:
-        """This rank leaves with an error, which it reports itself: all others stop."""
+        """Stops all other ranks: this rank leaves with an error, which it reports itself."""
         self._leaving = True
         if self.cause is None:
             reason = f"failed: {type(error).__name__}"

@@ -25,7 +25,7 @@ Member = SparseTargets | DenseTargets
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What several teachers say of the same N positions.
+    """Targets of several teachers for the same N positions.
 
     members  the targets of each; of any method and temperature, at the same positions
     shares   of each in the distillation term; they sum to 1, so that kd_weight keeps its meaning

@@ -37,14 +37,14 @@ _SMALLEST = 1e-12  # attention that is taken for none
 
 
 class Features(NamedTuple):
-    """What the teacher gave, of each pair."""
+    """Features of the teacher, one tensor for each pair of layers."""
 
     hidden: tuple[torch.Tensor, ...]  # [N, H]
     attention: tuple[torch.Tensor, ...]  # float32 [B, T, T], averaged over heads
 
     @classmethod
     def of(cls, seen: Seen, layers: dict[str, list[int]]) -> Features:
-        """What was seen of a teacher's layers, or of a rank's share of its heads."""
+        """Returns the features of a teacher's watched layers, or of a rank's share of its heads."""
         return cls(
             tuple(seen.hidden[i].flatten(0, -2) for i in layers["hidden"]),
             tuple(mean_attention(seen.attention[i]) for i in layers["attention"]),
@@ -52,7 +52,7 @@ class Features(NamedTuple):
 
     @classmethod
     def joined(cls, parts: list[Features]) -> Features:
-        """Those of several micro-batches, one after the other."""
+        """Concatenates the features of several micro-batches."""
         hidden, attention = (
             tuple(torch.cat(each) for each in zip(*side, strict=True))
             for side in zip(*parts, strict=True)
@@ -83,7 +83,7 @@ class FeaturePlan:
 
 
 def feature_plan(config: Config, student: Any) -> FeaturePlan | None:
-    """What a configuration asks to be aligned; None where its loss gives that no weight.
+    """Returns which layers are to be aligned; None where the loss gives that no weight.
 
     student: its transformers configuration. ConfigError for layers that are not there, and for
     hidden states of different widths without matrices between them.

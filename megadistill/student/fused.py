@@ -50,7 +50,7 @@ Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class TeacherTerm:
-    """One of those whom the student learns from, and its share of the distillation term."""
+    """Targets of one teacher, and their share of the distillation term."""
 
     targets: Member
     share: float
@@ -62,7 +62,7 @@ class TeacherTerm:
         return isinstance(self.targets, DenseTargets) and self.targets.k is None
 
     def terms(self, terms: Terms, *, first: bool) -> Terms:
-        """What its pass over the logits adds up: the hard terms are the first one's."""
+        """Returns the terms of the teacher's pass over the logits; hard ones only for the first."""
         hard = (terms.ce, terms.z) if first else (0.0, 0.0)
         return dataclasses.replace(
             terms, kd=terms.kd * self.share, ce=hard[0], z=hard[1], made_at=self.made_at
@@ -71,7 +71,7 @@ class TeacherTerm:
 
 @dataclass(frozen=True)
 class Chunks:
-    """What is done with every chunk. All positions have a label."""
+    """Holds the settings and inputs of all chunks. All positions have a label."""
 
     teachers: tuple[TeacherTerm, ...]
     labels_N: torch.Tensor
@@ -320,7 +320,7 @@ def _pass(
     *,
     agreement: bool,
 ) -> tuple[RowLosses, torch.Tensor | None]:
-    """One teacher's losses of a chunk, and its most probable ids; z becomes the gradient."""
+    """Returns a teacher's losses of a chunk and its most probable ids; z becomes the gradient."""
     scratch_CV = buffers.scratch
     if isinstance(targets, SparseTargets):
         entries = Entries.of(targets, z_CV.dtype)

@@ -133,7 +133,7 @@ class Student(nn.Module):
         return terms
 
     def checkpoint_activations(self) -> None:
-        """Of each layer keep the input alone; the backward pass computes the rest again.
+        """Keeps only the input of each layer; the backward pass computes the rest again.
 
         ConfigError for a model that cannot. Without torch's re-entrant variant, which wants inputs
         that have gradients.

@@ -29,7 +29,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ProjectedTargets:
-    """What a teacher with other tokens says of N positions of the student.
+    """Targets of a teacher with other tokens for N positions of the student.
 
     hidden_NH  its last hidden states, where it has read what the student's position has read
     has_N      bool: where there is such a state; the others hold anything finite

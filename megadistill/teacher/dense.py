@@ -20,7 +20,7 @@ from megadistill.teacher.head import TeacherHead
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """What the teacher says of N positions, in full.
+    """Targets of N positions from the teacher's full distributions.
 
     hidden_NH  its last hidden states, in its own dtype
     head       its output projection, of the whole vocabulary, on the device of hidden_NH

@@ -159,7 +159,7 @@ def columns(size: int, *, rank: int, ranks: int, grain: int = _GRAIN) -> tuple[i
 
 
 def _part(name: str, whole: torch.Tensor, layout: Layout, *, rank: int, ranks: int) -> nn.Parameter:
-    """One rank's slice of a parameter."""
+    """Returns one rank's slice of a parameter."""
     if name == "down_proj_bias":  # added up it must count once
         return _parameter(whole.data if rank == 0 else torch.zeros_like(whole.data))
     down = name == "down_proj"

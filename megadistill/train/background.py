@@ -36,7 +36,7 @@ _SAVES = itertools.count()  # names one save on all ranks
 
 
 class Background:
-    """One rank's files of the save that is under way, and the thread that writes them."""
+    """Holds one rank's files of the save in progress, and the thread that writes them."""
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         def save(state_dict: Any, path: str) -> None:
@@ -49,7 +49,7 @@ class Background:
         self.took_s: float | None = None  # the last save, until rank 0 had sealed it
 
     def put(self, state: Any, path: Path) -> None:
-        """What torch.save would write to `path`, to be written there by `start`."""
+        """Serializes `state` into memory with torch.save; `start` writes it to `path`."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self._files.append((path, buffer))

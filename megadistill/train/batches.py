@@ -1,4 +1,4 @@
-"""What a rank reads for each step, ahead of time: verified, decoded, in the order's sequence.
+"""Prefetching of a rank's data for each step: verified, decoded, in the order's sequence.
 
 The order says which sequences form global batch g; rank r of R takes the r-th of R equal parts of
 it. Threads read and decode: two of them gave 2.0 to 2.8 million positions/s of `varopt`, two
@@ -27,7 +27,7 @@ Names = list[tuple[int, int]]  # (store, sequence) of each row
 
 
 class Batches:
-    """This rank's micro-batches of each step, from step `first` on. A context manager.
+    """Prefetches this rank's micro-batches of each step, from step `first` on. A context manager.
 
     What goes wrong in reading is raised by `next`, at its step.
     """
@@ -76,7 +76,7 @@ class Batches:
         return [future.result() for future in step]
 
     def names(self, step: int) -> Names:
-        """This rank's rows of global batch `step`."""
+        """Returns this rank's rows of global batch `step`."""
         return rank_rows(self._order.batch(step), self._rank, self._world)
 
     def _begin_next(self) -> None:

@@ -56,7 +56,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was verified."""
+    """A verified checkpoint."""
 
     path: Path
     position: Position

@@ -138,7 +138,7 @@ def open_sequences(
 
 
 def _incomplete(store: BlockStore, key: str) -> str:
-    """What a store lacks, and what completes it."""
+    """Returns a message that tells what a store lacks, and what completes it."""
     lost = [] if store.is_remote else store.lost_shards()
     if lost:
         return (
@@ -217,7 +217,7 @@ def _warn_of_few(store: Sequences) -> None:
 
 
 def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
-    """Of each store of cache.dir the blocks it has, or None where it is complete."""
+    """Returns the blocks of each store of cache.dir, or None for a complete store."""
     found: list[tuple[int, ...] | None] = []
     for source in config.cache.sources:
         store = BlockStore.open(source.dir, local=local_copies(config))

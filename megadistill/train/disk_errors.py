@@ -38,7 +38,7 @@ def disk_errors(folder: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the disk said; None for an error that is not the disk's."""
+    """Returns the reason of a disk error; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in _DISK else None
     if any(name in str(error) for name in _OF_TORCH):

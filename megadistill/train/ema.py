@@ -75,14 +75,14 @@ class Ema:
         self._optimizer.checkpoint_event_epilogue()
 
     def save(self, path: Path, *, rank: int, write: Callable[..., Any] = torch.save) -> None:
-        """This rank's part, into the folder `path`. write: in the place of torch.save."""
+        """Saves this rank's part to the folder `path`. write: replaces torch.save."""
         write(
             {"updates": self.updates, "layout": self._layout, "flat": self._flat}, _file(path, rank)
         )
 
     @torch.no_grad()
     def load(self, path: Path, *, rank: int, written_by: int) -> None:
-        """This rank's part of what `written_by` ranks saved into `path`."""
+        """Loads this rank's part of what `written_by` ranks saved to `path`."""
         parts = _Parts(path, written_by)
         for flat, layout in zip(self._flat, self._layout, strict=True):
             offset = 0
@@ -95,7 +95,7 @@ class Ema:
 
 
 class _Parts:
-    """What all ranks of another run saved: elements of parameters by name. Read where needed."""
+    """Holds the parts that all ranks of another run saved, by parameter name. Read where needed."""
 
     def __init__(self, path: Path, world: int) -> None:
         self._places: list[dict[str, torch.Tensor]] = []

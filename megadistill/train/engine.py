@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """What DeepSpeed gets: the configuration's own section, and what train.* decides.
+    """Returns the DeepSpeed configuration: the section `deepspeed`, and what train.* decides.
 
     ConfigError where the ranks do not divide the batch, or the ZeRO stage is not 3.
     """

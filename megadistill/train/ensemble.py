@@ -102,7 +102,7 @@ def check_divergences(config: Config, store: Sequences) -> None:
 
 
 def learned_from(config: Config, stores: list[Sequences]) -> str:
-    """What the model's card says of teachers and text, by name: no path, no host."""
+    """Returns the names of teachers and text for the model card: no path, no host."""
     if config.teacher.mode == "online":
         text = " and ".join(data_names(config.data).values()) or shown_name(stores[0].name)
         return f"{_models_named(config)} ({config.targets.method}), on the text of {text}"

@@ -1,4 +1,4 @@
-"""What a step computes, and how much of what the device can do that is.
+"""Floating-point operations of a training step, and the peak of each device.
 
 Floating-point operations, a multiplication and an addition counted as two, of the matrix products
 alone: norms, activations and the softmax are left out, as everywhere in the literature.
@@ -51,7 +51,7 @@ def peak_flops(device: str) -> float | None:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a student, floating-point operations forward and backward."""
+    """Floating-point operations of a student, forward and backward."""
 
     a_token: float  # of the matrices below the head
     a_label: float  # of the head

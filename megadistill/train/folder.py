@@ -55,7 +55,7 @@ _EMA = ("ema", "ema_decay")
 
 @dataclass(frozen=True)
 class Claimed:
-    """What a run found in its folder."""
+    """Holds what a run found in its folder."""
 
     finished: bool
     found: Checkpoint | None  # where it resumes
@@ -208,7 +208,7 @@ class RunFolder:
         self._write(identity)
 
     def blocks(self) -> list[tuple[int, ...] | None] | None:
-        """Of each store the blocks that the run was begun on, None for a complete one.
+        """Returns the blocks of each store that the run was begun on, None for a complete store.
 
         None where no run has begun here.
         """
@@ -242,7 +242,7 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
 
 
 def _ensemble(store: Sequences) -> dict[str, Any]:
-    """What the other teachers are; nothing where there are none, as before there were any."""
+    """Returns the recipes and weights of the other teachers; empty where there are none."""
     beside = {
         str(i): {"recipe": other.recipe, "weight": other.teacher_weight}
         for i, other in enumerate(store.beside)

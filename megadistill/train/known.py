@@ -1,4 +1,4 @@
-"""What a cache knows of itself, and what a configuration may say about it.
+"""Settings recorded in a cache, and how a configuration is compared with them.
 
 A cache was made with a method, its parameters and a temperature, from sequences of one length, in
 one tokenizer's ids, by one teacher. Training reads all of it from the cache:
@@ -56,7 +56,7 @@ def with_known(config: Config, store: BlockStore) -> Config:
 
 
 def pack_of(recipe: dict[str, Any]) -> str | None:
-    """What the documents of a sequence see of each other; None where the recipe does not say."""
+    """Returns "isolate" or "concat", how documents are packed; None if the recipe does not say."""
     pack = recipe.get("pack") or (recipe.get("tokens") or {}).get("pack")
     return pack if pack in ("isolate", "concat") else None
 
@@ -191,7 +191,7 @@ def _other_teacher(config: Config, store: BlockStore, *, contents: bool) -> Iter
 
 
 def _differs(config: Config, made_by: dict[str, Any], *, contents: bool) -> str | None:
-    """What differs from the recorded teacher; "" for nothing, None where it cannot be known."""
+    """Returns how the recorded teacher differs: "" for not at all, None if it cannot be known."""
     teacher = config.teacher
     try:
         files = find_model(

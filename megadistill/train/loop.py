@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run of `train` did."""
+    """Result of a call of `train`."""
 
     steps: int  # of the whole run
     done: int  # by now; fewer than `steps` where it was stopped
@@ -250,7 +250,7 @@ def evaluate(
 
 
 class Sums(NamedTuple):
-    """Of a step's or a micro-batch's positions, unweighted; the router's is a share of the mean."""
+    """Unweighted sums over positions of a step or micro-batch; router: a share of the mean."""
 
     kd: float
     ce: float

@@ -1,4 +1,4 @@
-"""What a step reports: a line in metrics.jsonl (journal.py), a line for people, and to trackers.
+"""Reports of each step: a line in metrics.jsonl (journal.py), a readable line, and to trackers.
 
 Losses are in nats a position, times in seconds.
 """
@@ -24,7 +24,7 @@ QUIET_S = 10.0  # without a terminal: seconds between lines
 
 
 def step_line(record: dict[str, Any], steps: int) -> str:
-    """One step for people."""
+    """Returns a readable line for one step."""
     kd = "" if record["kd_loss"] is None else f"  kd {record['kd_loss']:.4f}"
     learned = "".join(
         f"  {name} {record[f'{name}_loss']:.4f}"

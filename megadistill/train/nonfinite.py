@@ -1,4 +1,4 @@
-"""What is done about a loss or a gradient that is not finite.
+"""Policy for a loss or a gradient that is not finite.
 
 A micro-batch whose loss is not finite gets gradients that are not (engine.py), and the norm of the
 gradient, which every rank knows, is taken before the optimizer updates anything: so one such number

@@ -146,7 +146,7 @@ class OnlineTeacher:
 
 
 def _own(pooled: Features, mesh: Mesh) -> Features:
-    """This rank's share of what its group pooled, in memory of its own."""
+    """Returns this rank's share of the features that its group pooled, in memory of its own."""
 
     def mine(rows: torch.Tensor) -> torch.Tensor:
         return rows.tensor_split(mesh.tp)[mesh.tp_rank]
@@ -190,7 +190,7 @@ def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
 def online_recipe(
     config: Config, mesh: Mesh, store: Sequences, *, key: str = "teacher"
 ) -> dict[str, Any]:
-    """What the answers of the teacher of `config` depend on. Collective; rank 0 reads its files."""
+    """Returns what the targets of `config`'s teacher depend on. Collective; rank 0 reads files."""
 
     def known() -> dict[str, Any]:
         recipe = cache_recipe(config, store.store, key=f"{key}.model")

@@ -98,7 +98,7 @@ class Tokenizers:
 
 
 def projected(hidden_MH: torch.Tensor, rows_N: np.ndarray) -> ProjectedTargets:
-    """What of the teacher's hidden states is said of N positions. rows_N: -1 for nothing."""
+    """Returns targets for N positions from the teacher's hidden states. rows_N: -1 for none."""
     rows = torch.as_tensor(rows_N, device=hidden_MH.device)
     return ProjectedTargets(hidden_MH[rows.clamp_min(0)], rows >= 0)
 

@@ -1,4 +1,4 @@
-"""What a step took of the machine: memory in use, operations a second, share of the peak.
+"""Device statistics of a step: memory in use, floating-point operations, share of the peak.
 
 memory_used   bytes in use on rank 0's device, by the device's own count: everything that is not
               free, of whatever process or library, caches included. What an allocator has reserved
@@ -32,7 +32,7 @@ class Readings:
             self._peak = peak_flops(torch.cuda.get_device_name(device))
 
     def step(self, *, tokens: int, labels: float, seconds: float) -> dict[str, float]:
-        """Of a step that took so many seconds."""
+        """Returns the statistics of a step that took `seconds`."""
         used, total = memory(self._device)
         flops = self._flops.step(tokens=tokens, labels=labels)
         found: dict[str, float] = {"memory_used": used, "memory_total": total, "flops": flops}

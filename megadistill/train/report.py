@@ -1,4 +1,4 @@
-"""What training runs did, read back from their folders: a table as Markdown, for one or several.
+"""Reports of one or several training runs, read from their folders: a table as Markdown.
 
 The folder says it all: run.json the run, metrics.jsonl a line a step, eval.jsonl a line a held-out
 evaluation. It may be looked at while the run goes on. Imports no torch.

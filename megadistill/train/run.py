@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What is settled before a model is loaded."""
+    """Holds what is settled before a model is loaded."""
 
     config: Config
     stores: list[Sequences]
@@ -80,7 +80,7 @@ class Run:
         return self.evaluation is not None and step > 0 and due
 
     def batches(self, mesh: Mesh, *, first: int = 0) -> Batches:
-        """This rank's micro-batches of each step, from step `first` on."""
+        """Returns this rank's micro-batches of each step, from step `first` on."""
         return Batches(
             self.stores, self.order, rank=mesh.rank, world=mesh.world,
             micro_batch=self.config.train.micro_batch, with_targets=self.stores[0].reads_targets,

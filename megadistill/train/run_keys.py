@@ -1,4 +1,4 @@
-"""What the fields of run.json are called in the configuration, for refusals.
+"""Configuration keys of the fields of run.json, for error messages.
 
 A run records the recipes of its caches. With the teacher online they follow from the configuration;
 of a cache that is read they are the cache's own, and the key that changed is the one that names it.

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Flags(NamedTuple):
-    """What one rank knows at the beginning of a step. Numbers, to be summed over the ranks."""
+    """Flags of one rank at the beginning of a step, as numbers to be summed over the ranks."""
 
     stop: float  # a stop is requested
     save: float  # train.save_minutes have passed; rank 0 alone
@@ -82,7 +82,7 @@ class Saving:
         self._took_s: float | None = None  # the last save in this process
 
     def flags(self, stop: Stop) -> Flags:
-        """What this rank has to say at the beginning of a step."""
+        """Returns the flags of this rank at the beginning of a step."""
         minutes = self._run.config.train.save_minutes
         rank_0 = self._trainer.mesh.rank == 0
         passed = rank_0 and minutes and self._clock() - self._saved_at >= 60 * minutes

@@ -74,7 +74,7 @@ def check_trackers(config: Config, *, load: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a tracker is told when it begins."""
+    """Settings that a tracker is started with."""
 
     folder: Path  # the run's
     project: str
@@ -86,7 +86,7 @@ class Setup:
 
 
 class Tracker(Protocol):
-    """What is asked of each library. May raise anything, or hang."""
+    """Interface to each tracker's library. May raise anything, or hang."""
 
     def log(self, step: int, figures: Figures) -> None: ...
 
@@ -180,7 +180,7 @@ _DRAW_OVER = {"tensorboard"}
 
 
 class Feed:
-    """One tracker, and the thread that feeds it. Nothing here raises, or waits for the tracker."""
+    """Feeds one tracker from a thread. Nothing here raises, or waits for the tracker."""
 
     def __init__(
         self, name: str, setup: Setup, *, given: dict[str, int], begun: Callable[[], None]
@@ -312,5 +312,5 @@ def _as_markdown(settings: dict[str, Any]) -> str:
 
 
 def _shown(error: BaseException) -> str:
-    """Its class, and the first line of what it says, where it says anything."""
+    """Returns the error's class, and the first line of its message if it has one."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

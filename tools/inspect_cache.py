@@ -1,4 +1,4 @@
-"""What a cache or a token store holds, and whether it is whole.
+"""Shows what a cache or a token store holds, and whether it is whole.
 
     python tools/inspect_cache.py [CACHE] [--config C] [--verify] [--json] [--plot DIR]
     python tools/inspect_cache.py CACHE --diff OTHER [--json]

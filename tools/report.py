@@ -1,4 +1,4 @@
-"""What a training run did, or several beside one another: curves as a picture, a table as Markdown.
+"""Shows a training run, or several beside one another: curves as a picture, a table as Markdown.
 
     python tools/report.py RUN [--out DIR]
     python tools/report.py RUN RUN ... --out DIR

@@ -27,7 +27,7 @@ _DIMENSION_DTYPES = ("<u1", "<u2", "<u4", "<u8")  # how MDS writes the shape of 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, its MDS encoding, and the encoding taken apart."""
+    """Column of a store: its name, its MDS encoding, and the encoding taken apart."""
 
     name: str
     encoding: str

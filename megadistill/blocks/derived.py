@@ -95,7 +95,7 @@ def encode_index(markers: list[dict[str, Any]], columns: list[Column]) -> bytes:
 
 
 def index_entries(markers: list[dict[str, Any]], columns: list[Column]) -> list[dict[str, Any]]:
-    """What index.json says of each shard."""
+    """Returns the entry of each shard in index.json."""
     config = shard_config(columns) | {"hashes": ["xxh3_64"], "zip_data": None}
     return [
         config

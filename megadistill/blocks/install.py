@@ -86,7 +86,7 @@ def marker_of(
     content_hash: str | None,
     extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the marker of a written shard says."""
+    """Returns the marker of a written shard."""
     return {
         **extra,
         "block": block,

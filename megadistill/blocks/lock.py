@@ -218,7 +218,7 @@ def _link(path: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock file says: None where there is none, nothing where it is damaged."""
+    """Returns the content of a lock file: None where there is none, {} where it is damaged."""
     try:
         holder = json.loads(read_file(path, limit=1 << 16))
     except FileNotFoundError:

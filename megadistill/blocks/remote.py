@@ -178,7 +178,7 @@ class Remote:
         raise AssertionError("unreachable")
 
     def _said(self, error: Exception) -> str:
-        """What a backend said, in one line, without credentials."""
+        """Returns a backend's error in one line, without credentials."""
         text = " ".join(str(error).split())
         for secret in self._secrets:
             text = text.replace(secret, "...")
@@ -199,7 +199,7 @@ def shown(url: str) -> str:
 
 
 def read_only(url: str) -> StoreError:
-    """What is said to who would write a remote store in place."""
+    """Returns the error for writing a remote store in place."""
     return StoreError(
         f"{shown(url)}: a remote store cannot be written in place: write it to a local folder, "
         "then copy it with tools/copy_cache.py"

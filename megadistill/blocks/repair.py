@@ -25,7 +25,7 @@ from megadistill.errors import CorruptBlockError, StoreError
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair took out, or would take out.
+    """Holds what a repair took out, or would take out.
 
     dropped  block -> what was wrong with it
     strays   shards without a marker

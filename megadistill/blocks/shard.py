@@ -34,7 +34,7 @@ SHARD_LIMIT = 1 << 32  # MDS offsets have 32 bits
 
 
 def shard_config(columns: list[Column]) -> dict[str, Any]:
-    """What MDS says of a shard in its header, and again in index.json."""
+    """Returns the MDS description of a shard, in its header and again in index.json."""
     return {
         "column_encodings": [c.encoding for c in columns],
         "column_names": [c.name for c in columns],

@@ -200,7 +200,7 @@ class BlockStore:
 
     @property
     def names(self) -> dict[str, str]:
-        """What models and data are called, by key, for reading; {} in a store without names."""
+        """Returns names of models and data, by key, for reading; {} in a store without names."""
         found = self.header.get(NAMES)
         found = found if isinstance(found, dict) else {}
         return {k: v for k, v in found.items() if isinstance(v, str)}

@@ -46,7 +46,7 @@ def verify_store(
     progress: Callable[[int], object] | None = None,
     check: Check | None = None,
 ) -> list[str]:
-    """What is wrong with a store, a line each; nothing for a sound one, complete or not.
+    """Returns the errors in a store, a line each; none for a sound one, complete or not.
 
     workers   processes; `check` must then be a function of a module or a method, see pool.py
     progress  called with each block's number when it is checked, in block order

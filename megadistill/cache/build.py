@@ -59,7 +59,7 @@ VALIDATED_SEQUENCES = 8
 
 @dataclass(frozen=True)
 class Built:
-    """What a run of `build_cache` did."""
+    """Holds the result of a run of `build_cache`."""
 
     sequences: int
     blocks: int
@@ -136,7 +136,7 @@ def _require_positions(store: BlockStore) -> None:
 
 
 def _account(config: Config) -> str:
-    """What is committed, for a run that is stopped."""
+    """Returns a line about the committed blocks, for a run that is stopped."""
     for path, kind in ((config.cache.folder, "cache"), (config.data.dir, "tokens")):
         with contextlib.suppress(MegadistillError, OSError):
             store = BlockStore.open(path)

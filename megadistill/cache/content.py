@@ -1,4 +1,4 @@
-"""What a block of a cache says, in integers: the same whoever wrote it, with whatever library.
+"""Hash of a block's content, in integers: the same whoever wrote it, with whatever library.
 
 A shard's bytes depend on how its symbols were deflated, which zlib does not promise to keep. The
 content hash is taken over what stands below that: token ids, documents, masks, and the targets' own

@@ -25,7 +25,7 @@ Facts = dict[str, Any]
 
 
 def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
-    """What differs, as plain values for JSON; the member `equal` is the verdict.
+    """Returns how two stores differ, as plain values for JSON; the member `equal` is the verdict.
 
     recipe            [{field, left, right}]: the recipe, and what else the header says
     plan              {left, right}: planned sequences; None where equal
@@ -112,7 +112,7 @@ def _samples(store: BlockStore, block: int) -> list[dict[str, Any]]:
 
 
 def _positions(sample: dict[str, Any]) -> list[Facts]:
-    """What a sample says of each of its positions."""
+    """Returns the facts of each position of a sample."""
     starts = np.zeros(len(sample["tokens"]), bool)
     starts[sample["documents"]] = True
     facts: list[Facts] = [

@@ -1,4 +1,4 @@
-"""What a store holds: the facts behind tools/inspect_cache.py. Costs no torch and no streaming."""
+"""Facts about a store, for tools/inspect_cache.py. Costs no torch and no streaming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "min_entrop
 
 
 def block_check(store: BlockStore) -> Check | None:
-    """What a cache adds to the verification of a block: targets decoded, statistics recomputed."""
+    """Returns a cache's check of a block: targets decoded, statistics recomputed; else None."""
     return Cache(store).check if store.kind == "cache" else None
 
 
@@ -118,7 +118,7 @@ def _recipe(store: BlockStore) -> dict[str, Any]:
 
 
 def _with_name(recorded: Any, name: str | None) -> Any:
-    """What a recipe says of a model, with its name where the store has one."""
+    """Returns a recipe's record of a model, with its name where the store has one."""
     if name is None:
         return recorded
     return {"name": name} | (recorded if isinstance(recorded, dict) else {})
@@ -158,5 +158,5 @@ def _summary(store: BlockStore, statistics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(statistics: dict[str, Any]) -> dict[str, Any]:
-    """What of a marker's statistics can be added up."""
+    """Returns the members of a marker's statistics that can be added up."""
     return {k: v for k, v in statistics.items() if isinstance(v, int | list | dict)}

@@ -59,7 +59,7 @@ class IdRanking:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, vocab_size: int, file: str) -> IdRanking:
-        """What `to_bytes` made. CorruptBlockError for anything else."""
+        """Decodes the bytes of `to_bytes`. CorruptBlockError for anything else."""
         if len(data) != _HEAD.size + 4 * vocab_size:
             raise CorruptBlockError(file, f"a ranking of {vocab_size} ids", f"{len(data)} bytes")
         if _HEAD.unpack_from(data) != (_MAGIC, _VERSION, vocab_size):

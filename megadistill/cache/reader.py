@@ -91,7 +91,7 @@ class Cache:
         return self.store.verify(workers=workers, progress=progress, check=self.check)
 
     def check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
-        """What is wrong with a block's targets or statistics, a line each."""
+        """Returns the errors in a block's content, targets or statistics, a line each."""
         block = marker["block"]
         first = block * self.store.block_size
         decoded = [self._decoded(s, first + i)["targets"].numpy() for i, s in enumerate(samples)]

@@ -97,7 +97,7 @@ def _begun(config: Config) -> Any:
 
 
 def made_with(*, device: str, accelerator: str, cpu_threads: int) -> dict[str, Any]:
-    """What of the machine a block's bytes may depend on."""
+    """Returns the versions and the hardware that a block's bytes may depend on."""
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")
     }
@@ -132,7 +132,7 @@ def model_identity(folder: Path, adapter: Path | None = None) -> dict[str, str]:
 
 
 def _adapter_settings(adapter: Path) -> dict[str, Any]:
-    """Its adapter_config.json, without what says where its base lay."""
+    """Returns the adapter's adapter_config.json, without the location of its base model."""
     settings = json.loads((adapter / SETTINGS).read_text())
     return {k: v for k, v in settings.items() if k not in ("base_model_name_or_path", "revision")}
 

@@ -14,7 +14,7 @@ _UNITS = {1000: ("", "thousand", "million", "billion", "trillion"),
 
 
 def table(facts: dict[str, Any]) -> str:
-    """What `inspect_store` found, a line a fact."""
+    """Returns the facts of `inspect_store` as text, a line a fact."""
     state = "complete" if facts["complete"] else "DAMAGED" if facts["findings"] else "INCOMPLETE"
     title = f"{facts['path']}: {facts['kind']}, format {facts['format_version']}, {state}"
     return "\n".join([title, *_lines(_rows(facts)), *_findings(facts["findings"])])
@@ -61,7 +61,7 @@ def _target_rows(facts: dict[str, Any]) -> Rows:
 
 
 def difference_table(facts: dict[str, Any]) -> str:
-    """What `diff_stores` found, most telling first. A is the left store, B the right one."""
+    """Formats `diff_stores`' facts, most telling first. A is the left store, B the right one."""
     rows: Rows = [("A", facts["left"]), ("B", facts["right"])]
     for entry in facts["recipe"][:_SHOWN]:
         rows += [
@@ -184,7 +184,7 @@ def _listed(blocks: list[int]) -> str:
 
 
 def _text(value: Any) -> str:
-    """One line for a recipe's member: hashes shortened, for people; --json has them whole."""
+    """Returns a recipe's member in a line: hashes shortened, for people; --json has them whole."""
     if value is None:
         return "-"
     if isinstance(value, dict):

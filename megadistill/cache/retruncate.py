@@ -174,7 +174,7 @@ def retruncate_cache(
 
 
 def _option(field: str) -> str:
-    """What a field of the recipe is called on the command line; a configuration's key elsewhere."""
+    """Returns a recipe field's option on the command line; a configuration's key elsewhere."""
     name = field.rpartition(".")[2]
     ours = field in ("recipe.tau", "recipe.k", "recipe.p", "recipe.retruncated_from.seed")
     return f"--{name}" if ours else keys_of(None, kind="cache").of(field)

@@ -1,4 +1,4 @@
-"""One sequence of a cache, for people: the text, and beside it what the teacher expects next.
+"""Sequence of a cache, for people: the text, and beside it what the teacher expects next.
 
 The facts behind `inspect_cache.py --show`. A cache holds ids; the text of an id is the tokenizer's
 to tell, and the recipe knows the tokenizer by a hash of its content only.

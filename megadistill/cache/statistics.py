@@ -1,4 +1,4 @@
-"""What a block's marker says of its targets: counts that add up exactly.
+"""Statistics of targets in a block's marker: counts that add up exactly.
 
 Counts, fixed-point integer sums and fixed-bin histograms of decoded values, so that the whole of a
 merged cache equals the sum of its parts in any order, and checking recomputes it to the last digit.
@@ -80,7 +80,7 @@ def combine(parts: list[Statistics]) -> Statistics:
 
 
 def summary(statistics: Statistics) -> dict[str, Any]:
-    """What people read: averages and quantiles over the positions that have targets.
+    """Returns averages and quantiles, for people, over the positions that have targets.
 
     listed_mass, entropy and teacher_nll are {mean, p05, p50, p95} (probability; nats), or None
     where they were not kept.

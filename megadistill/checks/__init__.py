@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a model is loaded, or a byte is written.
+"""Checks for mistakes that show before a model is loaded, or a byte is written.
 
 A run that fails for a reason that was plain at its start, after an hour of loading, costs the hour
 on every GPU. So the configuration is held against the files of the models, the tokenizers, the
@@ -93,7 +93,7 @@ def _serves_the_loss(config: Config) -> None:
 
 
 def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool) -> Any:
-    """What it takes to ask the teacher about the corpus; the tokenizer, where there is one."""
+    """Checks what asking the teacher about the corpus takes; returns the tokenizer, or None."""
     found.of(models.check_ranks, config, world)
     found.of(folders.check_corpus, config)
     if writing:
@@ -216,7 +216,7 @@ class _Mistakes:
         self.teachers: list[tuple[Config, ModelFiles]] = []
 
     def of(self, check: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """What `check` returns; None, and its mistake noted, where it raises one of ours."""
+        """Returns the result of `check`; None, and its mistake noted, for a MegadistillError."""
         try:
             return check(*args, **options)
         except MegadistillError as error:

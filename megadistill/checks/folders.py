@@ -98,7 +98,7 @@ def check_run_folder(config: Config) -> None:
 def check_cache_is_there(
     path: str, *, key: str, way_out: str, text_is_enough: bool = False
 ) -> None:
-    """There is a cache at `path`, complete or not; with `text_is_enough` a token store serves."""
+    """Checks for a cache at `path`, complete or not; with `text_is_enough` a token store serves."""
     if is_url(path):
         return  # the network is for the start, where it is asked once and for good
     there = Path(path).is_dir()

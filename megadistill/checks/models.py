@@ -142,7 +142,7 @@ def _causal(model: ModelFiles, *, trusted: bool) -> None:
 
 
 def _safetensors(model: ModelFiles) -> None:
-    """There are weights that transformers loads, and that cannot run code."""
+    """Checks for weights that transformers loads, and that cannot run code."""
     names = hub_file_names(model) if model.on_hub else None
     if names is None and model.on_hub and not model.weights() and not model.other_weights():
         return  # offline, and not downloaded: loading will say so

@@ -90,7 +90,7 @@ def student_if_there(config: Config) -> ModelFiles | None:
 def check_other_teacher(
     config: Config, section: TeacherConfig, tokenizer: Any, teacher: ModelFiles
 ) -> None:
-    """One of teacher.ensemble, its section made whole, has the run's tokenizer, and its ids."""
+    """Checks one of teacher.ensemble, its section made whole, for the run's tokenizer and ids."""
     _check_same_ids(
         section, config, tokenizer, teacher,
         few="take a teacher of the same family",

@@ -1,4 +1,4 @@
-"""What every section is made of: types with their bounds, and the section itself."""
+"""Base of every section: types with their bounds, and the section itself."""
 
 from __future__ import annotations
 

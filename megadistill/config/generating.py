@@ -144,7 +144,7 @@ class DataConfig(Section):
 
 
 class TeacherMember(Section):
-    """One more teacher beside the student. What is not given is as `teacher` says, `tp` always."""
+    """Further teacher beside the student. What is not given is as `teacher` says, `tp` always."""
 
     model: Text = Field(description="a folder or a hub id")
     revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
@@ -254,7 +254,7 @@ class TargetsConfig(Section):
 
 
 class CacheSource(Section):
-    """One of several caches to train from."""
+    """Entry of a list of caches to train from."""
 
     dir: Text = Field(description="the cache: a folder or a URL")
     weight: PositiveFloat = Field(default=1.0, description="passes over it in an epoch")
@@ -333,7 +333,7 @@ class CacheConfig(Section):
 
     @property
     def sources(self) -> list[CacheSource]:
-        """What to train from; a single cache is a list of one."""
+        """Returns the caches to train from; a single cache is a list of one."""
         return [CacheSource(dir=self.dir)] if isinstance(self.dir, str) else self.dir
 
     @property

@@ -1,4 +1,4 @@
-"""What a wrong value is said to be, in one line: pydantic's errors in the words of our messages."""
+"""Messages of one line for wrong values: pydantic's errors in the words of our messages."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Config(Section):
 
     @property
     def sequences_needed(self) -> int:
-        """Of all steps; 0 without train.steps."""
+        """Number of sequences of all steps; 0 without train.steps."""
         return (self.train.steps or 0) * self.train.global_batch
 
     @model_validator(mode="after")

@@ -131,7 +131,7 @@ class LossConfig(Section):
 
     @property
     def aligned(self) -> tuple[str, ...]:
-        """Of "hidden" and "attention" those that have a weight at any time of the run."""
+        """Returns which of "hidden" and "attention" have a weight at any time of the run."""
         both = ("hidden", "attention")
         return tuple(name for name in both if any(values(getattr(self, f"{name}_weight"))))
 

@@ -91,7 +91,7 @@ def _nvme(config: Config) -> Iterator[Problem]:
 
 
 def _mapping(section: dict[str, Any], key: str) -> dict[str, Any]:
-    """What `key` holds; nothing where that is no mapping, which another rule reports."""
+    """Returns the mapping at `key`; {} where it holds none, which another rule reports."""
     found = section.get(key)
     return found if isinstance(found, dict) else {}
 

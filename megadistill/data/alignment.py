@@ -57,7 +57,7 @@ _CONTINUATION = bytes(range(0x80, 0xC0))
 
 @dataclass(frozen=True)
 class Aligned:
-    """What the teacher reads, and where.
+    """Holds the teacher's input, and the teacher's position for each of the student's.
 
     tokens_BU  int64: the teacher's ids, with a filler behind the last piece
     documents  each row's starts of pieces, and of the filler, so that nobody sees it; as
@@ -83,7 +83,7 @@ class _Reading:
 
 
 class Alignment:
-    """Of one student and one teacher; made once (0.4 s for vocabularies of 32,000).
+    """Alignment of one student and one teacher; made once (0.4 s for vocabularies of 32,000).
 
     Both need a fast tokenizer whose tokens stand for bytes: byte-level, or SentencePiece's with or
     without byte fallback. ConfigError for others, WordPiece among them.
@@ -212,7 +212,7 @@ def _reading(ids_L: np.ndarray, chunks: list[bytes], skipped: bytes = b"") -> _R
 
 
 def _cut(data: bytes) -> bytes:
-    """What at the beginning belongs to a character that begins before it."""
+    """Returns the leading bytes that belong to a character that begins before `data`."""
     return data[: len(data) - len(data.lstrip(_CONTINUATION))]
 
 

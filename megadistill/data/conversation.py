@@ -139,7 +139,7 @@ def _turn(value: Any, where: str) -> Turn:
 
 
 def _is_learned(turn: Turn, role: str, where: str) -> bool:
-    """What `weight` and `train` say of a turn. True for an assistant's turn without either."""
+    """Returns a turn's `weight` or `train` as bool. True for an assistant's turn without either."""
     if "train_detail" in turn:
         raise BadDocumentError(
             f"{where}: train_detail marks parts of a turn, expected weight or train, which hold "

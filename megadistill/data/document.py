@@ -1,4 +1,4 @@
-"""One document of a corpus, as its source gives it."""
+"""Document of a corpus, as its source gives it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 20  # bytes of a text file that are read at a time
 
 @dataclass(frozen=True)
 class Document:
-    """One row or file, in one of four shapes. None of them: an empty row.
+    """Row or file, in one of four shapes. None of them: an empty row.
 
     `text`; `file`, a text file that is read piece by piece; `messages`, a chat as the corpus
     holds it, with its `tools`; `prompt` with `completion`, texts or lists of turns.

@@ -1,4 +1,4 @@
-"""One document, or a piece of one, to token ids and its loss mask: what a tokenising process does.
+"""Encodes a document, or a piece of one, to token ids and its loss mask in a tokenising process.
 
 Imports neither torch nor, for plain text, transformers: a process starts in 0.2 s and stays small.
 """
@@ -17,7 +17,7 @@ from megadistill.errors import BadDocumentError
 
 @dataclass(frozen=True)
 class Unit:
-    """What is tokenised in one go: a piece of a text, or a whole chat or prompt with completion."""
+    """Unit tokenised in one go: a piece of a text, or a whole chat or prompt with completion."""
 
     document: int
     piece: int = 0
@@ -45,7 +45,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What a tokenising process needs of a tokenizer.
+    """Holds what a tokenising process needs of a tokenizer.
 
     `backend`: the tokenizers library's JSON. `chat`: the chat template, for chats only. `columns`:
     the corpus' columns by their `data` key, for messages.
@@ -144,7 +144,7 @@ class Encoder:
 
 
 def _characters(value: Any) -> int:
-    """Of a text, or of a chat's contents."""
+    """Returns the number of characters in a text, or in a chat's contents."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

@@ -101,7 +101,7 @@ def _size(path: str) -> int:
 
 
 def kind(paths: list[str]) -> str:
-    """What all of them are: parquet, json, arrow or text."""
+    """Returns the kind of all files: parquet, json, arrow or text."""
     kinds: dict[str, str] = {}
     for path in paths:
         suffix = Path(plain_name(path)).suffix.lower()
@@ -147,7 +147,7 @@ def fingerprint(path: str) -> str:
 
 
 def content_identity(paths: list[str]) -> str:
-    """One digest over the files, in their order, whatever their names."""
+    """Returns a digest of the files, in their order, whatever their names."""
     digest = hashlib.sha256("\n".join(map(fingerprint, paths)).encode())
     return digest.hexdigest()
 
@@ -164,7 +164,7 @@ def read(config: DataConfig, start: int) -> Iterator[Document]:
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
-    """What the corpus is, for the recipe."""
+    """Returns the identity of the corpus, for the recipe."""
     return {"source": "text", "content": content_identity(_ordered(config))}
 
 

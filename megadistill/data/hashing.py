@@ -14,7 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 def key(*parts: int) -> int:
-    """One 64-bit key from integers of any sign; the order of the parts matters."""
+    """Returns a 64-bit key for integers of any sign; the order of the parts matters."""
     state = 0
     for part in parts:
         state = _mix_int(((state ^ (part & _MASK)) + _GOLDEN) & _MASK)

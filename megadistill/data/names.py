@@ -1,4 +1,4 @@
-"""What models and data are called, for reading: never where they lie, on whose machine, or a key.
+"""Names of models and data, for reading: never where they lie, on whose machine, or a key.
 
 A hub id stays as it is; of a folder or a file the last name is kept, of a URL the last part of its
 path. Names stand in a store's header beside the recipe, outside of every comparison.

@@ -22,7 +22,7 @@ IGNORED = -100  # the label of a position without a target, as in transformers a
 
 @dataclass(frozen=True)
 class Sequence:
-    """One row of a training batch.
+    """Row of a training batch.
 
     tokens     uint32 [T]
     documents  uint32 [D], rising, beginning with 0: where in `tokens` a document, a part of one,

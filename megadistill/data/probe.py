@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Probe:
-    """One document, and a sequence of several documents, each a prefix of that one.
+    """Random document, and a sequence of several documents, each a prefix of that one.
 
     tokens_T     int64 [T]: one document of random tokens, equal on every rank
     starts       int64 [D]: where the documents of the second sequence start

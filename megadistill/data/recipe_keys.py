@@ -1,4 +1,4 @@
-"""What the fields of a token store's and a cache's recipe are called in the configuration.
+"""Configuration keys for the fields of a token store's and a cache's recipe.
 
 Stores record fields of their own (`recipe.tokens.source.content`); a user set `data.files`. The
 last rule is general, so that a field which is added later has a key as well.

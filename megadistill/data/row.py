@@ -1,4 +1,4 @@
-"""One row of a corpus, and the count of rows that a resumed run passes over."""
+"""Row of a corpus, and the count of rows that a resumed run passes over."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def with_tools(config: DataConfig) -> DataConfig:
 
 
 def source_identity(config: DataConfig) -> dict[str, Any]:
-    """What the corpus is, for the recipe: by content or revision, not by path.
+    """Returns the identity of the corpus, for the recipe: by content or revision, not by path.
 
     Which documents and in which order, but not how many: raising `data.max_samples` goes on with
     the same corpus.

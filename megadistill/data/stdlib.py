@@ -34,7 +34,7 @@ def read(config: DataConfig, start: int) -> Iterator[Document]:
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
-    """What the corpus is, for the recipe."""
+    """Returns the identity of the corpus, for the recipe."""
     root, names = _files(config)
     digest = hashlib.sha256()
     for name in names:

@@ -49,7 +49,7 @@ class Block:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What the block's marker holds for a run that continues."""
+        """Returns the members of the block's marker for a run that continues."""
         cursor = {name: n for name, n in asdict(self.cursor).items() if n or name != "sequences"}
         end = {} if self.end is None else {"end": self.end}
         return {"cursor": cursor, "documents_read": self.documents_read} | end

@@ -81,7 +81,7 @@ def open_tokenizer(
 def encoder_spec(
     tokenizer: Any, *, chat: ChatSpec | None = None, columns: dict[str, str] | None = None
 ) -> EncoderSpec:
-    """What a tokenising process needs of it, and of the chat template for a corpus of chats.
+    """Returns the EncoderSpec of a tokenizer, and of the chat template for a corpus of chats.
 
     columns: the corpus' columns by their `data` key.
     """
@@ -181,7 +181,7 @@ def _read_template(path: str) -> str:
 
 
 def count_ids(tokenizer: Any) -> int:
-    """One more than its largest id: ids may have gaps."""
+    """Returns the tokenizer's largest id plus 1: ids may have gaps."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
@@ -192,7 +192,7 @@ def begin_token(tokenizer: Any) -> int | None:
 
 
 def tokenizer_identity(tokenizer: Any, *, below: int | None = None) -> dict[str, Any]:
-    """Its part of the recipe: by content, so that a copy in another folder is the same.
+    """Returns the tokenizer's part of the recipe: by content, the same for a copy elsewhere.
 
     below: without the tokens that were added from this id on. So of a model whose vocabulary was
     extended the content is that of the model it comes from.

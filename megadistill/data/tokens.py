@@ -186,7 +186,7 @@ def _stream(settings: dict[str, Any], spec: EncoderSpec, number: int, cursor: Cu
 
 
 class _Run:
-    """One run over the corpus, from a cursor on."""
+    """Run over the corpus, from a cursor on."""
 
     def __init__(
         self, data: DataConfig, stream: Stream, cursor: Cursor, progress: bool | None

@@ -132,7 +132,7 @@ class _Worker:
 
 
 def serve() -> None:
-    """What a tokenising process does until its input ends."""
+    """Runs a tokenising process until its input ends."""
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach the parent, which ends us
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")

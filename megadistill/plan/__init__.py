@@ -1,4 +1,4 @@
-"""What a run will be: sequences, blocks, bytes, memory, steps, hours.
+"""Plan of a run: sequences, blocks, bytes, memory, steps, hours.
 
 `estimate` works it out from the files and the assumptions and loads nothing: for --dry_run, for the
 disk's check, and printed before generating. `measure` runs a few blocks for real, `sizes` scales

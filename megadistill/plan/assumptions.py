@@ -1,4 +1,4 @@
-"""What is assumed where nothing is measured: bytes of text, tokens, entries and bytes of targets.
+"""Assumptions where nothing is measured: bytes of text, tokens, entries and bytes of targets.
 
 text         3.5 bytes a token at a vocabulary below 10,000 (measured: the standard library at
              4,096), 4.2 above
@@ -35,7 +35,7 @@ BYTES_A_SOURCE_FILE = 17_000  # of the standard library: 11.4 MB in 674 files
 
 @dataclass(frozen=True)
 class Assumed:
-    """Of one method. Entries are functions of the `targets` section."""
+    """Assumptions about one method. Entries are functions of the `targets` section."""
 
     entries: Callable[[Any], float]
     most: Callable[[Any], float]
@@ -56,7 +56,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Position:
-    """What a position's targets take, estimated and at most."""
+    """Entries and bytes of a position's targets, estimated and at most."""
 
     entries: float
     most_entries: float
@@ -79,7 +79,7 @@ def position(targets: Any, *, vocab_size: int | None) -> Position:
 
 
 def bytes_a_token_of_text(vocab_size: int | None) -> float:
-    """Of UTF-8 text, on the average."""
+    """Returns the bytes of UTF-8 text in a token, on the average."""
     return 3.5 if vocab_size is not None and vocab_size < 10_000 else 4.2
 
 

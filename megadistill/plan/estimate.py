@@ -1,4 +1,4 @@
-"""What a run will be: sequences, blocks, bytes, memory, steps. For --dry_run and the disk's check.
+"""Estimate of a run: sequences, blocks, bytes, memory, steps. For --dry_run and the disk's check.
 
 Nothing is loaded and nothing is fetched. What is known is said to be known (an existing store
 counts its sequences itself), what is worked out from assumptions is said to be estimated: see

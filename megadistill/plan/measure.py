@@ -38,7 +38,7 @@ Samples = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found. Tokens are all positions, with targets or without."""
+    """Holds the measurements. Tokens are all positions, with targets or without."""
 
     ranks: int
     blocks: int  # scored, by all copies of the teacher together
@@ -58,7 +58,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What rank 0 tells the others: blocks of sequences, and how a store of their cache is made."""
+    """Sample rank 0 broadcasts: blocks of sequences, and how a store of their cache is made."""
 
     blocks: list[Samples]
     bytes_a_token: float
@@ -107,7 +107,7 @@ def _moved(config: Config, folder: Path) -> Config:
 
 
 def _sampled_together(config: Config, mesh: Mesh, blocks: int) -> _Sample:
-    """What rank 0 sampled, on every rank."""
+    """Returns rank 0's sample on every rank."""
     found: list[_Sample] = []
     # Waiting for rank 0 may take long, and what it found is too large for the key-value store.
     mesh.first(lambda: found.append(_sample(config, blocks)))

@@ -28,7 +28,7 @@ def teacher_memory(config: Config, model: ModelFiles | None, world: int) -> int 
 
 
 def at_once(sizes: list[tuple[Config, int]]) -> int:
-    """What several teachers, each of its own configuration, take together.
+    """Returns the bytes that several teachers, each of its own configuration, take together.
 
     Those in host memory are on the device one after the other.
     """

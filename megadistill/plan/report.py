@@ -1,4 +1,4 @@
-"""What tools/plan.py says: for people, and as JSON."""
+"""Report of tools/plan.py: for people, and as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
-        """One for each size."""
+        """Returns a row for each size."""
         return list(table(self.config, self.rates, ranks=self.ranks, price=self.price))
 
     @property
@@ -44,7 +44,7 @@ class Report:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """One object: numbers only, null for what is not known."""
+        """Returns a JSON object: numbers only, null for what is not known."""
         return {
             "ranks": self.ranks,
             "price": self.price,

@@ -56,7 +56,7 @@ def zero3_bytes(config: Config, files: ModelFiles, world: int) -> tuple[int, int
 
 
 def at_work_bytes(config: Config, files: ModelFiles) -> int | None:
-    """What ZeRO-3 gathers at a time: two layers, or the embedding where that is larger."""
+    """Returns the bytes that ZeRO-3 gathers at a time: two layers, or a larger embedding."""
     found = _used(files)
     if found is None:
         return None

@@ -23,7 +23,7 @@ SIZES = tuple(10**n for n in range(6, 12))  # tokens: 1 million to 100 billion
 
 @dataclass(frozen=True)
 class Rates:
-    """What a token takes. `tokens_per_s` on all ranks; None where it is not measured."""
+    """Rates per token. `tokens_per_s` on all ranks; None where it is not measured."""
 
     token_store_bytes: float
     cache_bytes: float
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def block_size_note(self) -> str:
-        """What is wrong with data.block_size at this size; empty where nothing is."""
+        """Returns the error in data.block_size at this size; empty where there is none."""
         least, most = self.block_size_at_least, self.block_size_at_most
         if self.blocks <= MAX_BLOCKS:
             return ""
@@ -101,7 +101,7 @@ def row(
 
 
 def _shares_to_come(plan: Plan) -> tuple[float, float]:
-    """What part of the token store and of the cache is not there yet."""
+    """Returns the fractions of the token store and of the cache that are not there yet."""
 
     def share(to_come: int | None, total: int | None) -> float:
         return 1.0 if to_come is None or not total else min(1.0, to_come / total)

@@ -142,7 +142,7 @@ def decode_targets(
 
 
 def content(data: bytes, *, file: str = "targets") -> bytes:
-    """What `data` says, before it was deflated: the same with every version of zlib."""
+    """Returns `data` before it was deflated: the same with every version of zlib."""
     head, symbols, words = _unpack(data, file)
     return data[: head.size] + symbols.tobytes() + words[:-1].astype("<u4").tobytes()
 

@@ -86,7 +86,7 @@ class LISTED:
 
     @staticmethod
     def take(reader: SymbolReader, n: int, parameter: int, truth: bool, file: str) -> Fields:
-        """What `put` put, as fields of SparseTargets; `ranks` in place of ids, and `counts`."""
+        """Decodes the streams to fields of SparseTargets; `ranks` in place of ids, and `counts`."""
         listed_N = reader.take(n, LEVELS)
         total = int(listed_N.sum())
         levels_E = _take_levels(reader, listed_N, total, file)

@@ -82,7 +82,7 @@ class VAROPT:
 
     @staticmethod
     def take(reader: SymbolReader, n: int, parameter: int, truth: bool, file: str) -> Fields:
-        """What `put` put, as fields of SparseTargets; `ranks` in place of ids, and `counts`."""
+        """Decodes the streams to fields of SparseTargets; `ranks` in place of ids, and `counts`."""
         heads_N, drawn_N = reader.take(n, LEVELS), reader.take(n, LEVELS)
         led_N, has_N = heads_N > 0, drawn_N > 0
         others_N = heads_N - 1
@@ -140,7 +140,7 @@ class MULTINOMIAL:
 
     @staticmethod
     def take(reader: SymbolReader, n: int, parameter: int, truth: bool, file: str) -> Fields:
-        """What `put` put, as fields of SparseTargets; `ranks` in place of ids, and `counts`."""
+        """Decodes the streams to fields of SparseTargets; `ranks` in place of ids, and `counts`."""
         counts_N = reader.take(n, LEVELS)
         total = int(counts_N.sum())
         hits_E = reader.take(total, LEVELS) + 1

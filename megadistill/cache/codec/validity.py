@@ -1,4 +1,4 @@
-"""What targets must be like to be encoded: checked before anything is written."""
+"""Checks of targets that are to be encoded, before anything is written."""
 
 from __future__ import annotations
 

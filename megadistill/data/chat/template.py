@@ -76,7 +76,7 @@ class Trace:
 
 
 class ChatTemplate:
-    """One template with everything but the chat: its variables and its date.
+    """Chat template with everything but the chat: its variables and its date.
 
     variables: names that the template sees, such as bos_token or enable_thinking.
     date: the ISO date that `strftime_now` gives.

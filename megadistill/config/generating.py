@@ -208,7 +208,7 @@ class TeacherConfig(ModelConfig):
 
 
 class TargetsConfig(Section):
-    """What is kept of the teacher's distribution at each position."""
+    """Targets that are kept of the teacher's distribution at each position."""
 
     method: Literal["varopt", "multinomial", "topk", "topp", "union", "exact", "projected"] = Field(
         default="varopt",

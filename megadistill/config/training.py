@@ -40,7 +40,7 @@ FEATURES_FROM, ALL_TERMS_FROM = 0.3, 0.6  # of a run, under curriculum: three_ph
 
 
 class LossConfig(Section):
-    """What is minimised: kd_weight x distillation + ce_weight x cross-entropy on true tokens.
+    """Training loss: kd_weight x distillation + ce_weight x cross-entropy on true tokens.
 
     In place of a number stand points `[[0, 1.0], [0.5, 1.0], [1, 0.2]]`: the value at fractions of
     the run, straight lines between them, two points at one fraction for a jump.

@@ -47,6 +47,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megadistill.layers import listed_layers
+
 log = logging.getLogger(__name__)
 
 # Layers that see earlier tokens otherwise than by attention under transformers' mask, as
@@ -112,9 +114,8 @@ def gather_layers_together(model: nn.Module) -> None:
     """Has ZeRO-3 gather each layer as one module. Called before DeepSpeed's engine is made."""
     from deepspeed.utils import set_z3_leaf_module
 
-    for module in model.modules():
-        for layer in module if isinstance(module, nn.ModuleList) else ():
-            set_z3_leaf_module(layer, True)
+    for layer in listed_layers(model):
+        set_z3_leaf_module(layer, True)
 
 
 @contextlib.contextmanager
@@ -166,10 +167,11 @@ class DocumentsApart:
         )
         lengths = np.diff(firsts, append=B * T)
         groups, order_N, used = [], np.empty(B * T, np.int64), 0
+        # After one token a state has decayed nowhere: RWKV's decay would have no gradient on this
+        # rank, and DeepSpeed reduces the gradients of all ranks together.
+        shortest = 2 if lengths.max() == 1 else 1
         for members in grouped_by_length(lengths, limit=B * T):
-            # After one token a state has decayed nowhere: RWKV's decay would have no gradient on
-            # this rank, and DeepSpeed reduces the gradients of all ranks together.
-            R, L = len(members), max(int(lengths[members[-1]]), 2 if lengths.max() == 1 else 1)
+            R, L = len(members), max(int(lengths[members[-1]]), shortest)
             rows = np.repeat(np.arange(R), lengths[members])
             columns = np.concatenate([np.arange(length) for length in lengths[members]])
             places = firsts[members][rows] + columns

@@ -61,6 +61,12 @@ def watched(
             hook.remove()
 
 
+def listed_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the members of all lists of modules in `model`, also of lists inside of layers."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return [layer for each in lists for layer in each]
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of a transformer's layers. ConfigError for a model that keeps none."""
     count = model.config.get_text_config().num_hidden_layers

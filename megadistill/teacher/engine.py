@@ -51,6 +51,7 @@ from megadistill.documents_apart import (
 from megadistill.errors import ConfigError, TeacherError, first_line
 from megadistill.experts import gather_experts_together
 from megadistill.host_memory import given_back
+from megadistill.layers import listed_layers
 from megadistill.parallel import Mesh
 from megadistill.precision import restore
 from megadistill.pretrained import backbone, load_pretrained, log_attention, model_settings
@@ -259,8 +260,10 @@ def _one_layer_ahead(model: Any) -> dict[str, int]:
 
     DeepSpeed's own limit, a billion parameters, was most of a model of 1.3 billion.
     """
-    layers = [layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m]
-    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers]
+    sizes = [
+        sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters())
+        for layer in listed_layers(model)
+    ]
     largest = max(sizes, default=0)
     return {
         "stage3_max_live_parameters": 2 * largest, "stage3_prefetch_bucket_size": largest,

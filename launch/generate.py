@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import parse, run
+from megadistill.cli.command_line import parse, run
 from megadistill.config import load_config
 
 
@@ -24,15 +24,15 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv, __doc__, extra=options)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megadistill.plan import show_plan
+        from megadistill.preflight.plan import show_plan
 
         show_plan(config)
         return 0
 
     from megadistill import parallel
     from megadistill.cache.build import build_cache
-    from megadistill.checks import check_generate
-    from megadistill.plan import log_plan
+    from megadistill.preflight import check_generate
+    from megadistill.preflight.plan import log_plan
 
     _, world, _ = parallel.rank_from_environment()
     plan = check_generate(config, world=world)

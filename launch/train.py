@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import parse, run
+from megadistill.cli.command_line import parse, run
 from megadistill.config import load_config
 
 
@@ -20,14 +20,14 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv, __doc__)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megadistill.checks.caches import check_caches
-        from megadistill.plan import show_plan
+        from megadistill.preflight.cache_checks import check_caches
+        from megadistill.preflight.plan import show_plan
 
         show_plan(check_caches(config))
         return 0
 
     from megadistill import parallel
-    from megadistill.checks import check_train
+    from megadistill.preflight import check_train
     from megadistill.train.loop import train
 
     _, world, _ = parallel.rank_from_environment()

@@ -16,7 +16,7 @@ import pytest
 STARTS = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])\n"
 RANK = """
 import pathlib, sys, time
-from megadistill.commands import run
+from megadistill.cli.command_line import run
 
 def main(argv):
     pathlib.Path(argv[0], "there").touch()

@@ -38,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import amount, count, run
+from megadistill.cli.command_line import amount, count, run
 
 USUAL = {
     "vocab_size": [128_256, 151_936, 262_144], "positions": 4096, "hidden": 1024, "seq_len": 2048,
@@ -104,7 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def storage(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from megadistill.bench.distributions import Synthetic, trained
+    from megadistill.bench.log_probs import Synthetic, trained
     from megadistill.bench.storage import storage as measure
 
     if Path(args.teacher).is_dir():
@@ -117,7 +117,7 @@ def storage(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def codec(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from megadistill.bench.distributions import Synthetic
+    from megadistill.bench.log_probs import Synthetic
     from megadistill.bench.speed import speed
 
     return speed(Synthetic(args.vocab_size[0], args.seq_len), seconds=args.seconds)
@@ -125,7 +125,7 @@ def codec(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megadistill import parallel
-    from megadistill.bench.writer import writer_cost
+    from megadistill.bench.writing_cost import writer_cost
     from megadistill.blocks import BlockStore
     from megadistill.config import load_config
 
@@ -139,7 +139,7 @@ def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def head(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from megadistill.bench.head import Sizes, head_cost
+    from megadistill.bench.fused_head import Sizes, head_cost
 
     sizes = Sizes(args.positions, args.hidden, args.vocab_size[0])
     return head_cost(sizes, args.entries, rounds=args.pairs)
@@ -161,7 +161,7 @@ def online(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from megadistill import parallel
-    from megadistill.bench.online import online_cost
+    from megadistill.bench.online_step import online_cost
     from megadistill.config import load_config
 
     config = load_config(args.config, [f"parallel.cpu_threads={torch.get_num_threads()}"])

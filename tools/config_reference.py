@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import parse, run
-from megadistill.config.reference import reference, updated
+from megadistill.cli.command_line import parse, run
+from megadistill.config.key_reference import reference, updated
 from megadistill.errors import ConfigError
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.blocks.copy import copy_store
-from megadistill.blocks.remote import shown
-from megadistill.commands import count, run
+from megadistill.blocks.remote.object_store import shown
+from megadistill.blocks.remote.upload import copy_store
+from megadistill.cli.command_line import count, run
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megadistill.train.report import RunRecords
+    from megadistill.inspect.training_report import RunRecords
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
@@ -148,7 +148,7 @@ def make_models() -> None:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from megadistill.config import load_config
-    from megadistill.data.source import documents
+    from megadistill.data.sources.source import documents
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,7 +187,7 @@ def use_teacher() -> None:
 
 def report(stages: Stages, seeds: int) -> None:
     """The comparison: a table on the terminal, report.json and report.png in the run's folder."""
-    from megadistill.train.report import held_out_table
+    from megadistill.inspect.training_report import held_out_table
 
     inspected = subprocess.run(
         [sys.executable, "tools/inspect_cache.py", str(RUN / "cache"), "--json"],
@@ -230,7 +230,7 @@ def report(stages: Stages, seeds: int) -> None:
 
 def students_runs(seeds: int) -> list[RunRecords]:
     """The students' runs, for each seed that on hard labels and that from the cache."""
-    from megadistill.train.report import read_run
+    from megadistill.inspect.training_report import read_run
 
     return [
         read_run(student_folder(kind, seed), name=f"{title}, seed {seed}")
@@ -241,7 +241,7 @@ def students_runs(seeds: int) -> list[RunRecords]:
 
 def plot(runs: list[RunRecords]) -> None:
     """The held-out curves of all students, a colour for either kind."""
-    from megadistill.train.plots import HELD_OUT_PANELS, plot_runs
+    from megadistill.inspect.training_plots import HELD_OUT_PANELS, plot_runs
 
     kinds = [dataclasses.replace(run, name=run.name.partition(", seed")[0]) for run in runs]
     plot_runs(kinds, RUN / "report.png", panels=HELD_OUT_PANELS)

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.progress import BlockProgress
-from megadistill.cache.inspection import inspect_store
-from megadistill.cache.report import difference_table, table
-from megadistill.commands import count, run
+from megadistill.cli.command_line import count, run
 from megadistill.errors import ConfigError
+from megadistill.inspect.cache_tables import difference_table, table
+from megadistill.inspect.inspection import inspect_store
+from megadistill.storage.progress import BlockProgress
 
 if TYPE_CHECKING:
     from megadistill.cache.reader import Cache
-    from megadistill.cache.sequence import Text
     from megadistill.config import Config
+    from megadistill.inspect.sequence import Text
 
 log = logging.getLogger("megadistill.inspect")
 
@@ -105,7 +105,7 @@ def inspect(path: str, args: argparse.Namespace) -> int:
         facts = inspect_store(path)
     answer(args, facts, lambda: table(facts))
     if args.plot:
-        from megadistill.cache.plots import plot_store
+        from megadistill.inspect.cache_plots import plot_store
 
         for file in plot_store(path, args.plot):
             print(file, file=sys.stderr)
@@ -113,7 +113,7 @@ def inspect(path: str, args: argparse.Namespace) -> int:
 
 
 def diff(path: str, args: argparse.Namespace) -> int:
-    from megadistill.cache.difference import diff_stores
+    from megadistill.inspect.difference import diff_stores
 
     facts = diff_stores(path, args.diff)
     answer(args, facts, lambda: difference_table(facts))
@@ -122,7 +122,7 @@ def diff(path: str, args: argparse.Namespace) -> int:
 
 def show(path: str, args: argparse.Namespace, config: Config | None) -> int:
     from megadistill.cache.reader import open_cache
-    from megadistill.cache.sequence import sequence_facts, sequence_text
+    from megadistill.inspect.sequence import sequence_facts, sequence_text
 
     cache = open_cache(path)
     facts = sequence_facts(cache, args.show, args.positions)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import parse, run
+from megadistill.cli.command_line import parse, run
 from megadistill.config import load_config, to_yaml
 
 

@@ -24,15 +24,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.merge import Merged, merge_stores
-from megadistill.blocks.repair import Repaired, repair_store
-from megadistill.blocks.split import split_store
-from megadistill.cache.inspection import block_check, inspect_store, require_sum
-from megadistill.cache.report import table
-from megadistill.commands import count, run
+from megadistill.blocks.maintenance.merge import Merged, merge_stores
+from megadistill.blocks.maintenance.repair import Repaired, repair_store
+from megadistill.blocks.maintenance.split import split_store
+from megadistill.cli.command_line import count, run
 from megadistill.config.held_out import SUFFIX
 from megadistill.data.recipe_keys import keys_of
-from megadistill.disk import is_url
+from megadistill.inspect.cache_tables import table
+from megadistill.inspect.inspection import block_check, inspect_store, require_sum
+from megadistill.storage.disk import is_url
 
 # None: a bar where standard error is a terminal.
 WATCHED: dict[str, Any] = {"check_of": block_check, "show_progress": None}

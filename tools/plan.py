@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import amount, count, parse, run
+from megadistill.cli.command_line import amount, count, parse, run
 from megadistill.config import Config, load_config
 from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megadistill.plan.measure import Measured
-    from megadistill.plan.sizes import Rates
+    from megadistill.preflight.plan.measure import Measured
+    from megadistill.preflight.plan.sizes import Rates
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv, __doc__, extra=options)
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        from megadistill.plan import show_plan
+        from megadistill.preflight.plan import show_plan
 
         show_plan(config)
         return 0
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
             "teacher.mode: online keeps no cache whose size could be planned: `--dry_run` tells "
             "what the run takes; or set teacher.mode=cached"
         )
-    from megadistill.plan import make_plan
-    from megadistill.plan.report import Report
+    from megadistill.preflight.plan import make_plan
+    from megadistill.preflight.plan.plan_report import Report
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     plan = make_plan(config, world=ranks, training=False)
@@ -84,8 +84,8 @@ def main(argv: list[str]) -> int:
 
 def _assumed(config: Config) -> Rates:
     from megadistill.errors import MegadistillError
-    from megadistill.model_files import find_model
-    from megadistill.plan.sizes import assumed_rates
+    from megadistill.models.model_files import find_model
+    from megadistill.preflight.plan.sizes import assumed_rates
 
     teacher, vocab_size = config.teacher, None
     with contextlib.suppress(MegadistillError):  # not on this machine
@@ -99,8 +99,8 @@ def _measure(config: Config, *, blocks: int, ranks: int) -> Measured:
     # Libraries speak on standard output, which is the answer's.
     with contextlib.redirect_stdout(sys.stderr):
         from megadistill import parallel
-        from megadistill.checks import check_generate
-        from megadistill.plan.measure import measure
+        from megadistill.preflight import check_generate
+        from megadistill.preflight.plan.measure import measure
 
         check_generate(config, world=ranks, writing=False)
         with parallel.joined(tp=config.teacher.tp, **config.parallel.model_dump()) as mesh:

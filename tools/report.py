@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.commands import parse, run
+from megadistill.cli.command_line import parse, run
 from megadistill.errors import ConfigError, StoreError
-from megadistill.train.report import read_runs, report
+from megadistill.inspect.training_report import read_runs, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     runs = read_runs(args.runs)
     out = Path(args.out or args.runs[0])
     print(report(runs), end="")
-    from megadistill.train.plots import plot_runs
+    from megadistill.inspect.training_plots import plot_runs
 
     picture = plot_runs(runs, out / "report.png")
     text = out / "report.md"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.cache.inspection import inspect_store
-from megadistill.cache.report import table
 from megadistill.cache.retruncate import retruncate_cache
-from megadistill.commands import run
+from megadistill.cli.command_line import run
+from megadistill.inspect.cache_tables import table
+from megadistill.inspect.inspection import inspect_store
 
 
 def main(arguments: list[str]) -> int:

@@ -21,16 +21,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import megadistill  # before transformers
-from megadistill.commands import amount, count, run
+from megadistill.cli.command_line import amount, count, run
 
 # isort: split
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from megadistill.attention import forward_inputs
 from megadistill.config import StudentConfig
-from megadistill.data.packing import sample_labels
+from megadistill.models.attention import forward_inputs
+from megadistill.models.packed_sequences import sample_labels
 from megadistill.student.model import check_fits, student_settings
 from megadistill.targets import concatenate
 

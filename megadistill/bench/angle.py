@@ -39,13 +39,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megadistill.bench.distributions import mean_entropy, temperature_of
+from megadistill.bench.log_probs import mean_entropy, temperature_of
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.ranking import IdRanking, rank_ids
 from megadistill.config import TeacherConfig
 from megadistill.errors import StoreError
-from megadistill.pretrained import load_pretrained
+from megadistill.models.pretrained import load_pretrained
 from megadistill.student.head import fused_linear_distillation
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.select import select_targets

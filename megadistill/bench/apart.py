@@ -1,8 +1,8 @@
 """Forward passes with the documents apart, over passes of the same sequences as one document each.
 
-For models that carry a state from token to token (`megadistill/documents_apart.py`). Documents have
-log-normal lengths with a median of 300 tokens. forwards, tokens: passes of a micro-batch, and the
-tokens in them with padding, over those of the sequences.
+For models that carry a state from token to token (`megadistill/models/documents_apart.py`).
+Documents have log-normal lengths with a median of 300 tokens. forwards, tokens: passes of a
+micro-batch, and the tokens in them with padding, over those of the sequences.
 
 Found on two quiet cores, four sequences of 2,048, hidden size 256, 5 rounds (least and most): 4
 passes over 1.31 times the tokens took 1.13 (1.02 to 1.16) times as long for Falcon-H1, 1.25 (1.21
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megadistill.bench.rounds import ratio, take_turns
-from megadistill.documents_apart import DocumentsApart
+from megadistill.models.documents_apart import DocumentsApart
 
 VOCAB = 1024
 _STATE: dict[str, dict[str, Any]] = {

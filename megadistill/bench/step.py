@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadistill.bench.distributions import Synthetic
+from megadistill.bench.log_probs import Synthetic
 from megadistill.bench.rounds import ratio
 from megadistill.blocks import BlockStore
 from megadistill.cache.writer import CacheWriter
@@ -40,14 +40,14 @@ from megadistill.parallel import Mesh
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.select import select_targets
 from megadistill.train.checkpoint import Position
-from megadistill.train.data import open_sources
-from megadistill.train.engine import Trainer
-from megadistill.train.folder import RunFolder
 from megadistill.train.loop import run_step
 from megadistill.train.nonfinite import NonFinite
-from megadistill.train.online import OnlineTeacher
+from megadistill.train.online.online_teacher import OnlineTeacher
 from megadistill.train.run import Run, build
+from megadistill.train.run_folder import RunFolder
 from megadistill.train.stopping import Flags
+from megadistill.train.student_engine import Trainer
+from megadistill.train.training_source import open_sources
 
 BLOCK = 16  # sequences
 

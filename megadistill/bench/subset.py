@@ -33,12 +33,12 @@ import torch
 from torch.nn import functional
 
 from megadistill.bench.rounds import ratio, take_turns
-from megadistill.student.dense import union_entries
 from megadistill.student.head import fused_linear_distillation
-from megadistill.student.rows import Terms, distill_rows
+from megadistill.student.loss.dense_divergence import union_entries
+from megadistill.student.loss.row_kernel import Terms, distill_rows
+from megadistill.teacher.chunked_head import TeacherHead
 from megadistill.teacher.dense import DenseTargets
 from megadistill.teacher.distributions import VocabularySlice
-from megadistill.teacher.head import TeacherHead
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from megadistill.blocks.files import Files
 from megadistill.blocks.install import temporary_folder
 from megadistill.blocks.layout import Layout, same_bytes
 from megadistill.blocks.recipe import differences, shown_differences
-from megadistill.blocks.records import encode_json, put_file
+from megadistill.storage.files import Files
+from megadistill.storage.records import encode_json, put_file
 
 if TYPE_CHECKING:
     from megadistill.blocks.store import BlockStore

@@ -19,11 +19,11 @@ import numpy as np
 import xxhash
 
 from megadistill.blocks.columns import Column
-from megadistill.blocks.files import read_file
 from megadistill.blocks.layout import MAX_BLOCKS
-from megadistill.blocks.records import encode_json
 from megadistill.blocks.shard import shard_config
 from megadistill.errors import CorruptBlockError
+from megadistill.storage.files import read_file
+from megadistill.storage.records import encode_json
 
 RECORD = np.dtype(
     [

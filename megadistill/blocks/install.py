@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megadistill.blocks.files import Files, open_regular, xxh3_of
 from megadistill.blocks.layout import Layout, same_bytes, shard_name
 from megadistill.blocks.padding import without_padding
-from megadistill.blocks.records import hex64, put_file
 from megadistill.blocks.shard import Shard
 from megadistill.errors import CorruptBlockError
+from megadistill.storage.files import Files, open_regular, xxh3_of
+from megadistill.storage.records import hex64, put_file
 
 
 def install_block(

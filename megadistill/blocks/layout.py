@@ -12,10 +12,10 @@ from typing import Any
 import xxhash
 
 from megadistill.blocks.columns import Column, parse_columns
-from megadistill.blocks.files import Files, open_regular, read_file
-from megadistill.blocks.records import is_hex64, read_json
 from megadistill.blocks.shard import SHARD_LIMIT
 from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.storage.files import Files, open_regular, read_file
+from megadistill.storage.records import is_hex64, read_json
 
 FORMAT_VERSION = 1
 # Flags a store may carry that change how it is read. A reader that does not know one refuses.

@@ -25,10 +25,10 @@ import numpy as np
 import xxhash
 
 from megadistill.blocks.columns import Column, decode_record, encode_record, hashed_part
-from megadistill.blocks.files import open_regular, read_at, told, xxh3_of
 from megadistill.blocks.padding import padding_problem
-from megadistill.blocks.records import hex64
 from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.storage.files import open_regular, read_at, told, xxh3_of
+from megadistill.storage.records import hex64
 
 SHARD_LIMIT = 1 << 32  # MDS offsets have 32 bits
 

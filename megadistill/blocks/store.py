@@ -30,7 +30,6 @@ from megadistill.blocks.derived import (
     read_blocks_bin,
     record_of,
 )
-from megadistill.blocks.files import LOCAL, Files, names_in, told
 from megadistill.blocks.install import (
     install_block,
     is_installed,
@@ -56,16 +55,17 @@ from megadistill.blocks.layout import (
     same_bytes,
     shard_name,
 )
-from megadistill.blocks.lock import StoreLock, require_holder, token_of
 from megadistill.blocks.recipe import NAMES, Keys, require_same_recipe
-from megadistill.blocks.records import encode_json
-from megadistill.blocks.remote import read_only
+from megadistill.blocks.remote.object_store import read_only
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
-from megadistill.disk import is_url
 from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.storage.disk import is_url
+from megadistill.storage.files import LOCAL, Files, names_in, told
+from megadistill.storage.lock import StoreLock, require_holder, token_of
+from megadistill.storage.records import encode_json
 
 if TYPE_CHECKING:
-    from megadistill.blocks.copies import LocalCopies
+    from megadistill.blocks.remote.shard_cache import LocalCopies
 
 Sample = dict[str, Any]
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
@@ -170,7 +170,7 @@ class BlockStore:
         local  where shards of a remote store are kept, see `blocks.mirror`
         """
         if is_url(path):
-            from megadistill.blocks.mirror import open_remote
+            from megadistill.blocks.remote.mirror_cache import open_remote
 
             return open_remote(str(path), local=local)
         if not Path(path).is_dir():
@@ -524,7 +524,7 @@ class BlockStore:
         check: Callable[[list[Sample], dict[str, Any]], list[str]] | None = None,
     ) -> list[str]:
         """Check every byte; returns what is wrong, a line each. See `blocks.verify`."""
-        from megadistill.blocks.verify import verify_store
+        from megadistill.blocks.maintenance.verify import verify_store
 
         return verify_store(self, workers=workers, progress=progress, check=check)
 

@@ -30,24 +30,24 @@ import torch
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
+from megadistill.cache.cache_recipe import cache_recipe, made_with
 from megadistill.cache.codec import decode_targets, encode_targets
-from megadistill.cache.progress import Progress
+from megadistill.cache.disk_guard import FreeBytes, Reserve
+from megadistill.cache.generation_progress import Progress
 from megadistill.cache.ranking import rank_ids
 from megadistill.cache.reader import Cache, open_cache
-from megadistill.cache.recipe import cache_recipe, made_with
-from megadistill.cache.reserve import FreeBytes, Reserve
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
 from megadistill.config.held_out import held_out, in_eval_keys
 from megadistill.data.counts import count_tokens
 from megadistill.data.learned import require_learned
 from megadistill.data.names import store_names
-from megadistill.data.packing import sample_labels
 from megadistill.data.recipe_keys import keys_of
 from megadistill.data.tokens import build_tokens
-from megadistill.disk import free_bytes
 from megadistill.errors import DataError, MegadistillError, StoreError, TeacherError
+from megadistill.models.packed_sequences import sample_labels
 from megadistill.parallel import Mesh, accounted
+from megadistill.storage.disk import free_bytes
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.engine import Teacher, load_teacher
 from megadistill.teacher.select import selection

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.copies import LocalCopies
+from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.cache.codec import decode_targets
-from megadistill.cache.content import content_hash
+from megadistill.cache.content_hash import content_hash
 from megadistill.cache.ranking import ranking_of
 from megadistill.cache.statistics import Statistics, block_statistics, combine
 from megadistill.errors import CorruptBlockError, StoreError

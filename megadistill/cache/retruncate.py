@@ -25,9 +25,9 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.recipe import Keys
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
-from megadistill.data.packing import sample_labels
 from megadistill.data.recipe_keys import keys_of
 from megadistill.errors import ConfigError, CorruptBlockError, StoreError
+from megadistill.models.packed_sequences import sample_labels
 from megadistill.targets import METHODS, PARAMETERS, SAMPLED, SparseTargets, concatenate
 
 _MOST = {"tau": 1.0}  # the parameters that grow; the others shrink
@@ -67,10 +67,10 @@ def _varopt(
 ) -> SparseTargets:
     import torch
 
+    from megadistill.storage.counter_rng import TRUNCATE, TRUNCATE_ROUND, uniforms
     from megadistill.teacher.distributions import FIXED_POINT, Distributions, VocabularySlice
-    from megadistill.teacher.sampled import varopt
     from megadistill.teacher.select import spread
-    from megadistill.teacher.starts import TRUNCATE, TRUNCATE_ROUND, uniforms
+    from megadistill.teacher.select_sampled import varopt
 
     keep_N = t.counts > 0
     if not keep_N.any():

@@ -9,7 +9,7 @@ Quantiles come from the bins.
     entries_histogram         positions by their number of entries, as {"6": 120}
     listed_mass               sum over positions, in units of 2^-40; left out for multinomial
     listed_mass_histogram     256 equal bins from 0 to 1, trailing empty ones left out
-    entropy_codes, nll_codes  positions by level code (levels.py), trailing empty ones left out
+    entropy_codes, nll_codes  positions by level code (quantizer.py), trailing empty ones left out
     truth_added               topk, topp: positions whose ground truth had to be added
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.cache.levels import LEVELS, NONE, NUMERATORS, UNIT, to_codes
+from megadistill.cache.quantizer import LEVELS, NONE, NUMERATORS, UNIT, to_codes
 from megadistill.targets import SparseTargets, concatenate
 
 Statistics = dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.codec import NonFiniteError, decode_targets, encode_targets
-from megadistill.cache.content import content_hash
+from megadistill.cache.content_hash import content_hash
 from megadistill.cache.ranking import ranking_of
 from megadistill.cache.statistics import block_statistics
 from megadistill.errors import TeacherError

@@ -11,7 +11,8 @@ checkpoint.writer  Without `decoupled` every file is whole when save_checkpoint 
     next step, so that at most one step passes meanwhile. A save whose writing process has died
     returns without an error and without a file. The writer needs CROSS_SIZE, which DeepSpeed's
     launcher alone sets (torchrun and plain python end in a KeyError), and its default type the
-    async_io operator. train/background.py does it for any launcher and number of steps, and seals.
+    async_io operator. train/checkpoint/background.py does it for any launcher and number of steps,
+    and seals.
 compile            DeepSpeed reads it and compiles nothing until engine.compile() is called. Called
     (torch 2.13, float32, a CPU) the hooks with which ZeRO-3 gathers weights break the graph at
     every module, and dynamo reaches its limit of recompilations on them. A Llama of 2 layers, 1 and

@@ -21,8 +21,8 @@ from megadistill.config.fields import (
     Text,
     WeightFloat,
 )
-from megadistill.disk import is_url
 from megadistill.errors import ConfigError
+from megadistill.storage.disk import is_url
 
 
 def _template_variables(value: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from megadistill.config.deepspeed_keys import deepspeed_problems
 from megadistill.config.ensemble_rules import ENSEMBLES
 from megadistill.config.problem import Problem
 from megadistill.config.training_rules import TRAINING
-from megadistill.disk import is_url
 from megadistill.errors import ConfigError
+from megadistill.storage.disk import is_url
 from megadistill.targets import DENSE, PARAMETERS, check_divergence
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ class Aligned:
 
     tokens_BU  int64: the teacher's ids, with a filler behind the last piece
     documents  each row's starts of pieces, and of the filler, so that nobody sees it; as
-               `megadistill.attention.forward_inputs` takes them
+               `megadistill.models.attention.forward_inputs` takes them
     rows_N     int64: for each of the student's positions that of the teacher's, of [B*U], that has
                read the same; -1 where there is none
     longest    the teacher's tokens of the longest piece

@@ -11,8 +11,8 @@ from typing import Any
 
 from megadistill.blocks import BlockStore
 from megadistill.data.counts import count_tokens
-from megadistill.data.packing import IGNORED, sample_labels
 from megadistill.errors import DataError
+from megadistill.models.packed_sequences import IGNORED, sample_labels
 
 log = logging.getLogger(__name__)
 

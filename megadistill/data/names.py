@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 from megadistill.config import Config, DataConfig
 from megadistill.data.recipe_keys import corpus_key
-from megadistill.disk import is_url
-from megadistill.model_files import may_be_hub_id
+from megadistill.models.model_files import may_be_hub_id
+from megadistill.storage.disk import is_url
 
 _SHOWN = 3  # files
 # models--owner--name in the hub's cache, where a snapshot's folder is called by its commit.

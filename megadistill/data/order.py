@@ -33,9 +33,9 @@ from typing import Literal
 
 import numpy as np
 
-from megadistill.data.hashing import key, permutation
 from megadistill.data.mixture import Mixture
 from megadistill.errors import ConfigError
+from megadistill.storage.permutation import key, permutation
 
 # What a host keeps at hand per group. Measured in blocks: 4 of 256 sequences shuffle 1,024 ways.
 WINDOW_BLOCKS = 4

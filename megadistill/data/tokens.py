@@ -24,26 +24,25 @@ import numpy as np
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
 from megadistill.config import Config, DataConfig
-from megadistill.data.best_fit import BestFit
 from megadistill.data.chat.encoder import ChatSpec
 from megadistill.data.chat.settings import find_chat
-from megadistill.data.columns import configured
+from megadistill.data.continuation import continue_from, covers, lasting_blocks
+from megadistill.data.corpus_progress import Progress
 from megadistill.data.counts import statistics
 from megadistill.data.encode import EncoderSpec, Unit
-from megadistill.data.growth import continue_from, covers, lasting_blocks
-from megadistill.data.in_order import InOrder
 from megadistill.data.names import token_names
-from megadistill.data.packing import Sequence
-from megadistill.data.progress import Progress
+from megadistill.data.packing.best_fit import BestFit
+from megadistill.data.packing.in_order import InOrder
+from megadistill.data.packing.stream import Block, Cursor, Stream
 from megadistill.data.recipe_keys import keys_of
 from megadistill.data.skipped import Skipped
-from megadistill.data.source import (
+from megadistill.data.sources.corpus_columns import configured
+from megadistill.data.sources.source import (
     count_documents,
     documents,
     resolved,
     source_identity,
 )
-from megadistill.data.stream import Block, Cursor, Stream
 from megadistill.data.tokenizer import (
     chat_identity,
     encoder_spec,
@@ -52,6 +51,7 @@ from megadistill.data.tokenizer import (
 )
 from megadistill.data.workers import Workers
 from megadistill.errors import BadDocumentError, ConfigError, DataError, RecipeError
+from megadistill.models.packed_sequences import Sequence
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Watchdog thread of each rank: all ranks stop together, within 20 s.
 
 It waits for a signal to this process, the launcher's end, and news over the circle's connections
-(circle.py). The first cause that any rank sees is told to all. Then, on each rank:
+(liveness.py). The first cause that any rank sees is told to all. Then, on each rank:
 
     the main thread may leave by itself   0 s after a signal, 2 s after another rank's failure: it
                                           may be about to raise the same error, or a better one
@@ -49,7 +49,7 @@ from megadistill.launcher import (
     launcher_is_there,
     take_over,
 )
-from megadistill.parallel.circle import Line, call_hub, open_hub
+from megadistill.parallel.liveness import Line, call_hub, open_hub
 
 log = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 from megadistill.config import Config
-from megadistill.documents_apart import carries_state
 from megadistill.errors import ConfigError
-from megadistill.layers import Seen, layer_pairs
-from megadistill.pretrained import model_settings
+from megadistill.models.documents_apart import carries_state
+from megadistill.models.layers import Seen, layer_pairs
+from megadistill.models.pretrained import model_settings
 
 IGNORED = -100
 _SMALLEST = 1e-12  # attention that is taken for none

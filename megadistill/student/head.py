@@ -2,7 +2,7 @@
 
 `lm_head` is replaced by `DistillationHead`, which owns the same parameter. Positions whose label is
 -100 are dropped before any arithmetic; the others go through the head in chunks (fused.py), each
-row of a chunk through one pass that serves every term of the loss (rows.py, divergences.py).
+row of a chunk through one pass that serves every term of the loss (row_kernel.py, divergences.py).
 
 Shapes: N positions, H hidden size, V vocabulary.
 """
@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megadistill.student.divergences import Divergence
-from megadistill.student.ensemble import (
+from megadistill.student.loss.divergences import Divergence
+from megadistill.student.loss.ensemble import (
     Member,
     Targets,
     count_positions,
     members_of,
     take,
 )
-from megadistill.student.fused import (
+from megadistill.student.loss.fused import (
     BUFFER_ELEMENTS,
     DENSE_ELEMENTS,
     MODES,
@@ -33,13 +33,13 @@ from megadistill.student.fused import (
     choose_mode,
     default_chunk,
 )
+from megadistill.student.loss.ragged_targets import tail_on_truth
+from megadistill.student.loss.row_kernel import Terms
 from megadistill.student.projection import ProjectedTargets
-from megadistill.student.ragged import tail_on_truth
-from megadistill.student.rows import Terms
 from megadistill.targets import SparseTargets, check_divergence
+from megadistill.teacher.chunked_head import TeacherHead
 from megadistill.teacher.dense import DenseTargets
 from megadistill.teacher.distributions import VocabularySlice
-from megadistill.teacher.head import TeacherHead
 
 IGNORED = -100
 

@@ -20,33 +20,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from megadistill.attention import Pack, forward_inputs
 from megadistill.config import StudentConfig
-from megadistill.context_length import longest_sequence
-from megadistill.documents_apart import DocumentsApart, runs_apart
 from megadistill.errors import ConfigError
-from megadistill.experts import (
+from megadistill.models.attention import Pack, forward_inputs
+from megadistill.models.context_length import longest_sequence
+from megadistill.models.documents_apart import DocumentsApart, runs_apart
+from megadistill.models.experts import (
     are_modules_of_their_own,
     gather_experts_together,
     router_loss,
     router_loss_weight,
 )
-from megadistill.host_memory import given_back
-from megadistill.layers import watched
-from megadistill.parallel import Mesh
-from megadistill.precision import restore
-from megadistill.pretrained import (
+from megadistill.models.host_memory import given_back
+from megadistill.models.layers import watched
+from megadistill.models.precision import restore
+from megadistill.models.pretrained import (
     attention_of,
     backbone,
     load_pretrained,
     log_attention,
     model_settings,
 )
-from megadistill.student.ensemble import Targets
+from megadistill.parallel import Mesh
 from megadistill.student.features import FeatureAlignment, FeaturePlan, Features
 from megadistill.student.head import DistillationHead
+from megadistill.student.loss.ensemble import Targets
 from megadistill.student.projection import ProjectedTargets, Projector
-from megadistill.teacher.head import logit_scale, soft_cap
+from megadistill.teacher.chunked_head import logit_scale, soft_cap
 
 # Of the backbone: attention_dropout, resid_pdrop, hidden_dropout_prob; no classifier's.
 _DROPOUT = re.compile(r"^(?!classifier|summary).*(dropout|pdrop|dropout_prob)$")

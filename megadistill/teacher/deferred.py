@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from megadistill.adapters import find_adapter
-from megadistill.checkpoint_tensors import check_loaded
 from megadistill.config import TeacherConfig
 from megadistill.errors import ConfigError, first_line
-from megadistill.model_files import find_model
-from megadistill.pretrained import attention_of, load_pretrained, settings_and_names
+from megadistill.models.adapters import find_adapter
+from megadistill.models.checkpoint_tensors import check_loaded
+from megadistill.models.model_files import find_model
+from megadistill.models.pretrained import attention_of, load_pretrained, settings_and_names
 
 log = logging.getLogger(__name__)
 

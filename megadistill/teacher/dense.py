@@ -2,7 +2,7 @@
 
 For a student that has the teacher beside it. A position costs the teacher's width instead of its
 vocabulary; the distributions are made a chunk at a time where the student's logits of the same
-chunk are (student/fused.py), so that neither side's [N, V] ever exists.
+chunk are (student/loss/fused.py), so that neither side's [N, V] ever exists.
 
 Shapes: N positions, C of a chunk, H the teacher's hidden size, V vocabulary.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megadistill.teacher.head import TeacherHead
+from megadistill.teacher.chunked_head import TeacherHead
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The teacher: a transformers model under DeepSpeed, giving hidden states, and its head.
 
 Stands between the tokens and the targets. The backbone runs in DeepSpeed, the head is ours
-(`teacher/head.py`): both of DeepSpeed's ways to shard an output projection end in logits of
+(`teacher/chunked_head.py`): both of DeepSpeed's ways to shard an output projection end in logits of
 [N, V] on every rank.
 
 Two engines. `tensor_parallel` is DeepSpeed's inference engine with AutoTP; `InferenceEngine` rather
@@ -38,25 +38,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megadistill.adapters import changed_modules, find_adapter
-from megadistill.attention import Pack, forward_inputs
 from megadistill.config import Config, TeacherConfig
-from megadistill.documents_apart import (
+from megadistill.errors import ConfigError, TeacherError, first_line
+from megadistill.models.adapters import changed_modules, find_adapter
+from megadistill.models.attention import Pack, forward_inputs
+from megadistill.models.documents_apart import (
     DocumentsApart,
     carries_state,
     gather_layers_together,
     log_apart,
     runs_apart,
 )
-from megadistill.errors import ConfigError, TeacherError, first_line
-from megadistill.experts import gather_experts_together
-from megadistill.host_memory import given_back
-from megadistill.layers import listed_layers
+from megadistill.models.experts import gather_experts_together
+from megadistill.models.host_memory import given_back
+from megadistill.models.layers import listed_layers
+from megadistill.models.precision import restore
+from megadistill.models.pretrained import backbone, load_pretrained, log_attention, model_settings
 from megadistill.parallel import Mesh
-from megadistill.precision import restore
-from megadistill.pretrained import backbone, load_pretrained, log_attention, model_settings
+from megadistill.teacher.chunked_head import TeacherHead, check_head
 from megadistill.teacher.expert_sharding import cut_while_loading, shard_experts
-from megadistill.teacher.head import TeacherHead, check_head
 from megadistill.teacher.verification import Verification, named
 
 log = logging.getLogger(__name__)

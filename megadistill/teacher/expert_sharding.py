@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megadistill.errors import TeacherError
-from megadistill.experts import expert_blocks
+from megadistill.models.experts import expert_blocks
 
 _GRAIN = 16  # columns; grouped matrix products on GPUs want rows of whole 16 bytes
 

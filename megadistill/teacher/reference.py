@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from megadistill.config import TeacherConfig
 from megadistill.errors import TeacherError, first_line
-from megadistill.pretrained import backbone
+from megadistill.models.pretrained import backbone
 from megadistill.teacher.deferred import is_deferred, load_deferred, values
 
 _HEAD_BYTES = 64 << 20  # of a block of the head's rows

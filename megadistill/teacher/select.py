@@ -6,7 +6,7 @@ listed.py are the methods; here is what they share: which positions are selected
 nll, and the check that what came is a distribution.
 
 The random start of a position is a function of (seed, purpose, sequence number, position) and of
-nothing else (starts.py), and everything that decides is an integer: so every slicing of the
+nothing else (counter_rng.py), and everything that decides is an integer: so every slicing of the
 vocabulary selects the same.
 
 Shape letters: N positions, V vocabulary (here: this rank's slice), M draws.
@@ -22,6 +22,7 @@ import torch
 
 from megadistill.config import TargetsConfig
 from megadistill.errors import TeacherError
+from megadistill.storage.counter_rng import ROUND, SELECT, uniform, uniforms
 from megadistill.targets import METHODS, PARAMETERS, PER_POSITION, SparseTargets
 from megadistill.teacher.distributions import (
     FIXED_POINT,
@@ -29,9 +30,8 @@ from megadistill.teacher.distributions import (
     VocabularySlice,
     offsets_of,
 )
-from megadistill.teacher.listed import listed
-from megadistill.teacher.sampled import multinomial, varopt
-from megadistill.teacher.starts import ROUND, SELECT, uniform, uniforms
+from megadistill.teacher.select_listed import listed
+from megadistill.teacher.select_sampled import multinomial, varopt
 
 # Of positions without a target; 0 in the other fields.
 _FILL = {"entropy": math.nan, "nll": math.nan}

@@ -5,9 +5,10 @@ sharded by the wrong dimension, a window or a soft-cap left out, documents that 
 the teacher is compared with transformers alone (`teacher/reference.py`) at every start, on random
 tokens, in the run's dtype, over all positions up to `data.seq_len`.
 
-Two sequences go through the engine (`data/probe.py`): one document of seq_len tokens, and several
-documents packed. The documents are prefixes of the first sequence. In a causal model they have the
-log-probabilities that the reference gave for the same positions, so the reference runs once.
+Two sequences go through the engine (`models/probe_tokens.py`): one document of seq_len tokens, and
+several documents packed. The documents are prefixes of the first sequence. In a causal model they
+have the log-probabilities that the reference gave for the same positions, so the reference runs
+once.
 
 Distance is the mean KL from the reference in float32, for each quarter of the positions. What the
 plain model's own rounding moves (float32 against the run's dtype) is measured beside it, and the
@@ -44,10 +45,10 @@ import torch
 import torch.distributed as dist
 
 from megadistill.config import TeacherConfig
-from megadistill.data.probe import Probe
 from megadistill.errors import TeacherError, first_line
+from megadistill.models.probe_tokens import Probe
 from megadistill.parallel import Mesh
-from megadistill.teacher.head import TeacherHead
+from megadistill.teacher.chunked_head import TeacherHead
 from megadistill.teacher.reference import Reference, all_threads
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from megadistill.blocks import BlockStore
 from megadistill.data.order import Order, rank_rows
 from megadistill.errors import StoreError
-from megadistill.train.data import MicroBatch, Sequences, micro_batch
+from megadistill.train.training_source import MicroBatch, Sequences, micro_batch
 
 AHEAD = 2  # steps read in advance: one to hide reading behind, one against its variance
 WORKERS = 2

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadistill.blocks.copies import LocalCopies
-from megadistill.data.packing import IGNORED, sample_labels
+from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.errors import ConfigError, DataError
+from megadistill.models.packed_sequences import IGNORED, sample_labels
 from megadistill.student.calibration import BINS, calibration_error
 from megadistill.targets import SAMPLED, SparseTargets
-from megadistill.train.data import MicroBatch, micro_batch, open_sequences
-from megadistill.train.engine import Trainer
+from megadistill.train.student_engine import Trainer
+from megadistill.train.training_source import MicroBatch, micro_batch, open_sequences
 
 
 class Evaluation:

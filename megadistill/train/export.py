@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from megadistill.blocks.files import LOCAL
 from megadistill.config import Config
 from megadistill.config.curves import told, values
 from megadistill.data.names import shown_name
 from megadistill.errors import ConfigError
-from megadistill.host_memory import given_back
-from megadistill.model_files import has_tokenizer, tokenizer_source
+from megadistill.models.host_memory import given_back
+from megadistill.models.model_files import has_tokenizer, tokenizer_source
 from megadistill.parallel import Mesh
+from megadistill.storage.files import LOCAL
 from megadistill.student.model import Student
 from megadistill.targets import divergence_name
 from megadistill.train.own_files import GENERATION, special_ids
-from megadistill.train.padding import without_padding
+from megadistill.train.vocabulary_padding import without_padding
 
 log = logging.getLogger(__name__)
 

@@ -26,17 +26,17 @@ from megadistill.parallel import Mesh, Stop, accounted, graceful_stop
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.checkpoint import Checkpoint, Position
-from megadistill.train.data import MicroBatch
-from megadistill.train.disk_errors import disk_errors
-from megadistill.train.engine import Trainer
-from megadistill.train.folder import run_identity
-from megadistill.train.journal import read_records
-from megadistill.train.metrics import Reporter
 from megadistill.train.nonfinite import NonFinite
-from megadistill.train.online import tokenise
+from megadistill.train.online.online_teacher import tokenise
+from megadistill.train.reporting.disk_errors import disk_errors
+from megadistill.train.reporting.jsonl_log import read_records
+from megadistill.train.reporting.metrics import Reporter
 from megadistill.train.run import Run, build, finish, prepare
+from megadistill.train.run_folder import run_identity
 from megadistill.train.schedule import learning_rate
 from megadistill.train.stopping import Flags, Saving, Standing
+from megadistill.train.student_engine import Trainer
+from megadistill.train.training_source import MicroBatch
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import logging
 from megadistill.config import TrainConfig
 from megadistill.errors import TrainError
 from megadistill.parallel import Mesh
-from megadistill.train.data import MicroBatch, Sequences
+from megadistill.train.training_source import MicroBatch, Sequences
 
 log = logging.getLogger(__name__)
 

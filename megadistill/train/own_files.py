@@ -16,7 +16,7 @@ from typing import Any
 
 from megadistill.config import StudentConfig
 from megadistill.errors import first_line
-from megadistill.model_files import ModelFiles, find_model, hub_file_names
+from megadistill.models.model_files import ModelFiles, find_model, hub_file_names
 
 log = logging.getLogger(__name__)
 

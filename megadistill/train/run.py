@@ -17,44 +17,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadistill.attention import check_isolation
+from megadistill.cache.recorded_settings import check_known, other_targets, pack_of, with_known
 from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
 from megadistill.config.held_out import evaluation_cache
 from megadistill.data.order import Order
-from megadistill.documents_apart import log_apart
 from megadistill.errors import ConfigError
+from megadistill.models.attention import check_isolation
+from megadistill.models.documents_apart import log_apart
+from megadistill.models.pretrained import backbone, model_settings
 from megadistill.parallel import Mesh
-from megadistill.pretrained import backbone, model_settings
 from megadistill.student.features import FeaturePlan, feature_plan
 from megadistill.student.model import check_fits, load_student, student_settings
 from megadistill.targets import DENSE
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
-from megadistill.train.data import (
-    Sequences,
-    blocks_there,
-    local_copies,
-    open_sources,
-    require_targets,
-)
-from megadistill.train.engine import Trainer, deepspeed_config
-from megadistill.train.ensemble import (
+from megadistill.train.evaluate import Evaluation, open_evaluation
+from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
+from megadistill.train.hardware_checks import check_machine
+from megadistill.train.online.online_teacher import OnlineTeacher, open_online
+from megadistill.train.online.projected_teacher import begin_projection
+from megadistill.train.own_files import own_files
+from megadistill.train.reporting.jsonl_log import read_records
+from megadistill.train.reporting.trackers import check_trackers
+from megadistill.train.run_folder import RunFolder
+from megadistill.train.student_engine import Trainer, deepspeed_config
+from megadistill.train.teachers import (
     check_divergences,
     learned_from,
     load_online,
     with_caches,
     with_models,
 )
-from megadistill.train.evaluate import Evaluation, open_evaluation
-from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
-from megadistill.train.folder import RunFolder
-from megadistill.train.journal import read_records
-from megadistill.train.known import check_known, other_targets, pack_of, with_known
-from megadistill.train.machine import check_machine
-from megadistill.train.online import OnlineTeacher, open_online
-from megadistill.train.own_files import own_files
-from megadistill.train.projected import begin_projection
-from megadistill.train.trackers import check_trackers
+from megadistill.train.training_source import (
+    Sequences,
+    blocks_there,
+    local_copies,
+    open_sources,
+    require_targets,
+)
 
 log = logging.getLogger(__name__)
 

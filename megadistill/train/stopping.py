@@ -23,8 +23,8 @@ from megadistill.train import checkpoint
 from megadistill.train.checkpoint import Position
 
 if TYPE_CHECKING:
-    from megadistill.train.engine import Trainer
     from megadistill.train.run import Run
+    from megadistill.train.student_engine import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.bench.angle import Plan, Pupil, Teacher, angle, angles, renormalised
-from megadistill.bench.distributions import Synthetic, trained
-from megadistill.bench.head import Sizes, head_cost
+from megadistill.bench.fused_head import Sizes, head_cost
+from megadistill.bench.log_probs import Synthetic, trained
 from megadistill.bench.storage import storage
 from megadistill.bench.variance import Variances
 from megadistill.blocks import BlockStore
@@ -25,7 +25,7 @@ from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
 from megadistill.teacher.select import select_targets
-from tests.models import teacher_and_text, tiny_llama
+from tests.models.made import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
 from tests.teacher.test_variance import multinomial_variance, varopt_variance
 
@@ -132,7 +132,7 @@ def timed(mesh, config: Config):
     """The row, and how many blocks each run had committed."""
     import shutil
 
-    from megadistill.bench import writer
+    from megadistill.bench import writing_cost
 
     committed: list[int] = []
 
@@ -143,11 +143,11 @@ def timed(mesh, config: Config):
                 committed.append(len(BlockStore.open(path).committed()))
             shutil.rmtree(path, ignore_errors=ignore_errors)
 
-    writer.shutil, before = Shutil, writer.shutil
+    writing_cost.shutil, before = Shutil, writing_cost.shutil
     try:
-        return writer.writer_cost(config, mesh, pairs=2, blocks=2), committed
+        return writing_cost.writer_cost(config, mesh, pairs=2, blocks=2), committed
     finally:
-        writer.shutil = before
+        writing_cost.shutil = before
 
 
 def test_the_heads_memory_is_what_the_logits_take_and_its_ratios_are_those_of_its_rounds():
@@ -293,7 +293,7 @@ def stepped(mesh, folder: str):
     import tempfile
 
     from megadistill.bench import step
-    from megadistill.train.engine import Trainer
+    from megadistill.train.student_engine import Trainer
 
     seen, backward = [], Trainer.backward
 
@@ -313,7 +313,7 @@ def stepped(mesh, folder: str):
 
 
 def online_rows(mesh, config):
-    from megadistill.bench.online import online_cost
+    from megadistill.bench.online_step import online_cost
 
     return list(online_cost(config, mesh, rounds=2))
 

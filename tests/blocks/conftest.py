@@ -5,16 +5,16 @@ from __future__ import annotations
 import fsspec
 import pytest
 
-from megadistill.blocks import remote
-from megadistill.blocks.copies import LocalCopies
-from megadistill.blocks.copy import copy_store
-from tests.blocks.remotes import SAMPLES
+from megadistill.blocks.remote import object_store
+from megadistill.blocks.remote.shard_cache import LocalCopies
+from megadistill.blocks.remote.upload import copy_store
+from tests.blocks.remote.remotes import SAMPLES
 from tests.blocks.stores import fill
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(object_store, "PAUSES_S", (0.0, 0.0))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megadistill.blocks.files import Files
+from megadistill.storage.files import Files
 
 Operation = tuple[str, Any, Any]
 

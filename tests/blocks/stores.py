@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.records import encode_json, read_json
 from megadistill.errors import StoreError
+from megadistill.storage.records import encode_json, read_json
 
 SEQ_LEN, BLOCK_SIZE = 8, 4
 COLUMNS = {"tokens": f"ndarray:uint32:{SEQ_LEN}", "documents": "ndarray:uint32"}

@@ -15,8 +15,8 @@ import pytest
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
-from megadistill.blocks.merge import merge_stores
-from megadistill.blocks.repair import repair_store
+from megadistill.blocks.maintenance.merge import merge_stores
+from megadistill.blocks.maintenance.repair import repair_store
 from megadistill.errors import CorruptBlockError
 from tests.blocks.disk import BROKEN, Disk, Recorder, Unsynced
 from tests.blocks.stores import commit, create, fill, make_samples, same_sample, tree

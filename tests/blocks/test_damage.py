@@ -12,8 +12,8 @@ import pytest
 import xxhash
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.files import xxh3_of
 from megadistill.errors import CorruptBlockError
+from megadistill.storage.files import xxh3_of
 from tests.blocks.stores import fill, forge, is_noticed, make_samples, read_all, same_sample
 
 SAMPLES = make_samples(10)

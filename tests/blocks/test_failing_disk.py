@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from megadistill.blocks import BlockStore, files, lock
+from megadistill.blocks import BlockStore
 from megadistill.blocks.install import retract_block
 from megadistill.blocks.layout import kind_of
-from megadistill.blocks.merge import merge_stores
+from megadistill.blocks.maintenance.merge import merge_stores
 from megadistill.errors import StoreError
+from megadistill.storage import files, lock
 from tests.blocks.disk import Unsynced
 from tests.blocks.stores import commit, create, fill, make_samples, same_sample, tree
 

@@ -17,8 +17,8 @@ import xxhash
 
 import megadistill
 from megadistill.blocks import BlockStore
-from megadistill.blocks.records import decode_json
 from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.storage.records import decode_json
 from tests.blocks.stores import fill, forge, make_samples, read_all
 
 SAMPLES = make_samples(10)

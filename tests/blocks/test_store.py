@@ -10,8 +10,8 @@ import pytest
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.mds import load_streaming
-from megadistill.blocks.records import encode_json, read_json
 from megadistill.errors import RecipeError, StoreError
+from megadistill.storage.records import encode_json, read_json
 from tests.blocks.stores import commit, create, fill, make_samples, same_sample, tree
 
 

@@ -19,8 +19,8 @@ import xxhash
 
 from megadistill.blocks.columns import decode_record, encode_record, parse_columns
 from megadistill.blocks.derived import encode_blocks_bin, encode_index
-from megadistill.blocks.records import read_json
 from megadistill.blocks.shard import shard_config
+from megadistill.storage.records import read_json
 
 ODD: list[Any] = [
     0, 1, -1, 2, 3, 5, 255, 256, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 63, 1 << 64, 10**30, 10**400,

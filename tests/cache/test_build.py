@@ -9,11 +9,11 @@ import pytest
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.build import _equal_rows
+from megadistill.cache.disk_guard import block_bytes
 from megadistill.cache.reader import open_cache
-from megadistill.cache.reserve import block_bytes
 from megadistill.config import Config
 from megadistill.errors import RecipeError
-from tests.models import tiny_llama, tiny_model
+from tests.models.made import tiny_llama, tiny_model
 from tests.ranks import run_ranks
 
 SEQ_LEN, BLOCK = 32, 8
@@ -26,7 +26,7 @@ def corpus(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("corpus")
     tiny_model(folder / "teacher")
-    text = (Path(__file__).parent.parent / "models.py").read_text()
+    text = (Path(__file__).parents[1] / "models/made.py").read_text()
     lines = [line for line in text.splitlines() if line.strip()]
     (folder / "text.jsonl").write_text(
         "\n".join(f'{{"text": {line!r}}}'.replace("'", '"') for line in map(_plain, lines))
@@ -254,8 +254,8 @@ def test_a_rerun_on_a_complete_cache_loads_no_teacher_and_changes_no_file(
 
 
 def test_three_parts_merged_are_the_single_run(single, corpus, tmp_path):
-    from megadistill.blocks.merge import merge_stores
-    from megadistill.cache.inspection import block_check, inspect_store, require_sum
+    from megadistill.blocks.maintenance.merge import merge_stores
+    from megadistill.inspect.inspection import block_check, inspect_store, require_sum
 
     for i in range(3):
         config = settings(corpus, tmp_path / str(i), cache={"part": f"{i}/3"})
@@ -353,7 +353,7 @@ def test_before_the_first_block_micro_batch_may_change_as_after_running_out_of_m
 
 
 def test_another_teacher_under_the_same_path_is_refused(corpus, tmp_path, single):
-    from megadistill.cache.recipe import model_identity
+    from megadistill.cache.cache_recipe import model_identity
 
     other = Path(tiny_llama(tmp_path / "other", seed=1))
     assert model_identity(other)["weights"] != model_identity(corpus / "teacher")["weights"]
@@ -410,7 +410,7 @@ def lines_of_progress(mesh, config: Config) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("megadistill.cache.progress")
+    log = logging.getLogger("megadistill.cache.generation_progress")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:

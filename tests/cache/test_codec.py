@@ -12,7 +12,7 @@ import torch
 
 from megadistill.cache.codec import NonFiniteError, content, decode_targets, encode_targets
 from megadistill.cache.codec.rounding import GRID
-from megadistill.cache.levels import LEVELS, to_codes
+from megadistill.cache.quantizer import LEVELS, to_codes
 from megadistill.cache.ranking import IdRanking
 from megadistill.errors import CorruptBlockError
 from megadistill.targets import METHODS, SAMPLED, SparseTargets

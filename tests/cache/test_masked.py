@@ -11,11 +11,11 @@ from megadistill.blocks import BlockStore
 from megadistill.cache.reader import open_cache
 from megadistill.config import Config
 from megadistill.data.learned import require_learned
-from megadistill.data.packing import sample_labels
 from megadistill.errors import DataError
-from megadistill.plan import make_plan
+from megadistill.models.packed_sequences import sample_labels
+from megadistill.preflight.plan import make_plan
 from tests.cache.test_build import hashes, settings
-from tests.models import tiny_model
+from tests.models.made import tiny_model
 from tests.ranks import run_ranks
 from tests.train.stores import make_store
 

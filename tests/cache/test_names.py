@@ -11,14 +11,14 @@ import pytest
 
 from megadistill.blocks import BlockStore
 from megadistill.cache.build import _prepare
-from megadistill.cache.difference import diff_stores
-from megadistill.cache.inspection import inspect_store
 from megadistill.config import DataConfig
 from megadistill.data.names import data_names, shown_name
 from megadistill.data.recipe_keys import keys_of
 from megadistill.errors import RecipeError
+from megadistill.inspect.difference import diff_stores
+from megadistill.inspect.inspection import inspect_store
 from tests.cache.test_build import settings
-from tests.models import teacher_and_text, tiny_llama
+from tests.models.made import teacher_and_text, tiny_llama
 from tests.programs import program
 from tests.ranks import run_ranks
 
@@ -84,7 +84,7 @@ def test_a_cache_says_whose_it_is_and_nothing_of_where(corpus):
 
 
 def test_inspect_cache_shows_the_names(corpus, capsys):
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     tool = program("tools/inspect_cache.py").main
     run(tool, [str(corpus / "teacher.0"), "--json"])
@@ -97,7 +97,7 @@ def test_inspect_cache_shows_the_names(corpus, capsys):
 
 
 def test_parts_of_one_teacher_under_two_names_are_one_cache(corpus, tmp_path, capsys):
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     parts = [str(corpus / "teacher.0"), str(corpus / "another-name.1")]
     code = run(

@@ -11,11 +11,11 @@ import pytest
 
 from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import FEATURES
-from megadistill.cache.inspection import inspect_store
 from megadistill.cache.reader import open_cache
-from megadistill.cache.sequence import sequence_facts, sequence_text
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import CorruptBlockError, StoreError
+from megadistill.inspect.inspection import inspect_store
+from megadistill.inspect.sequence import sequence_facts, sequence_text
 from megadistill.targets import METHODS
 from tests.blocks.stores import SEQ_LEN, create, forge
 from tests.cache.make_padding import (

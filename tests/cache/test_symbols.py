@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.cache.codec.rows import gaps, rising
+from megadistill.cache.codec.ragged_rows import gaps, rising
 from megadistill.cache.codec.symbols import (
     BYTES,
     LEVELS,

@@ -19,8 +19,8 @@ import torch
 
 from megadistill import decode_targets, encode_targets, select_targets
 from megadistill.cache.retruncate import retruncate_targets
+from megadistill.storage import counter_rng
 from megadistill.targets import SparseTargets, concatenate
-from megadistill.teacher import starts
 
 DRAWS, CHUNK = 100_000, 2_500
 TAU, LARGER_TAU = 0.05, 0.12
@@ -269,10 +269,10 @@ def test_multinomial_is_unbiased_as_selected_and_as_decoded(name):
 def test_a_start_used_for_selecting_and_for_retruncating_is_found(monkeypatch):
     targets = draw("zipf", method="varopt", tau=TAU)
     monkeypatch.setattr(
-        starts,
+        counter_rng,
         "uniforms",
-        lambda keys_N, _, *, seed, purpose: starts.uniform(
-            keys_N, seed=seed, purpose=starts.SELECT
+        lambda keys_N, _, *, seed, purpose: counter_rng.uniform(
+            keys_N, seed=seed, purpose=counter_rng.SELECT
         )[:, None],
     )
     fewer = retruncate_targets(targets, tau=LARGER_TAU, keys_N=keys(0, DRAWS).numpy(), seed=7)
@@ -281,7 +281,7 @@ def test_a_start_used_for_selecting_and_for_retruncating_is_found(monkeypatch):
 
 def test_a_start_used_for_selecting_and_for_rounding_is_found():
     targets, p_V = draw("nearly one-hot", method="varopt", tau=TAU), probabilities("nearly one-hot")
-    again = starts.uniform(keys(0, DRAWS).numpy(), seed=7, purpose=starts.SELECT) >> 12
+    again = counter_rng.uniform(keys(0, DRAWS).numpy(), seed=7, purpose=counter_rng.SELECT) >> 12
     after = decoded(dataclasses.replace(targets, rounding=again))
     expected = with_hits_of(after, of_varopt(p_V, TAU))
     assert wrong(after, expected, rounding_V=rounding_variance(targets, after, len(p_V))) > 0

@@ -25,7 +25,7 @@ from typing import Any
 from megadistill.blocks.layout import MARKER_NAME
 from megadistill.parallel.ranks import rank_from_environment
 from tests.forked import Ranks
-from tests.models import tiny_model
+from tests.models.made import tiny_model
 from tests.programs import program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -239,7 +239,7 @@ def start(corpus: Path, folder: Path, layout: str, world: int, notes: Path) -> R
 def generate(argv: list[str], notes: str) -> int:
     """What a forked rank runs: launch/generate.py, writing down which blocks it begins."""
     from megadistill.cache import build
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     rank, _, _ = rank_from_environment()
     take_notes(build, Path(notes), rank)

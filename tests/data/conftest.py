@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megadistill.config import Config
-from tests.models import tiny_tokenizer
+from tests.models.made import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.data.best_fit import BestFit
 from megadistill.data.encode import Unit
-from megadistill.data.in_order import InOrder
-from megadistill.data.stream import Block, Cursor, Stream
-from tests.data import slow_packing
+from megadistill.data.packing.best_fit import BestFit
+from megadistill.data.packing.in_order import InOrder
+from megadistill.data.packing.stream import Block, Cursor, Stream
+from tests.data.packing import slow_packing
 
 EOS, BOS = 1, 2
 

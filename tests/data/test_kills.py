@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.blocks import BlockStore
-from megadistill.data import best_fit
+from megadistill.data.packing import best_fit
 from megadistill.data.tokens import build_tokens
 from tests.data.stores import same_store
 from tests.data.test_tokens import TEXTS, write
@@ -23,7 +23,7 @@ SEEDS = [0, *(pytest.param(seed, marks=LONG) for seed in range(1, 21))]
 PROGRAM = """
 import os, signal, sys
 from megadistill.config import Config
-from megadistill.data import best_fit
+from megadistill.data.packing import best_fit
 from megadistill.data.tokens import build_tokens
 best_fit.WINDOW, left = 9, [int(sys.argv[2])]
 def counted(change):

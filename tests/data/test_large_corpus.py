@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 from megadistill.config import Config, DataConfig
-from megadistill.data.source import documents
+from megadistill.data.sources.source import documents
 from tests.data.stores import same_store
-from tests.models import tiny_tokenizer
+from tests.models.made import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # Imports everything that the run will import before it says that it starts.

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.config.training_rules import default_groups
-from megadistill.data.hashing import permutation
 from megadistill.data.order import Order, rank_rows
 from megadistill.errors import ConfigError
+from megadistill.storage.permutation import permutation
 
 
 def drawn(rng):

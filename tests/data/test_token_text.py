@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadistill.data.token_text import escaped, token_text
-from tests.models import tiny_tokenizer
+from tests.models.made import tiny_tokenizer
 
 
 def test_what_a_terminal_acts_on_is_escaped() -> None:

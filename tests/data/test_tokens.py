@@ -15,14 +15,15 @@ from transformers import AutoTokenizer
 from megadistill.blocks import BlockStore
 from megadistill.blocks.install import retract_block
 from megadistill.blocks.padding import without_padding
-from megadistill.cache.inspection import inspect_store
-from megadistill.data import best_fit, tokens
+from megadistill.data import tokens
 from megadistill.data.counts import statistics, token_counts
-from megadistill.data.packing import sample_labels
+from megadistill.data.packing import best_fit
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import ConfigError, DataError, RecipeError, StoreError
-from tests.data import slow_packing
+from megadistill.inspect.inspection import inspect_store
+from megadistill.models.packed_sequences import sample_labels
 from tests.data.chats import CHAT, CHATML, stock
+from tests.data.packing import slow_packing
 from tests.data.stores import same_store
 
 TEXTS = ["", *(f"def f{i}(x):\n    return x + {i}\n" * (i % 9) for i in range(120)), "end"]

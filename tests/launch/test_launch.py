@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megadistill.blocks import BlockStore
-from tests.models import tiny_model
+from tests.models.made import tiny_model
 from tests.ssh import SshServer, available
 
 pytestmark = pytest.mark.launcher

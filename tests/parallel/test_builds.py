@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 EXTENSION = """
 import sys
-from megadistill.commands import run
+from megadistill.cli.command_line import run
 
 def main(argv):
     from megadistill.parallel import builds
@@ -30,7 +30,7 @@ sys.exit(run(main))
 """
 DEEPSPEED = """
 import sys
-from megadistill.commands import run
+from megadistill.cli.command_line import run
 
 def main(argv):
     from megadistill import parallel

@@ -15,7 +15,7 @@ import pytest
 PROGRAM = """
 import pathlib, sys, time
 from megadistill import parallel
-from megadistill.commands import run
+from megadistill.cli.command_line import run
 
 def main(argv):
     with parallel.joined(heartbeat_s=4) as mesh:

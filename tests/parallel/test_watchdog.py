@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megadistill import parallel
-from megadistill.parallel.circle import KEY, call_hub
+from megadistill.parallel.liveness import KEY, call_hub
 from megadistill.parallel.ranks import _STORE
 from megadistill.parallel.watchdog import FORWARDED_S, GRACE_S
 from tests.forked import Ranks

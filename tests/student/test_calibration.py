@@ -5,7 +5,7 @@ import torch
 
 from megadistill.student.calibration import BINS, calibration_bins, calibration_error
 from megadistill.student.head import distillation_terms
-from tests.student.reference import naive_calibration_error, random_targets
+from tests.student.loss.reference import naive_calibration_error, random_targets
 
 N, H, VOCAB = 60, 8, 37
 

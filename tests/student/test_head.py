@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from megadistill.errors import ConfigError
-from megadistill.student.fused import choose_mode, default_chunk
 from megadistill.student.head import (
     DistillationHead,
     distillation_terms,
     fused_linear_distillation,
 )
+from megadistill.student.loss.fused import choose_mode, default_chunk
 from megadistill.targets import DIVERGENCES, METHODS, SAMPLED
 from tests.allocation import AllocationWatch
-from tests.student.reference import dense_terms, random_targets
+from tests.student.loss.reference import dense_terms, random_targets
 
 SERVED = [(m, d) for m in METHODS for d in (DIVERGENCES if m not in SAMPLED else ["forward_kl"])]
 COUNTS = [3, 0, 1, 7, 11, 2, 5, 4, 1]

@@ -7,10 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
-from megadistill.experts import expert_blocks, router_loss, router_loss_weight
+from megadistill.models.experts import expert_blocks, router_loss, router_loss_weight
 from megadistill.student.model import Student, check_fits, replace_head, student_settings
-from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
 from tests.forked import Ranks
+from tests.models.architectures import ARCHITECTURES, VOCAB, save_architecture
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
 

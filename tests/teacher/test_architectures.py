@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
+from tests.models.architectures import ARCHITECTURES, VOCAB, save_architecture
 from tests.ranks import run_ranks
 from tests.teacher.test_engine import batch, plain_log_probs, settings
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadistill.config import TeacherConfig
-from megadistill.data.probe import Probe
-from megadistill.pretrained import load_pretrained
+from megadistill.models.pretrained import load_pretrained
+from megadistill.models.probe_tokens import Probe
 from megadistill.teacher import reference as reference_module
 from megadistill.teacher.deferred import Deferred, is_deferred, load_deferred, values
 from megadistill.teacher.reference import Reference
-from tests.architectures import ARCHITECTURES, HYBRIDS, VOCAB, save_architecture, save_random
 from tests.memory import MIB, PeakMemory
-from tests.models import tiny_llama
+from tests.models.architectures import ARCHITECTURES, HYBRIDS, VOCAB, save_architecture, save_random
+from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
 from tests.teacher.test_precision import MODELS
 

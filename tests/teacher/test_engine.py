@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megadistill.config import Config
-from tests.models import tiny_llama
+from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
 
 VOCAB = 515  # no multiple of any tp

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megadistill.config import Config
 from megadistill.teacher.expert_sharding import cut_while_loading
-from tests.architectures import VOCAB, save_architecture, save_random
-from tests.mixtures import MIXTURES
+from tests.models.architectures import VOCAB, save_architecture, save_random
+from tests.models.mixtures import MIXTURES
 from tests.ranks import run_ranks
 from tests.teacher.test_architectures import small_batch
 from tests.teacher.test_engine import plain_log_probs

@@ -12,9 +12,9 @@ from importlib.metadata import version
 import pytest
 from transformers import AutoConfig
 
-from tests.architectures import ARCHITECTURES, HYBRIDS, VOCAB, save_architecture, save_random
-from tests.mixtures import MIXTURES
-from tests.multimodal import MULTIMODAL, PACK, save_multimodal
+from tests.models.architectures import ARCHITECTURES, HYBRIDS, VOCAB, save_architecture, save_random
+from tests.models.mixtures import MIXTURES
+from tests.models.multimodal import MULTIMODAL, PACK, save_multimodal
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.long, pytest.mark.models]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.data.probe import Probe
+from megadistill.models.probe_tokens import Probe
 from tests.ranks import run_ranks
 from tests.teacher import faults
 

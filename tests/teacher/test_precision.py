@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megadistill.config import Config
-from megadistill.pretrained import backbone
-from tests.architectures import ARCHITECTURES, VOCAB, save_random
+from megadistill.models.pretrained import backbone
+from tests.models.architectures import ARCHITECTURES, VOCAB, save_random
 from tests.ranks import run_ranks
 
 log = logging.getLogger(__name__)

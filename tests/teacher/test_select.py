@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from megadistill.errors import TeacherError
+from megadistill.storage.counter_rng import SELECT, below, uniform, uniforms
 from megadistill.targets import METHODS, concatenate
 from megadistill.teacher.distributions import VocabularySlice
 from megadistill.teacher.select import select_targets
-from megadistill.teacher.starts import SELECT, below, uniform, uniforms
 from tests.ranks import run_ranks
 
 

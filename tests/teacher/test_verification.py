@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megadistill.config import Config, TeacherConfig
-from megadistill.data.probe import Probe
 from megadistill.errors import TeacherError
+from megadistill.models.probe_tokens import Probe
 from megadistill.teacher.deferred import values
 from megadistill.teacher.reference import Reference
-from tests.architectures import save_architecture
-from tests.models import tiny_llama
+from tests.models.architectures import save_architecture
+from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
 from tests.teacher import faults
 

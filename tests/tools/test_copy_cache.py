@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megadistill.commands import run
+from megadistill.cli.command_line import run
 from tests.cache.caches import fill_cache
 from tests.programs import program
 from tests.tools.test_inspect_cache import inspect

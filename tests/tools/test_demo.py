@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 
 from tests.cache.caches import fill_cache
+from tests.inspect.test_training_report import cells, make_run
 from tests.programs import program
-from tests.train.test_report import cells, make_run
 
 
 class Stages:

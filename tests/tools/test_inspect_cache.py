@@ -14,7 +14,7 @@ from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
 from tests.blocks.stores import create, fill, make_samples
 from tests.cache.caches import block_of, create_cache, fill_cache
-from tests.models import tiny_tokenizer
+from tests.models.made import tiny_tokenizer
 from tests.programs import program
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -27,7 +27,7 @@ KEYS = {
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """(exit code, standard output, standard error)."""
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     code = run(program("tools/inspect_cache.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()

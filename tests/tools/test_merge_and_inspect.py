@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.records import encode_json
-from megadistill.cache.inspection import require_sum
 from megadistill.cache.ranking import IdRanking
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import StoreError
+from megadistill.inspect.inspection import require_sum
+from megadistill.storage.records import encode_json
 from tests.blocks.stores import tree
 from tests.cache.caches import VOCAB_SIZE, block_of, create_cache, fill_cache
 from tests.programs import program
@@ -21,7 +21,7 @@ from tests.tools.test_inspect_cache import inspect
 
 
 def merge(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     code = run(program("tools/merge_and_inspect.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from megadistill.blocks import BlockStore
-from megadistill.cache.reserve import block_bytes
-from megadistill.commands import run
+from megadistill.cache.disk_guard import block_bytes
+from megadistill.cli.command_line import run
 from megadistill.config import load_config
-from megadistill.plan import make_plan
-from megadistill.plan.report import Report
-from megadistill.plan.sizes import SIZES, Rates, row
-from tests.models import teacher_and_text
+from megadistill.preflight.plan import make_plan
+from megadistill.preflight.plan.plan_report import Report
+from megadistill.preflight.plan.sizes import SIZES, Rates, row
+from tests.models.made import teacher_and_text
 from tests.programs import program
 from tests.ranks import run_ranks
 from tests.tools.test_inspect_cache import TOOLS
@@ -56,7 +56,7 @@ def measured(mesh, place: Path, temporary: Path, overrides: list[str], blocks: i
     """What one rank measured; nothing is left of it in the folder of temporary files."""
     import os
 
-    from megadistill.plan.measure import measure
+    from megadistill.preflight.plan.measure import measure
 
     os.chdir(place)
     tempfile.tempdir = str(temporary)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.inspect.test_training_report import make_run
 from tests.programs import ROOT, program
-from tests.train.test_report import make_run
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     code = run(program("tools/report.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()

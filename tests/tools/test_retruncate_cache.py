@@ -13,7 +13,7 @@ from tests.programs import program
 
 
 def retruncate(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     code = run(program("tools/retruncate_cache.py").main, [str(a) for a in arguments])
     return code, *capsys.readouterr()

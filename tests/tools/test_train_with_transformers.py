@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.commands import run
-from tests.models import tiny_llama
+from megadistill.cli.command_line import run
+from tests.models.made import tiny_llama
 from tests.programs import program
 from tests.train.stores import VOCAB, make_store
 

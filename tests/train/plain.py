@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.attention import forward_inputs
 from megadistill.cache.reader import open_cache
 from megadistill.data.order import Order
-from megadistill.data.packing import labels
+from megadistill.models.attention import forward_inputs
+from megadistill.models.packed_sequences import labels
 from megadistill.targets import concatenate
 from megadistill.train.schedule import learning_rate
-from tests.student.reference import dense_terms
+from tests.student.loss.reference import dense_terms
 
 FEATURES = ("hidden_weight", "attention_weight")
 

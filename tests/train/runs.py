@@ -17,14 +17,14 @@ from megadistill.config.held_out import evaluation_cache
 from megadistill.errors import MegadistillError
 from megadistill.train import checkpoint
 from megadistill.train.checkpoint import latest
-from megadistill.train.data import micro_batch
 from megadistill.train.evaluate import open_evaluation
 from megadistill.train.export import gathered
-from megadistill.train.folder import run_identity
 from megadistill.train.loop import train
 from megadistill.train.run import build, prepare
+from megadistill.train.run_folder import run_identity
+from megadistill.train.training_source import micro_batch
 from tests.allocation import AllocationWatch
-from tests.models import tiny_llama
+from tests.models.made import tiny_llama
 
 
 def run(mesh, config):
@@ -56,7 +56,7 @@ def run_until_told(mesh, config, lines):
 
 def run_and_lose_the_lock(mesh, config, lines):
     """Training whose lock another host takes after so many lines of metrics; how it ends."""
-    from megadistill.train.metrics import Reporter
+    from megadistill.train.reporting.metrics import Reporter
 
     out, step = Path(config.train.out_dir), Reporter.step
 
@@ -81,7 +81,7 @@ def run_and_be_stopped(mesh, config, step, number, save_s):
     """
     from megadistill.parallel.ranks import _WATCHDOG
     from megadistill.train import stopping
-    from megadistill.train.metrics import Reporter
+    from megadistill.train.reporting.metrics import Reporter
 
     said, now = [], [0.0]
     handler = logging.Handler()
@@ -373,7 +373,7 @@ def half_precision(mesh, config, steps, *, resume=False):
 
 def run_with_slow_saves(mesh, config, lines):
     """Training whose first checkpoint cannot be written before so many lines of metrics are."""
-    from megadistill.train import background
+    from megadistill.train.checkpoint import background
 
     file, written, write = Path(config.train.out_dir) / "metrics.jsonl", [], background._written
 
@@ -398,7 +398,7 @@ def run_with_slow_saves(mesh, config, lines):
 def run_with_a_full_disk(mesh, config):
     """Training of which rank 1's second checkpoint cannot be written; how it ends."""
     from megadistill.errors import StoreError
-    from megadistill.train import background
+    from megadistill.train.checkpoint import background
 
     write, calls = background._written, []
 

@@ -8,8 +8,8 @@ from megadistill.blocks import BlockStore
 from megadistill.cache.codec import encode_targets
 from megadistill.cache.statistics import block_statistics
 from megadistill.config import Config
-from tests.models import tiny_llama
-from tests.student.reference import random_targets
+from tests.models.made import tiny_llama
+from tests.student.loss.reference import random_targets
 
 VOCAB, SEQ_LEN = 96, 16
 TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}

@@ -23,15 +23,16 @@ from tests.programs import program
 from tests.train.stores import make_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CHECKPOINT = "megadistill.train.checkpoint"
 STOP_S = 20  # all ranks leave within so long of one's death
 RUN_S = 200  # a run that takes longer hangs
 
 # Where to die: a function and whether before or after it. `rank 0`: nobody else comes by.
 POINTS = {
     "before the batch": ("megadistill.train.batches:Batches.__next__", "before"),
-    "before the forward": ("megadistill.train.engine:Trainer.backward", "before"),
-    "after the backward": ("megadistill.train.engine:Trainer.backward", "after"),
-    "before the update": ("megadistill.train.engine:Trainer.step", "before"),
+    "before the forward": ("megadistill.train.student_engine:Trainer.backward", "before"),
+    "after the backward": ("megadistill.train.student_engine:Trainer.backward", "after"),
+    "before the update": ("megadistill.train.student_engine:Trainer.step", "before"),
     "inside the update": ("torch.optim:AdamW.step", "after"),
     "before the save": ("megadistill.train.checkpoint:save", "before"),
     "while DeepSpeed writes": ("torch:save", "after"),
@@ -44,8 +45,8 @@ POINTS = {
     "while converting": (
         "deepspeed.checkpoint.ds_to_universal:merge_zero3_slices", "before", "rank 0",
     ),
-    "before the background has written": ("megadistill.train.background:_written", "before"),
-    "when the background has written": ("megadistill.train.background:_written", "after"),
+    "before the background has written": (f"{CHECKPOINT}.background:_written", "before"),
+    "when the background has written": (f"{CHECKPOINT}.background:_written", "after"),
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def start(file: Path, out: Path, notes: Path, *deaths: Death, world: int = 2) ->
 
 def train(argv: list[str], deaths: tuple[Death, ...]) -> int:
     """What a forked rank runs: launch/train.py, to its end or its death."""
-    from megadistill.commands import run
+    from megadistill.cli.command_line import run
 
     for death in deaths:
         if int(os.environ["RANK"]) == death.rank:

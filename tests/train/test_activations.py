@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megadistill.train.run import prepare
-from tests.models import tiny_llama
+from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
 from tests.train.stores import VOCAB, make_config
 from tests.train.test_loop import elsewhere, series, weights
@@ -48,7 +48,7 @@ def test_deepspeeds_own_section_is_said_to_change_nothing(config, caplog):
 @pytest.mark.long
 def test_a_run_may_turn_it_on_or_off_between_its_parts(config):
     run_ranks(2, RUN, config=config)
-    from tests.train.test_universal import cut
+    from tests.train.checkpoint.test_universal import cut
 
     whole = elsewhere(config, "whole", activation_checkpointing=True, save_every=1, keep=9)
     run_ranks(2, RUN, config=whole)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from megadistill.checks import check_generate, check_train
 from megadistill.errors import ConfigError
-from tests.models import teacher_and_text, tiny_llama
+from megadistill.preflight import check_generate, check_train
+from tests.models.made import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
-from tests.train.test_online import series, settings, train
+from tests.train.online.test_online_teacher import series, settings, train
 
 IDS, ROWS = 514, 520  # of the student: two more than its teacher, and padding
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.attention import forward_inputs
 from megadistill.cache.reader import open_cache
 from megadistill.config import Config
-from megadistill.data.packing import labels
+from megadistill.models.attention import forward_inputs
+from megadistill.models.packed_sequences import labels
 from megadistill.targets import concatenate
 from megadistill.train.schedule import learning_rate
-from tests.architectures import ARCHITECTURES, VOCAB, save_architecture
-from tests.models import tiny_tokenizer
+from tests.models.architectures import ARCHITECTURES, VOCAB, save_architecture
+from tests.models.made import tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.plain import optimizer_and_order
 from tests.train.stores import make_config, make_store

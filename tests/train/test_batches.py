@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from megadistill.blocks import BlockStore
-from megadistill.blocks.copies import LocalCopies
-from megadistill.blocks.copy import copy_store
+from megadistill.blocks.remote.shard_cache import LocalCopies
+from megadistill.blocks.remote.upload import copy_store
 from megadistill.data.order import Order
 from megadistill.errors import CorruptBlockError
 from megadistill.train.batches import Batches
-from megadistill.train.data import open_sequences
+from megadistill.train.training_source import open_sequences
 from tests.train.stores import make_store
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
+from tests.train.checkpoint.test_universal import cut, odd_config
 from tests.train.runs import AllShapes
 from tests.train.stores import make_config, make_store
-from tests.train.test_universal import cut, odd_config
 
 RUN, MESSAGE, SHAPES = (f"tests.train.runs:{n}" for n in ("run", "message", "averages"))
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.attention import forward_inputs
 from megadistill.cache.reader import open_cache
-from megadistill.data.packing import labels
-from tests.models import tiny_llama
+from megadistill.models.attention import forward_inputs
+from megadistill.models.packed_sequences import labels
+from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
-from tests.student.reference import dense_terms, naive_calibration_error
+from tests.student.loss.reference import dense_terms, naive_calibration_error
 from tests.train.stores import VOCAB, make_config, make_store
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megadistill.config import Config
-from megadistill.train.metrics import step_line
-from tests.models import teacher_and_text, tiny_llama
+from megadistill.train.reporting.metrics import step_line
+from tests.models.made import teacher_and_text, tiny_llama
 from tests.ranks import run_ranks
-from tests.train.test_online import RUN, series, settings, stand_at, train
+from tests.train.online.test_online_teacher import RUN, series, settings, stand_at, train
 
 STEPS, PAIRS = 6, [(1, 2), (-1, -1)]
 # By default parameters of up to 100,000 elements, all of these, are left whole.
@@ -62,8 +62,8 @@ def layers_of(model, inputs):
 def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
     from transformers import AutoModelForCausalLM
 
-    from megadistill.attention import forward_inputs
     from megadistill.blocks import BlockStore
+    from megadistill.models.attention import forward_inputs
     from megadistill.student.features import FeatureAlignment, FeaturePlan
     from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
 
@@ -211,8 +211,8 @@ def test_what_does_not_go_together_is_refused(pair, sections, expected):
      "features.projection: none, and the teacher's hidden states are 64 wide, the student's 32"),
 ])  # fmt: skip
 def test_layers_that_are_not_there_are_refused_before_a_model_is_loaded(pair, features, expected):
-    from megadistill.checks import check_train
     from megadistill.errors import ConfigError
+    from megadistill.preflight import check_train
 
     with pytest.raises(ConfigError) as raised:
         check_train(aligning(pair, "none", features=features), world=2)

@@ -12,16 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.cache.reader import open_cache
-from megadistill.checks import check_generate, check_train
-from megadistill.commands import run
+from megadistill.cli.command_line import run
 from megadistill.config import Config
 from megadistill.config.held_out import held_out
 from megadistill.config.load import validate
-from megadistill.data.packing import sample_labels
 from megadistill.errors import ConfigError
+from megadistill.models.packed_sequences import sample_labels
+from megadistill.preflight import check_generate, check_train
 from tests.cache.test_build import hashes
 from tests.config.test_rules import changed
-from tests.models import teacher_and_text, tiny_model
+from tests.models.made import teacher_and_text, tiny_model
 from tests.programs import program
 from tests.ranks import RankError, run_ranks
 

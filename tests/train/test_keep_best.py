@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from megadistill.train import checkpoint
 from tests.ranks import run_ranks
+from tests.train.checkpoint.test_checkpoint import flip
 from tests.train.stores import make_config, make_store
-from tests.train.test_checkpoint import flip
 from tests.train.test_ema import whole
 
 RUN = "tests.train.runs:run"

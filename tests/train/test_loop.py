@@ -155,7 +155,7 @@ def test_no_tensor_of_positions_by_vocabulary_exists_in_a_training_step(tmp_path
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_exported_model_gives_the_engines_logits(tmp_path, tied):
-    from tests.models import tiny_llama, tiny_tokenizer
+    from tests.models.made import tiny_llama, tiny_tokenizer
 
     tiny_llama(tmp_path / "model", vocab_size=96, tie_word_embeddings=tied)
     tiny_tokenizer(tmp_path / "teacher", vocab_size=300)

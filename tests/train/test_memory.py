@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megadistill.config import Config, StudentConfig
 from tests.memory import MIB, PeakMemory
-from tests.models import tiny_llama
+from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
 
 HERE = "tests.train.test_memory"
@@ -106,7 +106,7 @@ def test_a_teacher_is_loaded_in_its_share_and_a_layer(model, empty, engine, tp, 
 def referring(mesh, model, empty, dtype):
     """MiB that the reference of the comparison at start takes."""
     from megadistill.config import TeacherConfig
-    from megadistill.data.probe import Probe
+    from megadistill.models.probe_tokens import Probe
     from megadistill.teacher.reference import Reference
 
     tokens = torch.from_numpy(Probe.of(seq_len=64, vocab_size=VOCAB).tokens_T)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.attention import forward_inputs
-from megadistill.blocks.copy import copy_store
+from megadistill.blocks.remote.upload import copy_store
 from megadistill.data.order import Order
-from megadistill.data.packing import labels
 from megadistill.errors import ConfigError, RecipeError, StoreError
-from megadistill.train.data import open_sources
+from megadistill.models.attention import forward_inputs
+from megadistill.models.packed_sequences import labels
+from megadistill.train.training_source import open_sources
 from tests.ranks import run_ranks
-from tests.student.reference import dense_terms
+from tests.student.loss.reference import dense_terms
 from tests.train.stores import TOKENIZER, make_config, make_store
 
 RUN, STOPPED, MESSAGE = (f"tests.train.runs:{n}" for n in ("run", "run_until_told", "message"))

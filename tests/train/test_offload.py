@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.ranks import run_ranks
-from tests.train.test_universal import cut, odd_config, series, weights
+from tests.train.checkpoint.test_universal import cut, odd_config, series, weights
 
 RUN = "tests.train.runs:run"
 SETTINGS = {
@@ -118,11 +118,11 @@ def test_an_operator_that_cannot_be_built_is_one_line_before_a_model_is_loaded(
     in_place, tmp_path, monkeypatch
 ):
     from megadistill.errors import ConfigError
-    from megadistill.train import machine
+    from megadistill.train import hardware_checks
 
-    monkeypatch.setattr(machine, "_has_async_io", lambda: False)
+    monkeypatch.setattr(hardware_checks, "_has_async_io", lambda: False)
     zero = {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}
     with pytest.raises(ConfigError, match=r"offload_param\.device: nvme, .* \(libaio-dev\)"):
-        machine.check_machine(
+        hardware_checks.check_machine(
             in_place.model_copy(update={"deepspeed": {"zero_optimization": zero}})
         )

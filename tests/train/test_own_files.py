@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from megadistill.config import StudentConfig
 from megadistill.train.own_files import own_files, special_ids
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models.made import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.stores import VOCAB, make_config
 

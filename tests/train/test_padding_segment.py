@@ -6,12 +6,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from megadistill.attention import forward_inputs
 from megadistill.blocks import BlockStore
-from megadistill.data.packing import sample_labels
-from megadistill.train.data import Sequences, micro_batch
-from tests.data import slow_packing
-from tests.models import tiny_llama
+from megadistill.models.attention import forward_inputs
+from megadistill.models.packed_sequences import sample_labels
+from megadistill.train.training_source import Sequences, micro_batch
+from tests.data.packing import slow_packing
+from tests.models.made import tiny_llama
 
 SEQ_LEN, BOS, EOS, VOCAB = 24, 1, 0, 96
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megadistill.errors import ConfigError
-from megadistill.train.machine import check_machine
+from megadistill.train.hardware_checks import check_machine
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
 

@@ -4,10 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
-from megadistill.checks.folders import check_run_folder
+from megadistill.preflight.folder_checks import check_run_folder
 from megadistill.train.export import check_tokenizer, student_tokenizer
-from tests.architectures import save_architecture
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models.architectures import save_architecture
+from tests.models.made import tiny_llama, tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
 

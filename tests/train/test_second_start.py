@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from megadistill.train.folder import LOCK
+from megadistill.train.run_folder import LOCK
 from tests.train.interrupt import Started, as_from_a_terminal, command, lines
 from tests.train.survive import RUN_S, STOP_S, finish, make_run, newest_step, result
 

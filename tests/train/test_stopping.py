@@ -10,8 +10,8 @@ import torch
 from megadistill.train.stopping import Standing
 from tests.ranks import run_ranks
 from tests.train.stores import make_config, make_store
-from tests.train.test_folder import saved
 from tests.train.test_loop import elsewhere, series, weights
+from tests.train.test_run_folder import saved
 
 LONG = [pytest.mark.long, pytest.mark.runs]
 RUN, STOPPED = "tests.train.runs:run", "tests.train.runs:run_and_be_stopped"

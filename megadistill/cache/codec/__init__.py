@@ -6,7 +6,7 @@
     S deflated symbols | raw bits           the streams, see symbols.py, sampled.py, listed.py
 
 The streams, in order: the method's own; then for the positions that have targets, where flagged,
-entropy and nll in a byte each (levels.py). Positions without targets cost some 2 bits.
+entropy and nll in a byte each (quantizer.py). Positions without targets cost some 2 bits.
 
 topk, topp  ids come back exactly; weights as the nearest of levels 1/16 of an octave apart, which
             costs 5e-5 nats of KL
@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megadistill.cache.codec import listed, sampled
-from megadistill.cache.codec.rows import like, offsets, zeros
+from megadistill.cache.codec.ragged_rows import like, offsets, zeros
 from megadistill.cache.codec.symbols import BYTES, SymbolReader, SymbolWriter, inflate
 from megadistill.cache.codec.validity import NonFiniteError, check_targets
-from megadistill.cache.levels import LEVELS, NONE, to_codes
+from megadistill.cache.quantizer import LEVELS, NONE, to_codes
 from megadistill.cache.ranking import IdRanking
 from megadistill.errors import CorruptBlockError
 from megadistill.targets import METHODS, SAMPLED, SparseTargets

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.cache.codec.rows import (
+from megadistill.cache.codec.ragged_rows import (
     like,
     offsets,
     places,

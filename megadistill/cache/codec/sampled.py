@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.cache.codec.rounding import GRID, round_to_grid
-from megadistill.cache.codec.rows import (
+from megadistill.cache.codec.ragged_rows import (
     arange,
     gaps,
     offsets,
@@ -39,6 +38,7 @@ from megadistill.cache.codec.rows import (
     rising,
     zeros,
 )
+from megadistill.cache.codec.rounding import GRID, round_to_grid
 from megadistill.cache.codec.symbols import LEVELS, RANKS, SymbolReader, SymbolWriter
 from megadistill.errors import CorruptBlockError
 from megadistill.targets import SparseTargets

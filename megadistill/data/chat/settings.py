@@ -10,7 +10,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
 from megadistill.config import Config, DataConfig
 from megadistill.data.chat.encoder import EARLIER, ChatSpec
-from megadistill.data.source import holds_turns, with_tools
+from megadistill.data.sources.source import holds_turns, with_tools
 from megadistill.data.tokenizer import chat_spec
 
 

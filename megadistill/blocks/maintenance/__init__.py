@@ -1,0 +1,1 @@
+"""Maintenance of block stores: verifying, repairing, merging and splitting."""

@@ -1,0 +1,1 @@
+"""Remote block stores: object storage, local copies of its shards, and uploads."""

@@ -1,0 +1,1 @@
+"""Commands: each parses its arguments, builds, and runs."""

@@ -1,0 +1,1 @@
+"""Inspection: the facts, tables and pictures that the tools print and draw."""

@@ -1,0 +1,1 @@
+"""Models: their files, loading, and what teacher and student share of a forward pass."""

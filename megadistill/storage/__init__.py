@@ -1,0 +1,1 @@
+"""Storage: files and fsync, JSON records with checksums, locks, disks, counter-based numbers."""

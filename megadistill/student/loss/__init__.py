@@ -1,0 +1,1 @@
+"""The fused distillation loss: chunks of logits, divergences, and their gradients."""

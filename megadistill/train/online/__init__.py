@@ -1,0 +1,1 @@
+"""Online distillation: the teacher runs beside the student."""

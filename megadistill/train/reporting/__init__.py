@@ -1,0 +1,1 @@
+"""Reporting: metrics of each step, trackers, and device statistics."""

@@ -1,0 +1,181 @@
+"""Several teachers of one student: their caches read side by side, or all of them beside it.
+
+Sequence i of every cache must be the same text. The caches' blocks are compared when they are
+opened, by the hashes of their token ids in blocks.bin: 8 bytes a block, and no shard is read.
+Beside the student they answer one after the other, so that of those in host memory
+(`offload: cpu`) one at a time is on the device.
+
+Shapes: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from megadistill.blocks.recipe import first_difference
+from megadistill.cache.recorded_settings import check_targets
+from megadistill.config import Config
+from megadistill.data.names import data_names, shown_name
+from megadistill.data.recipe_keys import CORPUS_KEYS
+from megadistill.errors import ConfigError, StoreError
+from megadistill.parallel import Mesh
+from megadistill.student.features import FeaturePlan
+from megadistill.student.loss.ensemble import Ensemble
+from megadistill.train.online.online_teacher import OnlineTeacher, online_recipe
+from megadistill.train.training_source import MicroBatch, Sequences, local_copies, open_sequences
+
+
+def with_caches(config: Config, stores: list[Sequences]) -> list[Sequences]:
+    """The stores, with cache.ensemble's beside the only one where there are some.
+
+    ConfigError, StoreError, naming the key, for a cache of other tokens, or that is not there.
+    """
+    if not config.cache.ensemble:
+        return stores
+    (first,) = stores
+    beside = []
+    for number, source in enumerate(config.cache.ensemble):
+        key = f"cache.ensemble.{number}.dir"
+        store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
+        _require_same_tokens(first, store, key=key)
+        beside.append(replace(store, key=key, teacher_weight=source.weight))
+    return [replace(first, beside=tuple(beside))]
+
+
+def with_models(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Sequences]:
+    """The stores, with the recipes of teacher.ensemble's answers beside the only one. Collective.
+
+    For they are part of what the run is.
+    """
+    if not config.teacher.ensemble:
+        return stores
+    (first,) = stores
+    _, *others = config.of_each_teacher.items()
+    beside = tuple(
+        replace(
+            first, online=online_recipe(each, mesh, first, key=key), teacher_weight=member.weight,
+            key=f"{key}.model",
+        )
+        for (key, each), member in zip(others, config.teacher.ensemble, strict=True)
+    )  # fmt: skip
+    return [replace(first, beside=beside)]
+
+
+class OnlineEnsemble:
+    """Several teachers of a run, each an `OnlineTeacher`."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, store: Sequences, *, features: FeaturePlan | None
+    ) -> None:
+        """Loads one after the other. Collective. features: to be kept of the first."""
+        self._teachers = [
+            OnlineTeacher(
+                each, mesh, store, features=features if key == "teacher" else None, key=key
+            )
+            for key, each in config.of_each_teacher.items()
+        ]
+        self._weights = [s.teacher_weight for s in (store, *store.beside)]
+
+    def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with the targets of all. Collective. As `OnlineTeacher.answer`."""
+        answers = [teacher.answer(share) for teacher in self._teachers]
+        return [
+            replace(batches[0], targets=Ensemble.of([b.targets for b in batches], self._weights))
+            for batches in zip(*answers, strict=True)
+        ]
+
+
+def load_online(
+    config: Config, mesh: Mesh, store: Sequences, *, features: FeaturePlan | None = None
+) -> OnlineTeacher | OnlineEnsemble:
+    """The teacher, or teachers, beside the student. Collective."""
+    kind = OnlineEnsemble if config.teacher.ensemble else OnlineTeacher
+    return kind(config, mesh, store, features=features)
+
+
+def check_divergences(config: Config, store: Sequences) -> None:
+    """ConfigError where a teacher's targets cannot serve the loss at any time of the run."""
+    for taught in (store, *store.beside):
+        check_targets(config, taught.recipe, name=taught.name, key=taught.key)
+
+
+def learned_from(config: Config, stores: list[Sequences]) -> str:
+    """Returns the names of teachers and text for the model card: no path, no host."""
+    if config.teacher.mode == "online":
+        text = " and ".join(data_names(config.data).values()) or shown_name(stores[0].name)
+        return f"{_models_named(config)} ({config.targets.method}), on the text of {text}"
+    if not stores[0].beside:
+        return ", ".join(dict.fromkeys(f"{_taught_by(s)}{_said(s)}{_text_of(s)}" for s in stores))
+    members = (stores[0], *stores[0].beside)
+    named = " and ".join(
+        f"{_taught_by(s)} (weight {s.teacher_weight:g}{_made(s)})" for s in members
+    )
+    return named + _text_of(stores[0])
+
+
+def _models_named(config: Config) -> str:
+    teacher = config.teacher
+    name = shown_name(teacher.model or "")
+    if not teacher.ensemble:
+        return f"`{name}`"
+    others = ((shown_name(each.model), each.weight) for each in teacher.ensemble)
+    weights = [(name, 1.0), *others]
+    return " and ".join(f"`{model}` (weight {weight:g})" for model, weight in weights)
+
+
+def _taught_by(store: Sequences) -> str:
+    """The teacher's name where the cache has one, else the store's."""
+    name = store.store.names.get("teacher.model") if store.has_targets else None
+    return f"`{name}`" if name else shown_name(store.name)
+
+
+def _text_of(store: Sequences) -> str:
+    names = store.store.names
+    text = next((names[key] for key in CORPUS_KEYS if key in names), None)
+    return f", on the text of {text}" if text else ""
+
+
+def _made(store: Sequences) -> str:
+    at = store.recipe["temperature"]
+    return f", {store.recipe['method']}" + ("" if at == 1 else f" at temperature {at:g}")
+
+
+def _said(store: Sequences) -> str:
+    return f" ({_made(store)[2:]})" if store.has_targets else ""
+
+
+def _require_same_tokens(first: Sequences, other: Sequences, *, key: str) -> None:
+    for what, ours, theirs in (
+        ("the tokenizer", first.tokenizer["content"][:16], other.tokenizer["content"][:16]),
+        ("seq_len", first.seq_len, other.seq_len),
+        ("block_size", first.store.block_size, other.store.block_size),
+        ("the number of sequences", len(first), len(other)),
+        ("targets.positions", first.recipe.get("positions"), other.recipe.get("positions")),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}: {what} is {theirs} in {other.name} and {ours} in {first.name}, expected "
+                "the same: generate both caches from one token store (data.dir)"
+            )
+    if first.recipe.get("positions") == "entropy":
+        raise ConfigError(
+            f"{key}: {other.name} leaves out positions by its own teacher's entropy "
+            "(targets.positions=entropy), expected all or loss_mask: each teacher leaves out "
+            "others, so generate again"
+        )
+    found = first_difference(first.recipe.get("tokens"), other.recipe.get("tokens"))
+    if found:
+        name, ours, theirs = found
+        raise ConfigError(
+            f"{key}: {other.name} was made from other tokens than {first.name}, whose {name} is "
+            f"{ours!s:.60} and not {theirs!s:.60}: generate both from one token store (data.dir)"
+        )
+    differ = np.flatnonzero(first.store.tokens_xxh3() != other.store.tokens_xxh3())
+    if len(differ):
+        raise StoreError(
+            f"{key}: block {differ[0]} of {other.name} holds other tokens than that of "
+            f"{first.name} ({len(differ)} such blocks): generate both from one token store "
+            "(data.dir)"
+        )

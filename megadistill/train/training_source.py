@@ -1,0 +1,388 @@
+"""The stores a student learns from, and micro-batches of their sequences.
+
+A store is a cache, or a token store where there is nothing to distil (loss.kd_weight=0).
+
+Shapes: B sequences of a micro-batch, T positions, N = B*T.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from megadistill.blocks import BlockStore
+from megadistill.blocks.remote.shard_cache import LocalCopies, default_folder
+from megadistill.cache.reader import Cache
+from megadistill.cache.recorded_settings import pack_of
+from megadistill.config import Config
+from megadistill.config.curves import values
+from megadistill.data.learned import has_labels, nothing_learned, warn_of_few
+from megadistill.errors import ConfigError, DataError, StoreError
+from megadistill.models.attention import forward_inputs
+from megadistill.models.documents_apart import DocumentsApart, runs_apart
+from megadistill.models.packed_sequences import IGNORED, sample_labels
+from megadistill.student.features import Features
+from megadistill.student.loss.ensemble import Ensemble, Targets, has_targets
+from megadistill.student.projection import ProjectedTargets
+from megadistill.targets import SparseTargets, concatenate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A store to train or evaluate on. `sequences[i]` is a sequence's columns, verified.
+
+    Of an unfinished store the sequences of some blocks, numbered without a gap.
+    """
+
+    source: Any  # Cache or BlockStore
+    store: BlockStore
+    has_targets: bool
+    weight: float = 1.0  # passes over it in an epoch
+    blocks: tuple[int, ...] | None = None  # of an unfinished store, ascending
+    online: dict[str, Any] | None = None  # the recipe of targets that the teacher gives beside it
+    beside: tuple[Sequences, ...] = ()  # what other teachers say of the same sequences
+    teacher_weight: float = 1.0  # of its teacher, where there are several
+    key: str = "cache.dir"  # where the configuration names it
+
+    def __len__(self) -> int:
+        if self.blocks is None:
+            return len(self.store)
+        # Not by the store, which may grow meanwhile.
+        last = int(self.store.marker(self.blocks[-1])["sequences"])
+        return (len(self.blocks) - 1) * self.store.block_size + last
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self.number(index)]
+
+    def number(self, index: int) -> int:
+        """The store's own number of a sequence."""
+        if self.blocks is None:
+            return index
+        block, row = divmod(index, self.store.block_size)
+        return self.blocks[block] * self.store.block_size + row
+
+    @property
+    def name(self) -> str:
+        return self.store.name
+
+    @property
+    def is_remote(self) -> bool:
+        return self.store.is_remote
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.store.recipe if self.online is None else self.online
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the targets lie in the store."""
+        return self.has_targets and self.online is None
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        return self.recipe["tokenizer"]
+
+    @property
+    def seq_len(self) -> int:
+        return int(self.recipe["seq_len"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that may occur: the teachers', or without one the tokenizer's."""
+        own = int(self.recipe.get("vocab_size") or self.tokenizer["vocab_size"])
+        return max([own, *(other.vocab_size for other in self.beside)])
+
+
+def open_sequences(
+    path: str,
+    *,
+    key: str,
+    with_targets: bool,
+    weight: float = 1.0,
+    local: LocalCopies | None = None,
+    blocks: tuple[int, ...] | None = None,
+) -> Sequences:
+    """The complete store at `path`. `key`: the configuration key, for messages.
+
+    `local`: see BlockStore.open. `blocks`: of an unfinished store, those to read. Raises
+    ConfigError for a token store where targets are needed, StoreError for one that is missing or
+    empty, and for an incomplete one, or blocks that it does not have.
+    """
+    store = BlockStore.open(path, local=local)
+    if with_targets and store.kind != "cache":
+        raise ConfigError(
+            f"{key}: {store.name} is a token store, without targets: generate a cache from it, or "
+            "set loss.kd_weight=0 loss.ce_weight=1 to train on its text alone"
+        )
+    if len(store) == 0:
+        raise StoreError(f"{key}: {store.name} holds no sequence yet: run launch/generate.py first")
+    if blocks is None and not store.complete():
+        raise StoreError(f"{key}: {store.name} is {_incomplete(store, key)}")
+    gone = set(blocks or ()) - set(store.committed())
+    if gone:
+        raise StoreError(
+            f"{key}: {store.name} has no block {min(gone)}, on which this run was begun: generate "
+            "again, and it is made, or choose another train.out_dir to start anew"
+        )
+    has_targets = store.kind == "cache"
+    source = Cache(store) if has_targets else store
+    return Sequences(source, store, has_targets, weight, blocks)
+
+
+def _incomplete(store: BlockStore, key: str) -> str:
+    """Returns a message that tells what a store lacks, and what completes it."""
+    lost = [] if store.is_remote else store.lost_shards()
+    if lost:
+        return (
+            f"damaged, {lost[0]} is missing or of another size ({len(lost)} such shard(s)): run "
+            f"`python tools/merge_and_inspect.py --repair {store.name}`, then the command that "
+            "made it again"
+        )
+    ask = "; or train on what is there, cache.allow_incomplete=true" if key == "cache.dir" else ""
+    if not store.is_remote and store.num_sequences is not None and not store.missing():
+        return (
+            "damaged: all its blocks are there, but blocks.bin or index.json is missing or not as "
+            f"they say: run `python tools/merge_and_inspect.py --repair {store.name}`, which "
+            "writes both anew"
+        )
+    return (
+        f"incomplete, {_extent(store, len(store))}: run the command that made it again, it goes "
+        f"on where it stopped{ask}"
+    )
+
+
+def _extent(store: BlockStore, count: int) -> str:
+    return f"{count}{'' if store.num_sequences is None else f' of {store.num_sequences}'} sequences"
+
+
+def open_sources(
+    config: Config, blocks: list[tuple[int, ...] | None] | None = None
+) -> list[Sequences]:
+    """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both.
+
+    blocks: those to read of each, None for a store that must be complete.
+    """
+    sources = config.cache.sources
+    stores = [
+        open_sequences(
+            source.dir, key="cache.dir", with_targets=config.loss.learns_from_teacher,
+            weight=source.weight, local=local_copies(config), blocks=chosen,
+        )
+        for source, chosen in zip(sources, blocks or [None] * len(sources), strict=True)
+    ]  # fmt: skip
+    for store in stores[1:]:
+        _require_mixable(stores[0], store)
+    return stores
+
+
+def require_targets(config: Config, stores: list[Sequences]) -> None:
+    """DataError where no position of any store has a label, or one that the loss learns from."""
+    alone = config.loss.learns_from_teacher and not any(values(config.loss.ce_weight))
+    for store in stores:
+        with_targets = alone and store.reads_targets
+        samples = (store[i] for i in range(len(store)))
+        if any(_learns(sample, with_targets=with_targets) for sample in samples):
+            continue
+        if not with_targets:
+            raise DataError(nothing_learned(store.store, key=store.key))
+        raise DataError(
+            f"{store.key}: {store.name}: no label of its {len(store)} sequence(s) has a target, so "
+            "that there is nothing to learn from the teacher: generate with other "
+            "targets.positions, or a lower targets.min_entropy, into another cache.dir"
+        )
+    for store in stores:
+        _warn_of_few(store)
+
+
+def _learns(sample: dict[str, Any], *, with_targets: bool) -> bool:
+    if not with_targets:
+        return has_labels(sample)
+    return bool(((sample_labels(sample) != IGNORED) & (sample["targets"].counts > 0)).any())
+
+
+def _warn_of_few(store: Sequences) -> None:
+    if store.is_remote or store.recipe.get("positions") != "loss_mask":
+        return
+    markers = (store.store.marker(block) for block in store.store.committed())
+    learned = sum(int(m["statistics"].get("positions", 0)) for m in markers)
+    warn_of_few(learned, len(store.store) * store.seq_len, name=store.name, key=store.key)
+
+
+def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
+    """Returns the blocks of each store of cache.dir, or None for a complete store."""
+    found: list[tuple[int, ...] | None] = []
+    for source in config.cache.sources:
+        store = BlockStore.open(source.dir, local=local_copies(config))
+        blocks = tuple(store.committed())
+        if not blocks or store.complete():
+            found.append(None)
+            continue
+        found.append(blocks)
+        log.warning(
+            "%s is incomplete: the run trains on the %s it has now, and keeps to them "
+            "(cache.allow_incomplete)", store.name, _extent(store, len(store)),
+        )  # fmt: skip
+    return found
+
+
+def local_copies(config: Config) -> LocalCopies:
+    """Where shards of remote stores are kept."""
+    folder = config.cache.local_dir
+    return LocalCopies(
+        default_folder() if folder is None else Path(folder).expanduser(),
+        int(config.cache.local_limit * 2**30),
+    )
+
+
+def _require_mixable(first: Sequences, other: Sequences) -> None:
+    packs = pack_of(first.recipe), pack_of(other.recipe)
+    for what, ours, theirs in (
+        ("tokenizer", first.tokenizer["content"], other.tokenizer["content"]),
+        ("seq_len", first.seq_len, other.seq_len),
+        ("vocab_size", first.vocab_size, other.vocab_size),
+        ("data.pack", *(packs if all(packs) else ("", ""))),  # unless a recipe does not say
+        ("kind", first.store.kind, other.store.kind),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"cache.dir: {what} is {_short(ours)} in {first.name} and {_short(theirs)} in "
+                f"{other.name}, expected one: train from caches that agree in it"
+            )
+
+
+def _short(value: object) -> str:
+    return "absent" if value is None else str(value)[:16]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward pass; arrays until `on` brings them to a device.
+
+    names: (store, sequence) of each row. padding_B: int64, tokens of padding at each row's end.
+    kd_count, ce_count: positions in each term. features: of a teacher beside the student, on its
+    device.
+    """
+
+    names: list[tuple[int, int]]
+    tokens_BT: np.ndarray
+    documents: list[np.ndarray]
+    labels_N: Any  # int64
+    targets: Targets | ProjectedTargets | None
+    kd_count: int
+    ce_count: int
+    padding_B: np.ndarray
+    inputs: dict[str, Any] = field(default_factory=dict)
+    features: Features | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of documents, without padding."""
+        return self.tokens_BT.size - int(self.padding_B.sum())
+
+    def on(self, model: nn.Module, device: torch.device, *, pack: Any) -> MicroBatch:
+        """The same as tensors on `device`, with the keyword arguments of `Student.forward`."""
+        inputs: dict[str, Any]
+        if runs_apart(model, pack):
+            apart = DocumentsApart.of(self.tokens_BT, self.documents, device=device)
+            inputs = {"apart": apart}
+        else:
+            inputs = forward_inputs(model, self.tokens_BT, self.documents, pack=pack, device=device)
+        return replace(
+            self,
+            inputs=inputs,
+            labels_N=torch.as_tensor(self.labels_N, device=device),
+            # What a teacher beside the student gave is on its device already.
+            targets=self.targets.torch(device)
+            if isinstance(self.targets, SparseTargets | Ensemble)
+            else self.targets,
+        )
+
+
+def micro_batch(
+    stores: list[Sequences], names: list[tuple[int, int]], *, with_targets: bool, empty: int = 0
+) -> MicroBatch:
+    """Read the named sequences. The last `empty` of them are there for their shape only."""
+    samples = [stores[store][sequence] for store, sequence in names]
+    labels_BT = np.stack([sample_labels(s) for s in samples])
+    if empty:
+        labels_BT[-empty:] = -100
+    labels_N = labels_BT.reshape(-1)
+    valid_N = labels_N != -100
+    targets: Targets | None = None
+    if with_targets:
+        targets = joined([s["targets"] for s in samples])
+        if stores[0].beside:
+            assert isinstance(targets, SparseTargets)
+            targets = _of_all_teachers(stores[0], targets, names, valid_N)
+    return MicroBatch(
+        names=names,
+        tokens_BT=np.stack([s["tokens"] for s in samples]),
+        documents=[s["documents"] for s in samples],
+        labels_N=labels_N,
+        targets=targets,
+        kd_count=0 if targets is None else int((valid_N & has_targets(targets)).sum()),
+        ce_count=int(valid_N.sum()),
+        padding_B=np.array([int(s.get("padding", 0)) for s in samples], np.int64),
+    )
+
+
+def joined(parts: list[SparseTargets]) -> Targets:
+    """The targets of all sequences, one after another.
+
+    Of caches that were made in several ways, an Ensemble with a member for each way: the rows of
+    the others are empty there.
+    """
+    parts = [_without_notes(part) for part in parts]
+    if any(part.entropy is None for part in parts):
+        parts = [replace(part, entropy=None) for part in parts]
+    if any(part.nll is None for part in parts):
+        parts = [replace(part, nll=None) for part in parts]
+    ways = list(dict.fromkeys((part.method, part.temperature) for part in parts))
+    if len(ways) == 1:
+        return concatenate(parts)
+    return Ensemble.of_parts(
+        [
+            concatenate([p if (p.method, p.temperature) == way else _empty(p, way) for p in parts])
+            for way in ways
+        ]
+    )
+
+
+def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
+    """As many positions without a target, of another method and temperature."""
+    method, temperature = way
+    none = part.rows(0, 0)
+    return replace(
+        none, offsets=np.zeros_like(part.offsets), tail=np.zeros_like(part.tail), method=method,
+        temperature=temperature, entropy=None, nll=None, rounding=None,
+    )  # fmt: skip
+
+
+def _of_all_teachers(
+    store: Sequences, targets: SparseTargets, names: list[tuple[int, int]], valid_N: np.ndarray
+) -> Ensemble:
+    """With the targets of the same sequences that lie beside. StoreError where they do not fit."""
+    members = [targets]
+    for other in store.beside:
+        theirs = concatenate([_without_notes(other[i]["targets"]) for _, i in names])
+        if (valid_N & (has_targets(theirs) != has_targets(targets))).any():
+            raise StoreError(
+                f"{other.key}: {other.name} has targets at other positions than {store.name}, in "
+                f"one of the sequences {', '.join(str(i) for _, i in sorted(names))}: generate "
+                "both from one token store (data.dir), with the same targets.positions"
+            )
+        members.append(theirs)
+    return Ensemble.of(members, [s.teacher_weight for s in (store, *store.beside)])
+
+
+def _without_notes(targets: SparseTargets) -> SparseTargets:
+    # How an entry was chosen is for statistics; the loss needs entries and tail.
+    return replace(targets, heads=None, truth_added=None, rounding=None)

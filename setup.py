@@ -60,9 +60,5 @@ setup(
     packages=find_packages(include=["megadistill", "megadistill.*"]),
     python_requires=">=3.11",
     install_requires=REQUIRES,
-    extras_require={
-        "dev": DEVELOP,
-        "peft": [ADAPTERS],
-        "trackers": list(TRACKERS.values()),
-    },
+    extras_require={"dev": DEVELOP, "peft": [ADAPTERS], "trackers": list(TRACKERS.values())},
 )

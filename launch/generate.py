@@ -16,8 +16,9 @@ from megadistill.config import load_config
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no_validate", action="store_true",
-                        help="do not score a few sequences again at the end")  # fmt: skip
+    parser.add_argument(
+        "--no_validate", action="store_true", help="do not score a few sequences again at the end"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -33,9 +33,10 @@ def test_a_rank_that_still_imports_leaves_with_either_of_deepspeeds_launchers(tm
     (tmp_path / "rank.py").write_text(RANK)
     command = [str(tmp_path / name) for name in ("deepspeed", "deepspeed_launch", "rank.py")]
     with subprocess.Popen(
-        [sys.executable, *command, str(tmp_path)], stderr=subprocess.DEVNULL,
+        [sys.executable, *command, str(tmp_path)],
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "RANK": "0", "PYTHONPATH": str(Path.cwd())},
-    ) as outer:  # fmt: skip
+    ) as outer:
         while not (tmp_path / "there").exists():
             time.sleep(0.02)
         chain = [psutil.Process(outer.pid), *psutil.Process(outer.pid).children(recursive=True)]

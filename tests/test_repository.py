@@ -16,10 +16,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TOP_LEVEL = {
-    "megadistill", "launch", "configs", "tests", "tools", "setup.py", "README.md",
-    "Makefile", "pyproject.toml", "requirements.lock", "overrides.txt", "LICENSE",
-    "CONTRIBUTING.md", ".pre-commit-config.yaml", ".github", ".ci", ".gitignore",
-}  # fmt: skip
+    "megadistill",
+    "launch",
+    "configs",
+    "tests",
+    "tools",
+    "setup.py",
+    "README.md",
+    "Makefile",
+    "pyproject.toml",
+    "requirements.lock",
+    "overrides.txt",
+    "LICENSE",
+    "CONTRIBUTING.md",
+    ".pre-commit-config.yaml",
+    ".github",
+    ".ci",
+    ".gitignore",
+}
 
 # A folder of somebody's machine. What every Linux has (tmp, dev, proc, usr) is not one.
 MACHINE_PATH = re.compile(r"(?<![\w./~}])/(?:home|root|Users|opt|work)/\w")
@@ -28,9 +42,20 @@ REGISTRY = re.compile(r"https?://[\w.-]*(?:pypi|pythonhosted|download\.pytorch|c
 
 # A docstring says first what the thing is or does.
 NO_SUBJECT = {
-    "What", "Of", "It", "Its", "They", "Their", "This", "These", "That", "Those", "There", "We",
+    "What",
+    "Of",
+    "It",
+    "Its",
+    "They",
+    "Their",
+    "This",
+    "These",
+    "That",
+    "Those",
+    "There",
+    "We",
     "Our",
-}  # fmt: skip
+}
 
 # Modules that take seconds to import, or that a machine for inspecting need not have.
 HEAVY = {"torch", "streaming", "transformers", "datasets", "deepspeed", "pyarrow", "matplotlib"}
@@ -39,8 +64,11 @@ HEAVY = {"torch", "streaming", "transformers", "datasets", "deepspeed", "pyarrow
 def tracked_files() -> Iterator[Path]:
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listing.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, listing.stdout.split("\0")):
@@ -94,8 +122,7 @@ def test_every_package_folder_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    "module",
-    ["megadistill", "megadistill.config", "megadistill.errors", "megadistill.targets"],
+    "module", ["megadistill", "megadistill.config", "megadistill.errors", "megadistill.targets"]
 )
 def test_importing_costs_nothing_heavy(module: str) -> None:
     script = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
@@ -131,8 +158,11 @@ def test_both_locks_have_the_versions_they_are_there_for() -> None:
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "--directory", str(folder), *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_make_alone_lists_the_targets() -> None:

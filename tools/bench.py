@@ -41,8 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megadistill.cli.command_line import amount, count, run
 
 USUAL = {
-    "vocab_size": [128_256, 151_936, 262_144], "positions": 4096, "hidden": 1024, "seq_len": 2048,
-}  # fmt: skip
+    "vocab_size": [128_256, 151_936, 262_144],
+    "positions": 4096,
+    "hidden": 1024,
+    "seq_len": 2048,
+}
 DEFAULTS = {
     "head": {"vocab_size": [131_072], "positions": 2048},
     "step": {"vocab_size": [32_000], "hidden": 512, "seq_len": 512},
@@ -130,10 +133,14 @@ def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megadistill.config import load_config
 
     tokens = BlockStore.open(args.tokens)
-    config = load_config("demo.yaml", [
-        f"teacher.model={args.teacher}", f"data.dir={args.tokens}",
-        f"data.seq_len={tokens.recipe['seq_len']}",
-    ])  # fmt: skip
+    config = load_config(
+        "demo.yaml",
+        [
+            f"teacher.model={args.teacher}",
+            f"data.dir={args.tokens}",
+            f"data.seq_len={tokens.recipe['seq_len']}",
+        ],
+    )
     with parallel.joined(tp=1) as mesh:
         return [writer_cost(config, mesh, pairs=args.pairs, blocks=args.blocks)]
 
@@ -197,9 +204,11 @@ def angle(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from megadistill.bench.angle import Plan, Pupil, Teacher, angles
 
     plan = Plan(
-        batches=args.batches, steps=args.steps, target_bytes=args.bytes,
+        batches=args.batches,
+        steps=args.steps,
+        target_bytes=args.bytes,
         entropy=args.entropy or None,
-    )  # fmt: skip
+    )
     return angles(Teacher(args.teacher, args.tokens, plan), Pupil(args.student))
 
 

@@ -28,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse(
-        argv, "The configuration reference.", extra=add_arguments, takes_config=False,
+        argv,
+        "The configuration reference.",
+        extra=add_arguments,
+        takes_config=False,
         takes_overrides=False,
-    )  # fmt: skip
+    )
     name = args.update or args.check
     if name is None:
         sys.stdout.write(reference())

@@ -28,9 +28,12 @@ def main(arguments: list[str]) -> int:
     # None: no bar where standard error is not a terminal.
     with tqdm(desc="copying", unit=" blocks", disable=None) as bar:
         copied = copy_store(
-            args.source, args.dest, verify=args.verify, workers=args.workers,
+            args.source,
+            args.dest,
+            verify=args.verify,
+            workers=args.workers,
             progress=lambda _: bar.update(),
-        )  # fmt: skip
+        )
     print(f"{shown(args.dest)}: {copied.sent} blocks sent, {copied.there} were there")
     return 0
 

@@ -38,8 +38,14 @@ log = logging.getLogger("demo")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1, help="students of each kind to train")
-    parser.add_argument("--set", nargs="*", default=[], metavar="a.b=c", dest="overrides",
-                        help="overrides for every stage (for a smaller demo)")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="overrides for every stage (for a smaller demo)",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -65,30 +71,46 @@ def build(stages: Stages, seeds: int) -> None:
     stages.function("tokenizer", "train a BPE tokenizer on the standard library", make_models)
     hard = ["loss.kd_weight=0", "loss.ce_weight=1"]
     stages.python(
-        "teacher text", "tools/make_tokens.py",
-        "data.max_samples=null", f"data.dir={RUN}/teacher_tokens",
-    )  # fmt: skip
+        "teacher text",
+        "tools/make_tokens.py",
+        "data.max_samples=null",
+        f"data.dir={RUN}/teacher_tokens",
+    )
     stages.deepspeed(
-        "teacher", "launch/train.py",
-        *hard, f"cache.dir={RUN}/teacher_tokens", f"student.model={RUN}/teacher_init",
-        f"train.out_dir={RUN}/teacher_run", "train.steps=350", "train.lr=3e-3",
-        "train.micro_batch=8", "train.eval_every=1000", "eval.cache=null",
-    )  # fmt: skip
+        "teacher",
+        "launch/train.py",
+        *hard,
+        f"cache.dir={RUN}/teacher_tokens",
+        f"student.model={RUN}/teacher_init",
+        f"train.out_dir={RUN}/teacher_run",
+        "train.steps=350",
+        "train.lr=3e-3",
+        "train.micro_batch=8",
+        "train.eval_every=1000",
+        "eval.cache=null",
+    )
     stages.function("teacher export", "the trained teacher becomes runs/demo/teacher", use_teacher)
     stages.deepspeed("cache", "launch/generate.py")
     stages.deepspeed(
-        "held-out cache", "launch/generate.py",
-        "data.split=validation", "data.max_samples=12", f"data.dir={RUN}/heldout_tokens",
-        f"cache.dir={RUN}/heldout", "targets.method=topk",
-    )  # fmt: skip
+        "held-out cache",
+        "launch/generate.py",
+        "data.split=validation",
+        "data.max_samples=12",
+        f"data.dir={RUN}/heldout_tokens",
+        f"cache.dir={RUN}/heldout",
+        "targets.method=topk",
+    )
     stages.python("inspect", "tools/inspect_cache.py", cache=True)
     for seed in range(seeds):
         run = [f"train.seed={seed}", f"order.seed={seed}"]
         for name, loss in (("labels", hard), ("cache", [])):
             stages.deepspeed(
-                f"student from {name}, seed {seed}", "launch/train.py",
-                *loss, *run, f"train.out_dir={student_folder(name, seed)}",
-            )  # fmt: skip
+                f"student from {name}, seed {seed}",
+                "launch/train.py",
+                *loss,
+                *run,
+                f"train.out_dir={student_folder(name, seed)}",
+            )
 
 
 def student_folder(name: str, seed: int) -> Path:
@@ -154,9 +176,10 @@ def make_models() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<|end|>"],
+        vocab_size=VOCAB,
+        special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     corpus = load_config("demo.yaml", ["data.max_samples=null"]).data
     pieces = (
         unit.text or ""
@@ -170,11 +193,18 @@ def make_models() -> None:
     for folder, shape in (("teacher_init", TEACHER), ("student_init", STUDENT)):
         sizes = {key: value for key, value in shape.items() if key != "heads"}
         LlamaConfig(
-            vocab_size=VOCAB, num_attention_heads=shape["heads"], bos_token_id=None,
-            num_key_value_heads=shape["heads"], max_position_embeddings=SEQ_LEN,
-            eos_token_id=0, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.05,
-            architectures=["LlamaForCausalLM"], **sizes,
-        ).save_pretrained(RUN / folder)  # fmt: skip
+            vocab_size=VOCAB,
+            num_attention_heads=shape["heads"],
+            bos_token_id=None,
+            num_key_value_heads=shape["heads"],
+            max_position_embeddings=SEQ_LEN,
+            eos_token_id=0,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            architectures=["LlamaForCausalLM"],
+            **sizes,
+        ).save_pretrained(RUN / folder)
         fast.save_pretrained(RUN / folder)
 
 
@@ -191,8 +221,10 @@ def report(stages: Stages, seeds: int) -> None:
 
     inspected = subprocess.run(
         [sys.executable, "tools/inspect_cache.py", str(RUN / "cache"), "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     cache = json.loads(inspected.stdout)
     runs = students_runs(seeds)
     students = [
@@ -219,8 +251,10 @@ def report(stages: Stages, seeds: int) -> None:
     log.info("%s", held_out_table(runs))
     log.info(
         "\nthe cache: %d positions, %.1f entries and %.1f bytes a position",
-        cache["num_positions"], cache["entries_per_position"], cache["bytes_per_position"],
-    )  # fmt: skip
+        cache["num_positions"],
+        cache["entries_per_position"],
+        cache["bytes_per_position"],
+    )
     log.info("distilling lowered the held-out loss by %s", ", ".join(f"{g:.3f}" for g in gains))
     log.info("\nstage                        seconds")
     for name, seconds in summary["seconds"].items():

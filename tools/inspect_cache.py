@@ -69,17 +69,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change the configuration")
     parser.add_argument("--config", help="whose cache.dir to inspect; default zero3.yaml")
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
-    parser.add_argument("--workers", type=count, default=min(16, os.cpu_count() or 1),
-                        help="processes that verify; default %(default)s")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=count,
+        default=min(16, os.cpu_count() or 1),
+        help="processes that verify; default %(default)s",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="DIR", help="write pictures over the blocks there")
     parser.add_argument("--diff", metavar="OTHER", help="what differs between CACHE and OTHER")
-    parser.add_argument("--show", metavar="I", type=int,
-                        help="sequence I as text, the teacher's top tokens beside it")  # fmt: skip
+    parser.add_argument(
+        "--show",
+        metavar="I",
+        type=int,
+        help="sequence I as text, the teacher's top tokens beside it",
+    )
     parser.add_argument("--positions", metavar="A:B", help="of the sequence, those from A up to B")
-    parser.add_argument("--tokenizer", metavar="NAME",
-                        help="whose text to show, a folder or a hub id; default: --config's, "
-                        "else ids")  # fmt: skip
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="whose text to show, a folder or a hub id; default: --config's, else ids",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(arguments)
     if args.cache and "=" in args.cache.partition("://")[0] and not os.path.exists(args.cache):
@@ -148,8 +158,10 @@ def texts(args: argparse.Namespace, config: Config | None, cache: Cache) -> Text
     if recipe.get("content") != found:
         log.warning(
             "%s: made with the tokenizer %s, this one is %s: the text may be another",
-            cache.path, recipe.get("content"), found,
-        )  # fmt: skip
+            cache.path,
+            recipe.get("content"),
+            found,
+        )
     return token_text(tokenizer)
 
 

@@ -57,11 +57,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", help="a new folder, or a store to merge into")
     parser.add_argument("--prefer", metavar="CACHE", help="whose blocks win where two differ")
     parser.add_argument("--repair", action="store_true", help="drop what is damaged in CACHE")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true",
-                        help="with --repair: say what it would drop, and drop nothing")  # fmt: skip
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="with --repair: say what it would drop, and drop nothing",
+    )
     parser.add_argument("--split", metavar="N", type=int, help="into N parts: block b to b mod N")
-    parser.add_argument("--workers", type=count, default=min(16, os.cpu_count() or 1),
-                        help="processes that verify; default %(default)s")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=count,
+        default=min(16, os.cpu_count() or 1),
+        help="processes that verify; default %(default)s",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(arguments)

@@ -47,7 +47,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run nothing: bytes by the assumptions, no hours",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(argv: list[str]) -> int:
@@ -73,10 +73,14 @@ def main(argv: list[str]) -> int:
     if rank != 0:
         return 0
     report = Report(
-        config=config, plan=plan, ranks=ranks, measured=measured,
+        config=config,
+        plan=plan,
+        ranks=ranks,
+        measured=measured,
         rates=_assumed(config) if measured is None else measured.rates,
-        price=args.price, currency=args.currency,
-    )  # fmt: skip
+        price=args.price,
+        currency=args.currency,
+    )
     text = json.dumps(report.as_json(), indent=2) + "\n" if args.json else report.as_text()
     sys.stdout.write(text)
     return 0

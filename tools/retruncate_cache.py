@@ -49,9 +49,14 @@ def retruncate(args: argparse.Namespace) -> None:
     # None: no bar where standard error is not a terminal.
     with tqdm(desc="retruncating", unit=" blocks", disable=None) as bar:
         retruncate_cache(
-            args.cache, args.out, tau=args.tau, k=args.k, p=args.p, seed=args.seed,
+            args.cache,
+            args.out,
+            tau=args.tau,
+            k=args.k,
+            p=args.p,
+            seed=args.seed,
             progress=lambda _: bar.update(),
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -72,10 +72,15 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(settings)
     its_arguments = TrainingArguments(
-        output_dir=args.out, max_steps=args.steps, per_device_train_batch_size=args.batch,
-        learning_rate=args.lr, logging_steps=10, remove_unused_columns=False, report_to=[],
+        output_dir=args.out,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        learning_rate=args.lr,
+        logging_steps=10,
+        remove_unused_columns=False,
+        report_to=[],
         dataloader_pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     trainer = DistillationTrainer(
         model=model, args=its_arguments, train_dataset=cache, data_collator=collate
     )

@@ -157,9 +157,12 @@ def renormalised(listed: SparseTargets) -> SparseTargets:
     rows_E = torch.repeat_interleave(torch.arange(len(listed)), listed.counts)
     total_N = torch.zeros(len(listed)).index_add_(0, rows_E, listed.weights)
     return dataclasses.replace(
-        listed, method="multinomial", weights=listed.weights / total_N[rows_E],
-        tail=torch.zeros_like(listed.tail), truth_added=None,
-    )  # fmt: skip
+        listed,
+        method="multinomial",
+        weights=listed.weights / total_N[rows_E],
+        tail=torch.zeros_like(listed.tail),
+        truth_added=None,
+    )
 
 
 class Pupil:
@@ -278,8 +281,12 @@ def _stage(
     for place, (name, found) in enumerate(degrees.items()):
         kept = [kinds[place] for _, kinds in batches]
         yield {
-            **common, "method": name, "kl": statistics.mean(losses),
+            **common,
+            "method": name,
+            "kl": statistics.mean(losses),
             "bytes": statistics.mean(k.size for k in kept),
             "entries": statistics.mean(len(k.targets.ids) / len(k.targets) for k in kept),
-            "degrees": statistics.mean(found), "least": min(found), "most": max(found),
-        }  # fmt: skip
+            "degrees": statistics.mean(found),
+            "least": min(found),
+            "most": max(found),
+        }

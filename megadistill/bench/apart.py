@@ -28,11 +28,15 @@ _STATE: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "qwen3_next": {
-        "layer_types": ["linear_attention"] * 3 + ["full_attention"], "head_dim": 64,
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
-        "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,14 @@ def _model(model_type: str, hidden: int) -> Any:
     from transformers import AutoConfig, AutoModel
 
     settings = {
-        "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
-        "pad_token_id": None, **_STATE[model_type],
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "pad_token_id": None,
+        **_STATE[model_type],
+    }
     torch.manual_seed(0)
     return AutoModel.from_config(AutoConfig.for_model(model_type, **settings)).eval()

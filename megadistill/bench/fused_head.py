@@ -87,9 +87,12 @@ def random_targets(sizes: Sizes, entries: int, generator: torch.Generator) -> Sp
     weights_K = 1 / torch.arange(1.0, K + 1)
     weights_K *= 0.9 / weights_K.sum()
     return SparseTargets(
-        offsets=torch.arange(N + 1) * K, ids=ids_NK.flatten(), weights=weights_K.repeat(N),
-        tail=torch.full((N,), 0.1), method="topk",
-    )  # fmt: skip
+        offsets=torch.arange(N + 1) * K,
+        ids=ids_NK.flatten(),
+        weights=weights_K.repeat(N),
+        tail=torch.full((N,), 0.1),
+        method="topk",
+    )
 
 
 def head_cost(sizes: Sizes, entries: list[int], *, rounds: int) -> Iterator[dict[str, Any]]:
@@ -100,12 +103,16 @@ def head_cost(sizes: Sizes, entries: list[int], *, rounds: int) -> Iterator[dict
     for count, size, taken in zip(entries, fused_bytes, fused, strict=True):
         yield {
             "data": f"N {sizes.positions}, H {sizes.hidden}, V {sizes.vocab:,}, K {count}",
-            "entries": count, "rounds": rounds,
-            "plain_s": statistics.median(plain.wall), "fused_s": statistics.median(taken.wall),
-            **ratio(taken.wall, plain.wall), **ratio(taken.cpu, plain.cpu, name="cpu"),
-            "plain_mib": plain_bytes / 2**20, "fused_mib": size / 2**20,
+            "entries": count,
+            "rounds": rounds,
+            "plain_s": statistics.median(plain.wall),
+            "fused_s": statistics.median(taken.wall),
+            **ratio(taken.wall, plain.wall),
+            **ratio(taken.cpu, plain.cpu, name="cpu"),
+            "plain_mib": plain_bytes / 2**20,
+            "fused_mib": size / 2**20,
             "memory_ratio": size / plain_bytes,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)

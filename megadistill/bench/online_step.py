@@ -48,7 +48,7 @@ def online_cost(config: Config, mesh: Mesh, *, rounds: int) -> Iterator[dict[str
             "cache_s": statistics.median(seconds["cache"]),
             **ratio(seconds[method], seconds["cache"]),
             "teacher": statistics.median(notes[method].shares[1:]),
-        }  # fmt: skip
+        }
 
 
 def online(config: Config, method: str) -> Config:

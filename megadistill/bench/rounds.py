@@ -12,10 +12,7 @@ from typing import Any
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], Any]],
-    *,
-    rounds: int,
-    before: Callable[[], None] = lambda: None,
+    ways: Mapping[str, Callable[[], Any]], *, rounds: int, before: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round; a round before these warms up. before: each, untimed."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}

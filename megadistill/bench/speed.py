@@ -18,9 +18,11 @@ from megadistill.teacher.select import select_targets
 
 TOKENS_A_SECOND = 65_000
 PARAMETERS: dict[str, dict[str, Any]] = {
-    "varopt": {"tau": 0.08}, "multinomial": {"draws": 50}, "topk": {"k": 64},
+    "varopt": {"tau": 0.08},
+    "multinomial": {"draws": 50},
+    "topk": {"k": 64},
     "topp": {"k": 64, "p": 0.95},
-}  # fmt: skip
+}
 
 
 def speed(distribution: Any, *, seconds: float = 2.0) -> list[dict[str, Any]]:
@@ -32,11 +34,17 @@ def speed(distribution: Any, *, seconds: float = 2.0) -> list[dict[str, Any]]:
         data = encode_targets(targets, **options)
         encoded = len(targets) / _best(lambda: encode_targets(targets, **options), seconds)  # noqa: B023
         decoded = len(targets) / _best(lambda: decode_targets(data, **options), seconds)  # noqa: B023
-        rows.append({
-            "method": method, **parameters, "positions": len(targets),
-            "entries": len(targets.ids) / len(targets), "encoded_a_second": encoded,
-            "decoded_a_second": decoded, "h200s_fed": decoded / TOKENS_A_SECOND,
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                **parameters,
+                "positions": len(targets),
+                "entries": len(targets.ids) / len(targets),
+                "encoded_a_second": encoded,
+                "decoded_a_second": decoded,
+                "h200s_fed": decoded / TOKENS_A_SECOND,
+            }
+        )
     return rows
 
 

@@ -87,7 +87,7 @@ def step_cost(sizes: StepSizes, mesh: Mesh, *, pairs: int) -> dict[str, Any]:
         "cache_s": statistics.median(seconds["cache"]),
         "labels_s": statistics.median(seconds["labels"]),
         **ratio(seconds["cache"], seconds["labels"]),
-    }  # fmt: skip
+    }
 
 
 def timed_steps(
@@ -117,9 +117,14 @@ def timed_steps(
                 mesh.barrier()
                 started = time.perf_counter()
                 run_step(
-                    run, trainer, batches[name], policy, at,
-                    None if reporter is None else reporter(name), Flags(0, 0, 0),
-                )  # fmt: skip
+                    run,
+                    trainer,
+                    batches[name],
+                    policy,
+                    at,
+                    None if reporter is None else reporter(name),
+                    Flags(0, 0, 0),
+                )
                 mesh.barrier()
                 if number >= 0:
                     seconds[name].append(time.perf_counter() - started)
@@ -128,24 +133,32 @@ def timed_steps(
 
 def _run(folder: Path, sizes: StepSizes, mesh: Mesh, *, kd_weight: float) -> Run:
     """A run of steps enough for both sides, from the cache or from the token store."""
-    config = Config.model_validate({
-        "data": {"files": ["none"], "seq_len": sizes.seq_len},
-        "teacher": {"model": "none"},
-        "cache": {"dir": str(folder / ("cache" if kd_weight else "tokens"))},
-        "student": {"model": str(folder / "student"), "init": "random"},
-        "loss": {"kd_weight": kd_weight, "ce_weight": 1.0},
-        "train": {
-            "out_dir": str(folder / "out"), "steps": 10**6, "global_batch": sizes.global_batch,
-            "micro_batch": sizes.micro_batch,
-        },
-        "parallel": {"cpu_threads": torch.get_num_threads()},
-    })  # fmt: skip
+    config = Config.model_validate(
+        {
+            "data": {"files": ["none"], "seq_len": sizes.seq_len},
+            "teacher": {"model": "none"},
+            "cache": {"dir": str(folder / ("cache" if kd_weight else "tokens"))},
+            "student": {"model": str(folder / "student"), "init": "random"},
+            "loss": {"kd_weight": kd_weight, "ce_weight": 1.0},
+            "train": {
+                "out_dir": str(folder / "out"),
+                "steps": 10**6,
+                "global_batch": sizes.global_batch,
+                "micro_batch": sizes.micro_batch,
+            },
+            "parallel": {"cpu_threads": torch.get_num_threads()},
+        }
+    )
     stores = open_sources(config)
     order = Order(
-        [len(s) for s in stores], block_size=[BLOCK], weights=[1.0],
-        global_batch=sizes.global_batch, seed=0, groups=config.order.groups,
+        [len(s) for s in stores],
+        block_size=[BLOCK],
+        weights=[1.0],
+        global_batch=sizes.global_batch,
+        seed=0,
+        groups=config.order.groups,
         shuffle=config.order.shuffle,
-    )  # fmt: skip
+    )
     run_folder = RunFolder(config.train.out_dir)
     return Run(config, stores, order, None, run_folder, 10**6, sizes.vocab)
 
@@ -155,16 +168,24 @@ def _made(sizes: StepSizes) -> str:
     folder = Path(tempfile.mkdtemp(prefix="megadistill-bench-"))
     (folder / "student").mkdir()
     settings = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": sizes.vocab,
-        "hidden_size": sizes.hidden, "intermediate_size": 4 * sizes.hidden,
-        "num_hidden_layers": sizes.layers, "num_attention_heads": max(1, sizes.hidden // 64),
-        "max_position_embeddings": sizes.seq_len, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": 4 * sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": max(1, sizes.hidden // 64),
+        "max_position_embeddings": sizes.seq_len,
+        "tie_word_embeddings": False,
+    }
     (folder / "student" / "config.json").write_text(json.dumps(settings))
     recipe = {
-        "method": "varopt", "temperature": 1.0, "vocab_size": sizes.vocab,
-        "seq_len": sizes.seq_len, "tokenizer": {"content": "none", "vocab_size": sizes.vocab},
-    }  # fmt: skip
+        "method": "varopt",
+        "temperature": 1.0,
+        "vocab_size": sizes.vocab,
+        "seq_len": sizes.seq_len,
+        "tokenizer": {"content": "none", "vocab_size": sizes.vocab},
+    }
     columns = {"tokens": f"ndarray:uint32:{sizes.seq_len}", "documents": "ndarray:uint32"}
     sequences = max(2 * BLOCK, -(-sizes.global_batch // BLOCK) * BLOCK)
     rng = np.random.default_rng(0)
@@ -176,13 +197,19 @@ def _made(sizes: StepSizes) -> str:
         for _ in range(sequences)
     ]
     tokens = BlockStore.create(
-        folder / "tokens", kind="tokens", header={"recipe": recipe}, columns=columns,
+        folder / "tokens",
+        kind="tokens",
+        header={"recipe": recipe},
+        columns=columns,
         block_size=BLOCK,
-    )  # fmt: skip
+    )
     cache = BlockStore.create(
-        folder / "cache", kind="cache", header={"recipe": recipe},
-        columns=columns | {"targets": "bytes"}, block_size=BLOCK,
-    )  # fmt: skip
+        folder / "cache",
+        kind="cache",
+        header={"recipe": recipe},
+        columns=columns | {"targets": "bytes"},
+        block_size=BLOCK,
+    )
     for store in (tokens, cache):
         store.plan(sequences)
     targets = _targets(sizes, sequences)

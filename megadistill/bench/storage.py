@@ -47,24 +47,33 @@ def storage(distribution: Any, *, seq_len: int) -> tuple[Row, Row]:
     rival = 3 * len(drawn.ids) / done
     size = _coded(varopt, seq_len, vocab_size, codec)
     first = {
-        **common, "method": "varopt", "tau": tau, "bytes": size,
+        **common,
+        "method": "varopt",
+        "tau": tau,
+        "bytes": size,
         "entries": len(varopt.ids) / done,
         "entropy_of_streams": _entropy(varopt, seq_len, codec),
-        "random_sampling": rival, "ratio": size / rival,
-        "variance": variances.varopt(tau), "variance_of_draws": variances.multinomial(DRAWS),
+        "random_sampling": rival,
+        "ratio": size / rival,
+        "variance": variances.varopt(tau),
+        "variance_of_draws": variances.multinomial(DRAWS),
         "rounding_share": variances.varopt(tau) / variances.varopt(tau, rounded=False) - 1,
         "variance_ratio_at_equal_entries": variances.multinomial(DRAWS)
         / variances.varopt(variances.tau_of_entries(len(drawn.ids) / done)),
-    }  # fmt: skip
+    }
     size = _coded(listed, seq_len, vocab_size, codec)
     zstd_3, packed = _megatron(listed, seq_len), K * (math.ceil(math.log2(vocab_size)) + 16) / 8
     second = {
-        **common, "method": "topk", "bytes": size,
+        **common,
+        "method": "topk",
+        "bytes": size,
         "entropy_of_streams": _entropy(listed, seq_len, codec),
-        "zstd": zstd_3, "ratio_zstd": size / zstd_3,
-        "packed": packed, "ratio_packed": size / packed,
+        "zstd": zstd_3,
+        "ratio_zstd": size / zstd_3,
+        "packed": packed,
+        "ratio_packed": size / packed,
         **_errors(listed, vocab_size, codec),
-    }  # fmt: skip
+    }
     return first, second
 
 

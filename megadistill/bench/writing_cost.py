@@ -66,9 +66,11 @@ def writer_cost(config: Config, mesh: Mesh, *, pairs: int, blocks: int) -> dict[
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {
-        "method": config.targets.method, "pairs": pairs, "blocks": blocks,
+        "method": config.targets.method,
+        "pairs": pairs,
+        "blocks": blocks,
         "positions": blocks * tokens.block_size * config.data.seq_len,
         "seconds_on": statistics.median(times[True]),
         "seconds_off": statistics.median(times[False]),
         **ratio(times[True], times[False]),
-    }  # fmt: skip
+    }

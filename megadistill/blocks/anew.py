@@ -69,7 +69,8 @@ def begin_anew(
         write_header(files, layout, store.kind, header, ids_bin)
     if different:
         log.warning(
-            "%s: holds no block yet: begun anew with other settings: %s", store.path,
+            "%s: holds no block yet: begun anew with other settings: %s",
+            store.path,
             shown_differences(different),
-        )  # fmt: skip
+        )
     return True

@@ -345,10 +345,7 @@ class BlockStore:
         temporary = temporary_folder(self._files, self.layout)
         try:
             path, shard = write_shard(
-                temporary / "shard",
-                samples,
-                columns=self._columns,
-                first=block * self.block_size,
+                temporary / "shard", samples, columns=self._columns, first=block * self.block_size
             )
             marker = marker_of(
                 block, samples, shard, statistics=statistics, content_hash=content_hash, extra=extra

@@ -170,8 +170,12 @@ def _prepare(config: Config, held: contextlib.ExitStack, *, is_held_out: bool = 
     require_shards(store)
     store.clean()
     if outdated:
-        log.info("%s: %d blocks hold other tokens than %s by now, and are done again",
-                 store.path, len(outdated), config.data.dir)  # fmt: skip
+        log.info(
+            "%s: %d blocks hold other tokens than %s by now, and are done again",
+            store.path,
+            len(outdated),
+            config.data.dir,
+        )
         store.plan(None)
         store.retract(outdated)
     store.plan(len(tokens))
@@ -240,8 +244,10 @@ def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
         log.info(
             "%s: part %s is complete; when the others are, merge them: "
             "python tools/merge_and_inspect.py --out OUT %s OTHER ...",
-            config.cache.folder, config.cache.part, config.cache.folder,
-        )  # fmt: skip
+            config.cache.folder,
+            config.cache.part,
+            config.cache.folder,
+        )
     elif not computed:
         log.info("%s: complete already, %d sequences", config.cache.folder, len(store))
 
@@ -310,12 +316,7 @@ def _claims(
 
 
 def score(
-    config: Config,
-    teacher: Teacher,
-    samples: list[dict[str, Any]],
-    *,
-    first: int,
-    block_size: int,
+    config: Config, teacher: Teacher, samples: list[dict[str, Any]], *, first: int, block_size: int
 ) -> list[SparseTargets]:
     """The targets of consecutive sequences, the first of which is number `first`.
 

@@ -113,9 +113,12 @@ class Cache:
     def _decoded(self, sample: Sample, index: int) -> Sample:
         file = f"{self.store.layout.shard(index // self.store.block_size)}, sequence {index}"
         targets = decode_targets(
-            sample["targets"], vocab_size=self.vocab_size, codec=self.codec, file=file,
+            sample["targets"],
+            vocab_size=self.vocab_size,
+            codec=self.codec,
+            file=file,
             device=self.device,
-        )  # fmt: skip
+        )
         if len(targets) != len(sample["tokens"]):
             raise CorruptBlockError(file, f"{len(sample['tokens'])} positions", len(targets))
         for name in ("method", "temperature"):

@@ -98,10 +98,12 @@ def check_targets(config: Config, recipe: dict[str, Any], *, name: str, key: str
     try:
         for temperature in values(config.loss.temperature):
             check_divergence(
-                recipe["method"], config.loss.divergence,
-                kd_temperature=temperature, made_at=recipe["temperature"],
+                recipe["method"],
+                config.loss.divergence,
+                kd_temperature=temperature,
+                made_at=recipe["temperature"],
                 ground_truth_residual=config.loss.ground_truth_residual,
-            )  # fmt: skip
+            )
     except ConfigError as error:
         place = f"{key}: {name}: " if key.startswith("cache.ensemble") else ""
         raise ConfigError(f"{place}{error} ({name} holds {recipe['method']} targets)") from None
@@ -163,9 +165,10 @@ def _content(config: Config) -> Any:
     """The content hash of data.tokenizer; None where it cannot be loaded on this machine."""
     try:
         tokenizer = open_tokenizer(
-            config.data.tokenizer, key="data.tokenizer",
+            config.data.tokenizer,
+            key="data.tokenizer",
             trust_remote_code=config.teacher.trust_remote_code,
-        )  # fmt: skip
+        )
     except ConfigError:
         return None
     return tokenizer_identity(tokenizer)["content"]

@@ -87,9 +87,13 @@ def _varopt(
         torch.from_numpy(weights_NK), fixed_NK, VocabularySlice(0, weights_NK.shape[1])
     )
     chosen = varopt(
-        entries, starts[0][:, 0], tau=tau, method="varopt", temperature=t.temperature,
+        entries,
+        starts[0][:, 0],
+        tau=tau,
+        method="varopt",
+        temperature=t.temperature,
         rounding=starts[1][:, 0] >> 12,
-    )  # fmt: skip
+    )
     row_E = np.repeat(np.arange(len(ids_NK)), chosen.counts.numpy())
     ids_E = torch.from_numpy(ids_NK[row_E, chosen.ids.numpy()])
     kept = spread(dataclasses.replace(chosen, ids=ids_E), torch.from_numpy(keep_N)).numpy()
@@ -121,9 +125,13 @@ def _listed(
     dropped_N = np.bincount(row_E[~keep_E], weights[~keep_E], minlength=len(t))
     counts = np.bincount(row_E[keep_E], minlength=len(t))
     return dataclasses.replace(
-        t, offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]), ids=ids[keep_E],
-        weights=weights[keep_E], tail=(t.tail + dropped_N).astype(np.float32), truth_added=added_N,
-    )  # fmt: skip
+        t,
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        ids=ids[keep_E],
+        weights=weights[keep_E],
+        tail=(t.tail + dropped_N).astype(np.float32),
+        truth_added=added_N,
+    )
 
 
 # Caches -------------------------------------------------------------------------------------------
@@ -154,9 +162,11 @@ def retruncate_cache(
             "with launch/generate.py, or merge its parts, first"
         )
     store = BlockStore.create_like(
-        out, source.store, header=source.header | {"recipe": recipe},
+        out,
+        source.store,
+        header=source.header | {"recipe": recipe},
         keys=Keys(_option, "give the same options, or another --out"),
-    )  # fmt: skip
+    )
     if store.num_sequences == source.num_sequences and store.complete():
         return store
     with store.lock():
@@ -242,5 +252,5 @@ def _block(
         seed=seed,
         times=times,
         **given,
-    )  # fmt: skip
+    )
     return samples, [targets.rows(i * length, (i + 1) * length) for i in range(len(samples))]

@@ -57,16 +57,19 @@ def parse(
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     if takes_config:
         parser.add_argument(
-            "--config", metavar="FILE",
+            "--config",
+            metavar="FILE",
             help="a file; a bare name is looked up here, then in configs/ (default: zero3.yaml)",
-        )  # fmt: skip
+        )
     if extra is not None:
         extra(parser)
     if takes_overrides:
         parser.add_argument(
-            "--dry_run", "--dry-run", action="store_true",
+            "--dry_run",
+            "--dry-run",
+            action="store_true",
             help="print the resolved configuration and the plan, and do nothing",
-        )  # fmt: skip
+        )
         parser.add_argument(
             "overrides", nargs="*", metavar="a.b=value", help="keys to set, such as train.lr=1e-4"
         )

@@ -172,10 +172,18 @@ REFUSED: dict[str, str] = {
     "weight_quantization": _UNUSED,
 }
 REMOVED = (
-    "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
-    "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention",
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "eigenvalue",
+    "elasticity",
+    "graph_harvesting",
+    "nebula",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sparse_attention",
     "sparse_gradients",
-)  # fmt: skip
+)
 _TORCH_ADAM = "it works with DeepSpeed's own CPU Adam alone, and the optimizer here is torch's"
 _REFUSED_INSIDE: dict[tuple[str, ...], str] = {
     ("bf16", "bf16_master_weights_and_grads"): _TORCH_ADAM,

@@ -31,17 +31,26 @@ def held_out(config: Config) -> Config | None:
     if wanted.files is None and wanted.name is None:
         return None
     text = {
-        "source": None, "files": wanted.files, "name": wanted.name, "config": wanted.config,
-        "split": wanted.split or "train", "revision": wanted.revision,
-        "max_samples": wanted.max_samples, "shuffle": False, "dir": data.dir + SUFFIX,
+        "source": None,
+        "files": wanted.files,
+        "name": wanted.name,
+        "config": wanted.config,
+        "split": wanted.split or "train",
+        "revision": wanted.revision,
+        "max_samples": wanted.max_samples,
+        "shuffle": False,
+        "dir": data.dir + SUFFIX,
         # The first documents are read without the rest of the set.
         "streaming": wanted.name is not None and wanted.max_samples is not None,
-    }  # fmt: skip
+    }
     positions = config.targets.positions
     targets = {
-        "method": "topk", "min_entropy": None, "entropy": True, "nll": True,
+        "method": "topk",
+        "min_entropy": None,
+        "entropy": True,
+        "nll": True,
         "positions": None if positions == "entropy" else positions,
-    }  # fmt: skip
+    }
     teacher: dict[str, Any] = {"mode": "cached", "ensemble": []}
     if config.teacher.engine == "tensor_parallel":
         teacher["offload"] = None  # the teacher is not idle here, as it is beside a student

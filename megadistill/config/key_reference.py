@@ -43,8 +43,12 @@ def updated(text: str, *, file: str) -> str:
 def _table(model: type[BaseModel]) -> str:
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        cells = (f"`{name}`", _kind(field.annotation, field), _default(field), _sentence(
-            field.description or ""))  # fmt: skip
+        cells = (
+            f"`{name}`",
+            _kind(field.annotation, field),
+            _default(field),
+            _sentence(field.description or ""),
+        )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -103,8 +103,12 @@ def _literals(annotation: Any) -> Iterator[Any]:
 
 
 def _expected(kind: str, context: dict) -> str | None:
-    bounds = {"greater_than": ("above", "gt"), "greater_than_equal": ("of at least", "ge"),
-              "less_than": ("below", "lt"), "less_than_equal": ("of at most", "le")}  # fmt: skip
+    bounds = {
+        "greater_than": ("above", "gt"),
+        "greater_than_equal": ("of at least", "ge"),
+        "less_than": ("below", "lt"),
+        "less_than_equal": ("of at most", "le"),
+    }
     if kind in bounds:
         word, name = bounds[kind]
         return f"a number {word} {context[name]:g}"

@@ -34,8 +34,13 @@ class StudentConfig(ModelConfig):
 
 
 CURVES = (
-    "kd_weight", "ce_weight", "hidden_weight", "attention_weight", "label_smoothing", "temperature",
-)  # fmt: skip  # of LossConfig
+    "kd_weight",
+    "ce_weight",
+    "hidden_weight",
+    "attention_weight",
+    "label_smoothing",
+    "temperature",
+)
 FEATURES_FROM, ALL_TERMS_FROM = 0.3, 0.6  # of a run, under curriculum: three_phase
 
 

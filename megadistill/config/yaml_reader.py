@@ -40,9 +40,11 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value}: given twice, first in line {lines[key.value]}: "
-                    "remove one", key.start_mark,
-                )  # fmt: skip
+                    None,
+                    None,
+                    f"{key.value}: given twice, first in line {lines[key.value]}: remove one",
+                    key.start_mark,
+                )
             lines[key.value] = line
         return super().construct_mapping(node, deep=deep)
 
@@ -90,8 +92,11 @@ class _Dumper(yaml.SafeDumper):
 
 def _write_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
     # PyYAML writes 1e-4 as 1.0e-04; repr gives back the same number, in fewer signs.
-    text = repr(value) if math.isfinite(value) else {"inf": ".inf", "-inf": "-.inf"}.get(
-        repr(value), ".nan")  # fmt: skip
+    text = (
+        repr(value)
+        if math.isfinite(value)
+        else {"inf": ".inf", "-inf": "-.inf"}.get(repr(value), ".nan")
+    )
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 

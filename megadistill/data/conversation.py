@@ -28,11 +28,23 @@ from megadistill.errors import BadDocumentError
 Turn = dict[str, Any]
 
 _ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant", "ai": "assistant", "assistant": "assistant", "system": "system",
-    "tool": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
-    "function_call": "assistant", "tool_call": "assistant", "function": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "function": "tool",
+}
 _CALLS = ("function_call", "tool_call")
 _LISTS = ("messages", "conversations", "conversation")
 _REASONING = ("reasoning_content", "thinking", "reasoning")

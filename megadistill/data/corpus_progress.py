@@ -24,9 +24,14 @@ class Progress:
         if show is None:
             show = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self._bar = tqdm(
-            total=total, initial=done, desc="tokenising", unit=" documents", unit_scale=True,
-            dynamic_ncols=True, disable=not show,
-        )  # fmt: skip
+            total=total,
+            initial=done,
+            desc="tokenising",
+            unit=" documents",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not show,
+        )
         self._lines = not show
         self._total, self._done, self._tokens = total, done, 0
         self._begun = self._said = time.monotonic()
@@ -43,8 +48,13 @@ class Progress:
         if self._lines and now - self._said >= LINE_EVERY_S:
             self._said = now
             of = "" if self._total is None else f" of {self._total}"
-            log.info("tokenising: document %d%s, %.1fM tokens, %.2fM/s", self._done, of,
-                     self._tokens / 1e6, rate / 1e6)  # fmt: skip
+            log.info(
+                "tokenising: document %d%s, %.1fM tokens, %.2fM/s",
+                self._done,
+                of,
+                self._tokens / 1e6,
+                rate / 1e6,
+            )
 
     def __enter__(self) -> Progress:
         return self

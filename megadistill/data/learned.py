@@ -37,9 +37,13 @@ def warn_of_few(learned: int, tokens: int, *, name: str, key: str) -> None:
     if learned < FEW * tokens:
         log.warning(
             "%s: %s: %d of %d tokens are learned from (%.2g %%): check the loss mask, the chat "
-            "template and the columns of the data", key, name, learned, tokens,
+            "template and the columns of the data",
+            key,
+            name,
+            learned,
+            tokens,
             100 * learned / tokens,
-        )  # fmt: skip
+        )
 
 
 def nothing_learned(store: BlockStore, *, key: str) -> str:

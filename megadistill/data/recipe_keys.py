@@ -59,8 +59,10 @@ def _key(field: str, data: DataConfig | None) -> str:
         if name == start or name.startswith(f"{start}."):
             return key
     for section, model in (
-        ("data", DataConfig), ("targets", TargetsConfig), ("teacher", TeacherConfig)
-    ):  # fmt: skip
+        ("data", DataConfig),
+        ("targets", TargetsConfig),
+        ("teacher", TeacherConfig),
+    ):
         if name in model.model_fields and (section, name) != ("data", "seed"):
             return f"{section}.{name}"
     return name if "recipe.tokens." not in field else f"data.{name}"

@@ -37,12 +37,7 @@ from megadistill.data.packing.stream import Block, Cursor, Stream
 from megadistill.data.recipe_keys import keys_of
 from megadistill.data.skipped import Skipped
 from megadistill.data.sources.corpus_columns import configured
-from megadistill.data.sources.source import (
-    count_documents,
-    documents,
-    resolved,
-    source_identity,
-)
+from megadistill.data.sources.source import count_documents, documents, resolved, source_identity
 from megadistill.data.tokenizer import (
     chat_identity,
     encoder_spec,
@@ -306,22 +301,33 @@ def _report(store: BlockStore) -> None:
     log.info(
         "%s: %d documents (%d characters) in %d sequences, %d tokens and %d of padding (%.2f %%); "
         "left out %d empty documents, and %d tokens of %d documents at the end",
-        store.path, s["documents"], s["characters"], s["sequences"], s["tokens"], padding,
-        100 * padding / (tokens + padding), s["empty_documents"], s["dropped_tokens"],
+        store.path,
+        s["documents"],
+        s["characters"],
+        s["sequences"],
+        s["tokens"],
+        padding,
+        100 * padding / (tokens + padding),
+        s["empty_documents"],
+        s["dropped_tokens"],
         s.get("dropped_documents", 0),
-    )  # fmt: skip
+    )
     # A small corpus has its last sequences open, whatever the lengths of its documents.
     if padding > PADDING * (tokens + padding) and s["sequences"] >= MANY:
         log.warning(
             "%s: %.0f %% of the positions are padding, which costs the teacher's and the student's "
             "time: documents are often longer than half a sequence; set data.packing=in_order, or "
             "another data.seq_len, and data.dir to another folder",
-            store.path, 100 * padding / (tokens + padding),
-        )  # fmt: skip
+            store.path,
+            100 * padding / (tokens + padding),
+        )
     if "cut_tokens" in s:  # older stores counted cuts
         log.info(
             "%s: %d documents (%.1f %%) cut; %d tokens (%.1f %%) lie behind a cut, without the "
             "document's beginning",
-            store.path, s["cut_documents"], 100 * s["cut_documents"] / documents, s["cut_tokens"],
+            store.path,
+            s["cut_documents"],
+            100 * s["cut_documents"] / documents,
+            s["cut_tokens"],
             100 * s["cut_tokens"] / tokens,
-        )  # fmt: skip
+        )

@@ -35,12 +35,15 @@ def plot_store(path: str | Path, folder: str | Path) -> list[Path]:
     summaries = [summary(store.marker(b)["statistics"]) for b in blocks]
     return [
         _plot(
-            Path(folder) / f"{name}.png", blocks, [s[name] for s in summaries], f"{title}\n{path}",
+            Path(folder) / f"{name}.png",
+            blocks,
+            [s[name] for s in summaries],
+            f"{title}\n{path}",
             unit,
         )
         for name, (title, unit) in _PICTURES.items()
         if any(s[name] is not None for s in summaries)
-    ]  # fmt: skip
+    ]
 
 
 def _plot(file: Path, blocks: list[int], values: list[Any], title: str, unit: str) -> Path:

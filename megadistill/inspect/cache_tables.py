@@ -9,8 +9,10 @@ from megadistill.errors import ADVICE
 Rows = list[tuple[str, str]]
 
 _SHOWN = 10  # blocks, findings and members listed before "and n more"
-_UNITS = {1000: ("", "thousand", "million", "billion", "trillion"),
-          1024: ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")}  # fmt: skip
+_UNITS = {
+    1000: ("", "thousand", "million", "billion", "trillion"),
+    1024: ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB"),
+}
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -22,17 +24,23 @@ def table(facts: dict[str, Any]) -> str:
 
 def _rows(facts: dict[str, Any]) -> Rows:
     rows = [
-        ("blocks", f"{_of(facts['committed_blocks'], facts['num_blocks'])}, "
-                   f"of {facts['block_size']:,} sequences"),
-        ("sequences", f"{_of(facts['num_sequences'], facts['planned_sequences'])}, "
-                      f"of {_text(facts['seq_len'])} tokens"),
+        (
+            "blocks",
+            f"{_of(facts['committed_blocks'], facts['num_blocks'])}, "
+            f"of {facts['block_size']:,} sequences",
+        ),
+        (
+            "sequences",
+            f"{_of(facts['num_sequences'], facts['planned_sequences'])}, "
+            f"of {_text(facts['seq_len'])} tokens",
+        ),
         ("positions", _human(facts["num_positions"], 1000)),
         ("size on disk", _human(facts["bytes"], 1024)),
         ("content hash", facts["content_hash"]),
         ("data", _text(facts["data"])),
         ("tokenizer", _text(facts["tokenizer"])),
         ("vocabulary", f"{_text(facts['vocab_size'])} ids"),
-    ]  # fmt: skip
+    ]
     if facts["kind"] == "cache":
         rows += _target_rows(facts)
     else:
@@ -64,10 +72,7 @@ def difference_table(facts: dict[str, Any]) -> str:
     """Formats `diff_stores`' facts, most telling first. A is the left store, B the right one."""
     rows: Rows = [("A", facts["left"]), ("B", facts["right"])]
     for entry in facts["recipe"][:_SHOWN]:
-        rows += [
-            (entry["field"], f"A {_text(entry['left'])}"),
-            ("", f"B {_text(entry['right'])}"),
-        ]
+        rows += [(entry["field"], f"A {_text(entry['left'])}"), ("", f"B {_text(entry['right'])}")]
     if len(facts["recipe"]) > _SHOWN:
         rows.append(("", f"and {len(facts['recipe']) - _SHOWN} more members; --json lists all"))
     if facts["plan"]:

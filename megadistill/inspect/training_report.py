@@ -48,9 +48,7 @@ def read_run(path: str | Path, *, name: str | None = None) -> RunRecords:
         raise TrainError(
             f"{path}: the run has no step yet (nothing in metrics.jsonl): wait until it has one"
         )
-    return RunRecords(
-        path, name or str(path), planned, steps, read_records(path / "eval.jsonl")
-    )  # fmt: skip
+    return RunRecords(path, name or str(path), planned, steps, read_records(path / "eval.jsonl"))
 
 
 def read_runs(paths: list[str]) -> list[RunRecords]:
@@ -174,11 +172,13 @@ def _table(titles: list[str], rows: list[list[str]]) -> str:
     cells = [titles, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
     lines = [
-        "| " + " | ".join(
+        "| "
+        + " | ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ) + " |"
+        )
+        + " |"
         for row in cells
-    ]  # fmt: skip
+    ]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])

@@ -72,8 +72,10 @@ def changed_modules(adapter: Adapter) -> list[str]:
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         names = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
     cut = [name.partition(".lora_")[0] if ".lora_" in name else name for name in names]
-    found = {name if ".lora_" in full else name.rpartition(".")[0]
-             for name, full in zip(cut, names, strict=True)}  # fmt: skip
+    found = {
+        name if ".lora_" in full else name.rpartition(".")[0]
+        for name, full in zip(cut, names, strict=True)
+    }
     return sorted(found)
 
 

@@ -53,21 +53,39 @@ log = logging.getLogger(__name__)
 
 # Layers that see earlier tokens otherwise than by attention under transformers' mask, as
 # config.json names them in _LAYER_LISTS.
-_STATE_LAYERS = frozenset({
-    "conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent",
-    "compressed_sparse_attention", "heavily_compressed_attention",
-})  # fmt: skip
-_OTHER_LAYERS = frozenset({
-    "attention", "full_attention", "sliding_attention", "chunked_attention", "mlp", "moe",
-})  # fmt: skip
+_STATE_LAYERS = frozenset(
+    {
+        "conv",
+        "hybrid",
+        "hybrid_sliding",
+        "linear_attention",
+        "mamba",
+        "mamba2",
+        "recurrent",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    }
+)
+_OTHER_LAYERS = frozenset(
+    {"attention", "full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+)
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 
 # Settings that only models with such layers have, where the layers are not listed.
 _STATE_KEYS = (
-    "state_size", "ssm_state_size", "mamba_d_state", "ssm_cfg", "lru_width", "rescale_every",
-    "linear_conv_kernel_dim", "conv_L_cache", "linear_attn_config", "hybrid_override_pattern",
-    "cca_time0", "return_last_states",
-)  # fmt: skip
+    "state_size",
+    "ssm_state_size",
+    "mamba_d_state",
+    "ssm_cfg",
+    "lru_width",
+    "rescale_every",
+    "linear_conv_kernel_dim",
+    "conv_L_cache",
+    "linear_attn_config",
+    "hybrid_override_pattern",
+    "cca_time0",
+    "return_last_states",
+)
 
 # One more forward is worth it where it saves an eighth of the micro-batch's size in padding.
 _FORWARDS_A_LIMIT = 8
@@ -106,8 +124,10 @@ def log_apart(model: Any, pack: str, *, key: str) -> None:
         log.info(
             "%s: model_type %s carries a state from token to token (%s): the documents of a "
             "sequence run apart (data.pack: isolate)",
-            key, config.model_type, carries_state(vars(config)),
-        )  # fmt: skip
+            key,
+            config.model_type,
+            carries_state(vars(config)),
+        )
 
 
 def gather_layers_together(model: nn.Module) -> None:

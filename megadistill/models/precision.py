@@ -25,9 +25,13 @@ def kept_parameters(plain: nn.Module, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def restore(
-    model: nn.Module, plain: nn.Module | None, mesh: Mesh, *, dtype: torch.dtype,
+    model: nn.Module,
+    plain: nn.Module | None,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype,
     parameters: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Gives `model`, whose parameters ZeRO-3 partitions, the float32 tensors of `plain`.
 
     plain: the same model as transformers loads it in `dtype`; rank 0's is used. parameters: False

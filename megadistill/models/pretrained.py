@@ -104,8 +104,11 @@ def log_attention(config: TeacherConfig | StudentConfig, settings: Any, *, key: 
     if runs != config.attention:
         log.info(
             "%s: transformers has no %s attention for model_type %s: it runs with %s attention",
-            key, config.attention, settings.model_type, runs,
-        )  # fmt: skip
+            key,
+            config.attention,
+            settings.model_type,
+            runs,
+        )
 
 
 def load_pretrained(

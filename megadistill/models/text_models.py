@@ -16,13 +16,40 @@ from typing import Any
 from megadistill.errors import ConfigError
 
 # model_type of the whole model. The text model is the causal class of its text_config.
-TEXT_MODELS = frozenset({
-    "aria", "deepseek_vl", "exaone4_5", "gemma3", "gemma4", "got_ocr2", "hyperclovax_vision_v2",
-    "idefics2", "idefics3", "internvl", "lfm2_vl", "lighton_ocr", "llama4", "llava", "llava_next",
-    "llava_next_video", "llava_onevision", "minicpmv4_6", "mistral3", "ovis2",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
-    "video_llama_3", "video_llava", "vipllava",
-})  # fmt: skip
+TEXT_MODELS = frozenset(
+    {
+        "aria",
+        "deepseek_vl",
+        "exaone4_5",
+        "gemma3",
+        "gemma4",
+        "got_ocr2",
+        "hyperclovax_vision_v2",
+        "idefics2",
+        "idefics3",
+        "internvl",
+        "lfm2_vl",
+        "lighton_ocr",
+        "llama4",
+        "llava",
+        "llava_next",
+        "llava_next_video",
+        "llava_onevision",
+        "minicpmv4_6",
+        "mistral3",
+        "ovis2",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "smolvlm",
+        "video_llama_3",
+        "video_llava",
+        "vipllava",
+    }
+)
 # transformers has no causal class for these. Three rotary positions that are all the same, as in
 # text, are one.
 _EQUIVALENT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,9 +65,13 @@ TENSOR_NAMES = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
 }
 _PARTS = (
-    "text_config", "llm_config", "language_config", "thinker_config", "vision_config",
+    "text_config",
+    "llm_config",
+    "language_config",
+    "thinker_config",
+    "vision_config",
     "audio_config",
-)  # fmt: skip
+)
 
 
 def is_multimodal(settings: Mapping[str, Any]) -> bool:

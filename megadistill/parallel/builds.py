@@ -32,8 +32,24 @@ _LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs
 # which may share all folders but those of the container's own overlay.
 _ALL_PROCESSES = "pid:[4026531836]"
 
-_COMPILERS = ("ninja", "sh", "c++", "g++", "gcc", "cc1", "as", "ld", "collect2", "clang", "nvcc",
-              "cudafe++", "cicc", "ptxas", "fatbinary", "hipcc")  # fmt: skip
+_COMPILERS = (
+    "ninja",
+    "sh",
+    "c++",
+    "g++",
+    "gcc",
+    "cc1",
+    "as",
+    "ld",
+    "collect2",
+    "clang",
+    "nvcc",
+    "cudafe++",
+    "cicc",
+    "ptxas",
+    "fatbinary",
+    "hipcc",
+)
 
 
 def install() -> None:
@@ -147,11 +163,14 @@ def _file_system(folder: Path) -> str:
 def _say(path: Path, holders: list[int]) -> None:
     operator = path.parent.name
     if holders:
-        log.info("%s: process %d is building the operator %s: waiting for it", path, holders[0],
-                 operator)  # fmt: skip
+        log.info(
+            "%s: process %d is building the operator %s: waiting for it", path, holders[0], operator
+        )
     else:
         log.warning(
             "%s: waiting for whoever builds the operator %s. No process of this host does; unless "
             "one of another host or user does, the build was killed: remove the file (rm %s)",
-            path, operator, path,
-        )  # fmt: skip
+            path,
+            operator,
+            path,
+        )

@@ -127,9 +127,14 @@ class Mesh:
         return self._answers(ranks, key, function, shared=False, poll_s=poll_s).get(self.rank)
 
     def _answers(
-        self, ranks: Sequence[int], key: str, function: Callable[[], Any], *, shared: bool,
+        self,
+        ranks: Sequence[int],
+        key: str,
+        function: Callable[[], Any],
+        *,
+        shared: bool,
         poll_s: float,
-    ) -> dict[int, Any]:  # fmt: skip
+    ) -> dict[int, Any]:
         """Returns what function() gave on these ranks: all of them if `shared`, else this rank."""
         own = None
         if self.rank in ranks:
@@ -221,9 +226,13 @@ def start(
         _WATCHDOG[0].start()
     if "RANK" not in os.environ:
         os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()),
-        )  # fmt: skip
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
     builds.install()
     import deepspeed
 
@@ -267,13 +276,25 @@ def start(
             "warns about when it is missing"
         )
     if rank == 0:
-        log.info("%d host(s) x %d rank(s), tp %d x dp %d, on %s", hosts, world // hosts, tp,
-                 world // tp, device.type)  # fmt: skip
+        log.info(
+            "%d host(s) x %d rank(s), tp %d x dp %d, on %s",
+            hosts,
+            world // hosts,
+            tp,
+            world // tp,
+            device.type,
+        )
     return Mesh(
-        rank=rank, world=world, local_rank=local_rank, hosts=hosts, tp=tp, device=device,
-        tp_group=tp_groups[rank // tp], dp_group=dp_groups[rank % tp],
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        hosts=hosts,
+        tp=tp,
+        device=device,
+        tp_group=tp_groups[rank // tp],
+        dp_group=dp_groups[rank % tp],
         store=dist.distributed_c10d._get_default_store(),
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager

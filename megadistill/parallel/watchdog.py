@@ -288,9 +288,11 @@ class Watchdog:
         log.log(
             logging.ERROR if self.cause.code == FAILED else logging.WARNING,
             "rank %d on %s %s: all ranks stop%s",
-            self.cause.rank, self._hosts.get(self.cause.rank, "an unknown host"),
-            self.cause.reason, then,
-        )  # fmt: skip
+            self.cause.rank,
+            self._hosts.get(self.cause.rank, "an unknown host"),
+            self.cause.reason,
+            then,
+        )
 
     def conclude(self) -> None:
         """Log once what `account` returns: what is saved. On the ranks that `speak`."""

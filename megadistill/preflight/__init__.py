@@ -167,9 +167,11 @@ def check_train(config: Config, *, world: int) -> None:
         key, path = asked
         made = "targets.method=topk and held-out text" if key == "eval.cache" else "the same keys"
         found.of(
-            folder_checks.check_cache_is_there, path, key=key,
+            folder_checks.check_cache_is_there,
+            path,
+            key=key,
             way_out=f"make it with launch/generate.py and {made}; or train without, by {key}=null",
-        )  # fmt: skip
+        )
     found.of(folder_checks.check_run_folder, config)
     found.of(check_trackers, config)
     with_weights = config.student.init == "pretrained"

@@ -191,8 +191,9 @@ def check_heads(config: Config, teacher: ModelFiles) -> None:
     tp = config.teacher.tp
     for what, count in (("attention heads", teacher.heads), ("key-value heads", teacher.kv_heads)):
         if count is not None and count % tp:
-            fitting = [t for t in range(1, count + 1) if not count % t and not
-                       (teacher.heads or count) % t]  # fmt: skip
+            fitting = [
+                t for t in range(1, count + 1) if not count % t and not (teacher.heads or count) % t
+            ]
             raise ConfigError(
                 f"teacher.tp: {tp} does not divide the {count} {what} of {teacher.name}: set it to "
                 f"one of {', '.join(map(str, fitting))}, or use teacher.engine=zero3 with "

@@ -64,11 +64,14 @@ def check_tokenizer_fits(config: Config, tokenizer: Any, teacher: ModelFiles) ->
         raise ConfigError(f"{found}: they do not belong together; {cure}")
     if config.data.tokenizer is not None:
         _check_same_ids(
-            config.teacher, config, tokenizer, teacher,
+            config.teacher,
+            config,
+            tokenizer,
+            teacher,
             few="set data.tokenizer to the teacher's own",
             other="the teacher would be asked about other tokens; leave data.tokenizer out, or "
             f"train with {_PROJECTED}, for which teacher and student may differ",
-        )  # fmt: skip
+        )
 
 
 def _added_beyond(tokenizer: Any, rows: int) -> str:
@@ -97,10 +100,13 @@ def check_other_teacher(
 ) -> None:
     """Checks one of teacher.ensemble, its section made whole, for the run's tokenizer and ids."""
     _check_same_ids(
-        section, config, tokenizer, teacher,
+        section,
+        config,
+        tokenizer,
+        teacher,
         few="take a teacher of the same family",
         other="it would answer about other tokens; take a teacher of the same tokenizer",
-    )  # fmt: skip
+    )
 
 
 def check_projected(config: Config) -> None:
@@ -126,13 +132,16 @@ def check_same_vocabulary(config: Config, tokenizer: Any, student: ModelFiles) -
     """
     if config.student is not None:
         _check_same_ids(
-            config.student, config, tokenizer, student,
+            config.student,
+            config,
+            tokenizer,
+            student,
             few="choose a student of the same family, or one with student.init=random and "
             "vocab_size at least {ids} in its config.json, or train with "
             f"{_PROJECTED}, for which they may differ",
             other="the student would learn from targets that are about other tokens; give it the "
             f"teacher's tokenizer, or train with {_PROJECTED}, for which they may differ",
-        )  # fmt: skip
+        )
 
 
 def _check_same_ids(

@@ -36,12 +36,7 @@ def used_bytes(path: str | Path) -> int:
 
 
 def check_disk(
-    path: str | Path,
-    needed_bytes: int,
-    *,
-    key: str = "",
-    reserve: int = 0,
-    less: str = LESS,
+    path: str | Path, needed_bytes: int, *, key: str = "", reserve: int = 0, less: str = LESS
 ) -> None:
     """ConfigError where `path` has less than `needed_bytes` and the `reserve` to be left free.
 

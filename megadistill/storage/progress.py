@@ -36,8 +36,12 @@ class BlockProgress:
             rate = self._done / (now - self._begun)
             log.info(
                 "%s: block %d of %d, %.3g blocks/s, %d s to go",
-                self._what, self._done, self._total, rate, (self._total - self._done) / rate,
-            )  # fmt: skip
+                self._what,
+                self._done,
+                self._total,
+                rate,
+                (self._total - self._done) / rate,
+            )
 
     def __enter__(self) -> BlockProgress:
         return self

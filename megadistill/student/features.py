@@ -96,12 +96,16 @@ def feature_plan(config: Config, student: Any) -> FeaturePlan | None:
     for key, settings in (("teacher.model", teacher), ("student.model", student)):
         _check_not_apart(config, settings, key=key)
     pairs = {
-        name: tuple(layer_pairs(
-            getattr(features, f"{name}_layers"), teacher=teacher.num_hidden_layers,
-            student=student.num_hidden_layers, key=f"features.{name}_layers",
-        ))
+        name: tuple(
+            layer_pairs(
+                getattr(features, f"{name}_layers"),
+                teacher=teacher.num_hidden_layers,
+                student=student.num_hidden_layers,
+                key=f"features.{name}_layers",
+            )
+        )
         for name in aligned
-    }  # fmt: skip
+    }
     widths = teacher.hidden_size, student.hidden_size
     if "hidden" in aligned and features.projection == "none" and widths[0] != widths[1]:
         raise ConfigError(
@@ -110,9 +114,12 @@ def feature_plan(config: Config, student: Any) -> FeaturePlan | None:
         )
     learned = features.projection == "learned" or widths[0] != widths[1]
     return FeaturePlan(
-        pairs.get("hidden", ()), pairs.get("attention", ()), features.hidden_loss, *widths,
+        pairs.get("hidden", ()),
+        pairs.get("attention", ()),
+        features.hidden_loss,
+        *widths,
         learned=learned,
-    )  # fmt: skip
+    )
 
 
 def _check_not_apart(config: Config, settings: Any, *, key: str) -> None:
@@ -133,10 +140,11 @@ class FeatureAlignment(nn.Module):
         super().__init__()
         self.plan = plan
         self.projections = nn.ModuleList(
-            nn.Linear(plan.student_width, plan.teacher_width, bias=False) if plan.learned
+            nn.Linear(plan.student_width, plan.teacher_width, bias=False)
+            if plan.learned
             else nn.Identity()
             for _ in plan.hidden
-        )  # fmt: skip
+        )
 
     def forward(
         self, seen: Seen, features: Features, labels_N: torch.Tensor

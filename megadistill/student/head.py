@@ -15,13 +15,7 @@ import torch
 from torch import nn
 
 from megadistill.student.loss.divergences import Divergence
-from megadistill.student.loss.ensemble import (
-    Member,
-    Targets,
-    count_positions,
-    members_of,
-    take,
-)
+from megadistill.student.loss.ensemble import Member, Targets, count_positions, members_of, take
 from megadistill.student.loss.fused import (
     BUFFER_ELEMENTS,
     DENSE_ELEMENTS,
@@ -133,9 +127,12 @@ def distillation_terms(
     """
     for member, _ in members_of(targets):
         check_divergence(
-            member.method, divergence, kd_temperature=temperature,
-            made_at=_made_at(member, temperature), ground_truth_residual=ground_truth_residual,
-        )  # fmt: skip
+            member.method,
+            divergence,
+            kd_temperature=temperature,
+            made_at=_made_at(member, temperature),
+            ground_truth_residual=ground_truth_residual,
+        )
     vocab = weight_VH.shape[0] if vocab_size is None else vocab_size
     _check_shapes(hidden_NH, weight_VH, targets, labels_N, vocab)
     kept = (labels_N != IGNORED).nonzero()[:, 0]
@@ -147,10 +144,11 @@ def distillation_terms(
     teachers = tuple(
         TeacherTerm(
             _with_residual(member, labels_N) if ground_truth_residual else member,
-            share, _made_at(member, temperature),
+            share,
+            _made_at(member, temperature),
         )
         for member, share in members_of(targets)
-    )  # fmt: skip
+    )
 
     if normalizer is None:
         normalizer = (kd_count, ce_count)
@@ -170,16 +168,14 @@ def distillation_terms(
     buffer_elements = DENSE_ELEMENTS if dense else BUFFER_ELEMENTS
     chunk = chunk_size or default_chunk(ce_count, len(weight_VH), buffer_elements)
     chunks = Chunks(
-        teachers, labels_N, terms, vocab, chunk, logit_scale, softcap, agreement, calibration,
-    )  # fmt: skip
+        teachers, labels_N, terms, vocab, chunk, logit_scale, softcap, agreement, calibration
+    )
     mode = mode or choose_mode(hidden_NH, weight_VH, memory_budget)
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     loss, *sums = FusedDistillation.apply(hidden_NH, weight_VH, bias_V, chunks, mode)
     kd_sum, ce_sum, z_sum, agreed, calibration_M3 = Sums(*sums)
-    return LossTerms(
-        loss, kd_sum, ce_sum, kd_count, ce_count, agreed, z_sum, calibration_M3
-    )  # fmt: skip
+    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count, agreed, z_sum, calibration_M3)
 
 
 def _made_at(member: Member, temperature: float) -> float:
@@ -284,9 +280,16 @@ class DistillationHead(nn.Module):
         **options: Any,
     ) -> LossTerms:
         return distillation_terms(
-            hidden_NH, weight_VH, targets, labels_N, bias_V=bias_V, logit_scale=self.logit_scale,
-            softcap=self.softcap, vocab_size=self.vocab_size, **options,
-        )  # fmt: skip
+            hidden_NH,
+            weight_VH,
+            targets,
+            labels_N,
+            bias_V=bias_V,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            vocab_size=self.vocab_size,
+            **options,
+        )
 
     def _projected(
         self,
@@ -301,15 +304,22 @@ class DistillationHead(nn.Module):
         weight_VH, bias_V = self.weight.detach(), None if self.bias is None else self.bias.detach()
         vocab = len(weight_VH) if self.vocab_size is None else self.vocab_size
         opinion = TeacherHead(
-            weight_VH[:vocab], VocabularySlice(0, vocab, None),
-            bias_V=None if bias_V is None else bias_V[:vocab], scale=self.logit_scale,
+            weight_VH[:vocab],
+            VocabularySlice(0, vocab, None),
+            bias_V=None if bias_V is None else bias_V[:vocab],
+            scale=self.logit_scale,
             softcap=self.softcap,
-        )  # fmt: skip
+        )
         taught = DenseTargets(space_NS.detach(), opinion, has_N=targets.has_N)
         terms = self._terms(hidden_NH, self.weight, self.bias, labels_N, taught, **options)
         given = options.get("normalizer")
         own = self._terms(
-            space_NS, weight_VH, bias_V, labels_N.masked_fill(~targets.has_N, IGNORED), None,
-            ce_weight=1.0, normalizer=given[0] if isinstance(given, tuple) else given,
-        )  # fmt: skip
+            space_NS,
+            weight_VH,
+            bias_V,
+            labels_N.masked_fill(~targets.has_N, IGNORED),
+            None,
+            ce_weight=1.0,
+            normalizer=given[0] if isinstance(given, tuple) else given,
+        )
         return terms._replace(loss=terms.loss + own.loss, projector=own.ce_sum)

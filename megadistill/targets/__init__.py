@@ -23,11 +23,24 @@ DENSE = (
     "exact",
     "projected",
 )  # with the teacher beside the student, where nothing has to be kept
-PARAMETERS = {"varopt": ("tau",), "multinomial": ("draws",), "topk": ("k",), "topp": ("p", "k"),
-              "union": ("k",), "exact": (), "projected": ()}  # fmt: skip
+PARAMETERS = {
+    "varopt": ("tau",),
+    "multinomial": ("draws",),
+    "topk": ("k",),
+    "topp": ("p", "k"),
+    "union": ("k",),
+    "exact": (),
+    "projected": (),
+}
 DIVERGENCES = (
-    "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl",
-)  # fmt: skip
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "tvd",
+    "adaptive_kl",
+)
 PER_POSITION = ("tail", "entropy", "nll", "heads", "truth_added", "rounding")  # fields of [N]
 
 Array = Any  # np.ndarray or torch.Tensor; one SparseTargets holds one kind

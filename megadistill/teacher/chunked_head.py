@@ -127,10 +127,14 @@ class TeacherHead:
             log_probs_CV = self.log_probs(hidden_NH[rows], temperature=temperature)
             parts.append(
                 select_targets(
-                    log_probs_CV, keys_N=keys_N[rows], labels_N=labels_N[rows],
-                    temperature=temperature, vocabulary=self.vocabulary, **selection,
+                    log_probs_CV,
+                    keys_N=keys_N[rows],
+                    labels_N=labels_N[rows],
+                    temperature=temperature,
+                    vocabulary=self.vocabulary,
+                    **selection,
                 )
-            )  # fmt: skip
+            )
         return spread(concatenate(parts), keep_N)
 
 

@@ -121,8 +121,10 @@ def load_deferred(config: TeacherConfig, *, key: str, dtype: torch.dtype) -> Any
     except (ConfigError, NotImplementedError) as error:
         log.info(
             "%s: %s: the model to compare with is loaded whole into host memory: %s",
-            key, config.model, first_line(error),
-        )  # fmt: skip
+            key,
+            config.model,
+            first_line(error),
+        )
     return load_pretrained(config, key=key, dtype=dtype)
 
 

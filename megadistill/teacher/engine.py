@@ -134,18 +134,25 @@ def load_teacher(
             with cut_while_loading(rank=mesh.tp_rank, ranks=1 if whole else mesh.tp):
                 model = _pretrained(config.teacher, partition=zero3, key=key)
             verification = Verification(
-                config.teacher, mesh, key=key, seq_len=config.data.seq_len,
+                config.teacher,
+                mesh,
+                key=key,
+                seq_len=config.data.seq_len,
                 vocab_size=min(vocab_size, model.get_output_embeddings().out_features),
-            )  # fmt: skip
+            )
             if zero3:
                 _deal_merged(config.teacher, model, verification.plain, mesh, key=key)
                 restore(model, verification.plain, mesh, dtype=getattr(torch, config.teacher.dtype))
             with named(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
         teacher = Teacher(
-            engine=engine, head=head, device=mesh.device, pack=config.data.pack, lockstep=zero3,
+            engine=engine,
+            head=head,
+            device=mesh.device,
+            pack=config.data.pack,
+            lockstep=zero3,
             apart=runs_apart(model, config.data.pack),
-        )  # fmt: skip
+        )
         if mesh.rank == 0:
             log_attention(config.teacher, model.config, key=key)
             log_apart(model, config.data.pack, key=key)
@@ -197,9 +204,13 @@ def _tensor_parallel(
 ) -> tuple[Any, TeacherHead]:
     rank, ranks = (0, 1) if whole_head else (mesh.tp_rank, mesh.tp)
     head = TeacherHead.of(
-        model, rank=rank, ranks=ranks, group=mesh.tp_group, device=mesh.device,
+        model,
+        rank=rank,
+        ranks=ranks,
+        group=mesh.tp_group,
+        device=mesh.device,
         vocab_size=vocab_size,
-    )  # fmt: skip
+    )
     settings = {
         "dtype": getattr(torch, config.dtype),
         "replace_with_kernel_inject": False,
@@ -266,17 +277,16 @@ def _one_layer_ahead(model: Any) -> dict[str, int]:
     ]
     largest = max(sizes, default=0)
     return {
-        "stage3_max_live_parameters": 2 * largest, "stage3_prefetch_bucket_size": largest,
+        "stage3_max_live_parameters": 2 * largest,
+        "stage3_prefetch_bucket_size": largest,
         "stage3_max_reuse_distance": 0,  # a layer comes once in a forward pass
-    }  # fmt: skip
+    }
 
 
 def _zero3_settings(config: TeacherConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 3}
     if config.offload is not None:
-        zero["offload_param"] = {
-            "device": config.offload, "pin_memory": torch.cuda.is_available(),
-        }  # fmt: skip
+        zero["offload_param"] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "zero_optimization": zero,
@@ -294,8 +304,7 @@ def _pretrained(config: TeacherConfig, *, partition: bool, key: str) -> Any:
     dtype = getattr(torch, config.dtype)
     try:
         model = load_pretrained(config, key=key, dtype=dtype, merged=not partition)
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError,
-            TypeError) as error:  # fmt: skip
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         if not partition or isinstance(error, torch.OutOfMemoryError | dist.DistError):
             raise
         kind = model_settings(config, key=key).model_type

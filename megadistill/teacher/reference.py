@@ -77,8 +77,14 @@ class Reference:
                 )
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError,
-                ValueError) as error:  # fmt: skip
+        except (
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise TeacherError(
                 f"{self.key}: transformers cannot run {type(self.model).__name__} "
                 f"({self.model.config.model_type}) in {str(dtype).removeprefix('torch.')} "
@@ -184,10 +190,13 @@ class _Fetched:
             rows = max(1, _HEAD_BYTES // (4 * weight.shape[1]))
             blocks = [slice(first, first + rows) for first in range(0, len(weight), rows)]
             parts = [
-                F.linear(hidden, self.copy(weight, block),
-                         None if bias is None else self.copy(bias, block))
+                F.linear(
+                    hidden,
+                    self.copy(weight, block),
+                    None if bias is None else self.copy(bias, block),
+                )
                 for block in blocks
-            ]  # fmt: skip
+            ]
             return torch.cat(parts, -1)
 
         module.forward = linear

@@ -87,10 +87,17 @@ def select_targets(
         kept.append(positions.entropy_N >= min_entropy)
         positions = positions.rows(kept[-1])
     chosen = _choose(
-        positions, method=method, tau=tau, draws=draws, k=k, p=p, seed=seed,
-        temperature=temperature, entropy=positions.entropy_N if entropy else None,
+        positions,
+        method=method,
+        tau=tau,
+        draws=draws,
+        k=k,
+        p=p,
+        seed=seed,
+        temperature=temperature,
+        entropy=positions.entropy_N if entropy else None,
         nll=-positions.truth_N if nll and labels_N is not None else None,
-    )  # fmt: skip
+    )
     for keep_N in reversed(kept):
         chosen = spread(chosen, keep_N)
     return chosen
@@ -159,9 +166,13 @@ def spread(targets: SparseTargets, keep_N: torch.Tensor) -> SparseTargets:
             spread[name] = values.new_full((len(keep_N),), _FILL.get(name, 0))
             spread[name][keep_N] = values
     return SparseTargets(
-        offsets=offsets_of(counts_N), ids=targets.ids, weights=targets.weights,
-        method=targets.method, temperature=targets.temperature, **spread,
-    )  # fmt: skip
+        offsets=offsets_of(counts_N),
+        ids=targets.ids,
+        weights=targets.weights,
+        method=targets.method,
+        temperature=targets.temperature,
+        **spread,
+    )
 
 
 def _check_parameters(method: str, *, tau: float, draws: int, k: int, p: float) -> None:

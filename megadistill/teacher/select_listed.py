@@ -49,6 +49,10 @@ def listed(
         keep_NK = torch.cat([keep_NK, added_N[:, None]], 1)
     tail_N = ((total_N - listed_N).clamp_min(0).double() / total_N.double()).float()
     return SparseTargets(
-        offsets=offsets_of(keep_NK.sum(1)), ids=ids_NK[keep_NK],
-        weights=log_probs_NK.exp()[keep_NK], tail=tail_N, truth_added=added_N, **common,
-    )  # fmt: skip
+        offsets=offsets_of(keep_NK.sum(1)),
+        ids=ids_NK[keep_NK],
+        weights=log_probs_NK.exp()[keep_NK],
+        tail=tail_N,
+        truth_added=added_N,
+        **common,
+    )

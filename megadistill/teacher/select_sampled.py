@@ -21,13 +21,7 @@ import torch
 
 from megadistill.storage.counter_rng import below
 from megadistill.targets import SparseTargets
-from megadistill.teacher.distributions import (
-    BLOCK,
-    FIXED_POINT,
-    Distributions,
-    find,
-    offsets_of,
-)
+from megadistill.teacher.distributions import BLOCK, FIXED_POINT, Distributions, find, offsets_of
 
 
 def varopt(
@@ -63,10 +57,13 @@ def varopt(
     weights_NE = torch.cat([fixed_NK.double() / total_N1, weight_N1.expand(drawn_NM.shape)], 1)
     keep_NE = torch.cat([head_NK, drawn_NM >= 0], 1)
     return SparseTargets(
-        offsets=offsets_of(keep_NE.sum(1)), ids=ids_NE[keep_NE],
+        offsets=offsets_of(keep_NE.sum(1)),
+        ids=ids_NE[keep_NE],
         weights=weights_NE[keep_NE].float(),
-        tail=torch.zeros_like(total_N, dtype=torch.float32), heads=heads_N, **common,
-    )  # fmt: skip
+        tail=torch.zeros_like(total_N, dtype=torch.float32),
+        heads=heads_N,
+        **common,
+    )
 
 
 def _heads(
@@ -111,7 +108,9 @@ def multinomial(
     keys_NM = keys_NM.sort(1).values
     keys_E = keys_NM[keys_NM < draws << 32]
     return SparseTargets(
-        offsets=offsets_of(new_NM.sum(1)), ids=keys_E & 0xFFFFFFFF,
+        offsets=offsets_of(new_NM.sum(1)),
+        ids=keys_E & 0xFFFFFFFF,
         weights=((draws - (keys_E >> 32)).double() / draws).float(),
-        tail=torch.zeros_like(total_N, dtype=torch.float32), **common,
-    )  # fmt: skip
+        tail=torch.zeros_like(total_N, dtype=torch.float32),
+        **common,
+    )

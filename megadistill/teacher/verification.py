@@ -162,15 +162,20 @@ class _Distances:
     def joined(cls, each: list[_Distances]) -> _Distances:
         packed = [d.packed_RT for d in each if d.packed_RT is not None]
         return cls(
-            torch.cat([d.rounding_RT for d in each]), torch.cat([d.alone_RT for d in each]),
-            torch.cat(packed) if packed else None, each[0].positions_T,
-        )  # fmt: skip
+            torch.cat([d.rounding_RT for d in each]),
+            torch.cat([d.alone_RT for d in each]),
+            torch.cat(packed) if packed else None,
+            each[0].positions_T,
+        )
 
     @classmethod
     def of(
-        cls, of: Verification, head: TeacherHead, alone_TH: torch.Tensor,
+        cls,
+        of: Verification,
+        head: TeacherHead,
+        alone_TH: torch.Tensor,
         packed_TH: torch.Tensor | None,
-    ) -> _Distances:  # fmt: skip
+    ) -> _Distances:
         positions_T = torch.from_numpy(of.probe.positions_T)
         T, reference = len(positions_T), of.reference
         found = torch.zeros(3, T, dtype=torch.float64)
@@ -268,9 +273,14 @@ def _means(kl_RT: torch.Tensor) -> str:
 
 
 def _message(
-    of: Verification, what: str, number: int, means: list[float], mean: float, bound: float,
+    of: Verification,
+    what: str,
+    number: int,
+    means: list[float],
+    mean: float,
+    bound: float,
     leaks: bool,
-) -> str:  # fmt: skip
+) -> str:
     sharded = of.mesh.tp > 1
     where = f"teacher.tp: {of.mesh.tp}" if sharded else of.key
     if leaks:
@@ -306,8 +316,16 @@ def named(model: Any, mesh: Mesh) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, dist.DistError):
         raise
-    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError,
-            TypeError, ValueError) as error:  # fmt: skip
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise TeacherError(
             f"teacher.tp: {mesh.tp}: DeepSpeed's AutoTP cannot shard {type(model).__name__} "
             f"({model.config.model_type}) ({first_line(error)}): {ADVICE}"

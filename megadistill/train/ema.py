@@ -108,15 +108,17 @@ class _Parts:
                 )
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             self.updates = int(saved["updates"])
-            self._places.append({
-                name: part
-                for flat, layout in zip(saved["flat"], saved["layout"], strict=True)
-                for name, part in zip(
-                    [name for name, _, _ in layout],
-                    flat.split([*(n for _, _, n in layout), flat.numel() - _total(layout)]),
-                    strict=False,
-                )
-            })  # fmt: skip
+            self._places.append(
+                {
+                    name: part
+                    for flat, layout in zip(saved["flat"], saved["layout"], strict=True)
+                    for name, part in zip(
+                        [name for name, _, _ in layout],
+                        flat.split([*(n for _, _, n in layout), flat.numel() - _total(layout)]),
+                        strict=False,
+                    )
+                }
+            )
 
     def copy(self, name: str, size: int, target: torch.Tensor, *, start: int) -> None:
         """Elements of the parameter from `start` on into `target`, as many as there are."""

@@ -197,12 +197,18 @@ def model_card(
         divergence = f"{loss.divergence}{at}"
     else:
         divergence = divergence_name(
-            loss.divergence, kd_temperature=temperature, made_at=made_at,
+            loss.divergence,
+            kd_temperature=temperature,
+            made_at=made_at,
             coarse=any(t != made_at for t in values(loss.temperature)),
-        )  # fmt: skip
-    shown = "" if figures is None else "- held out: " + ", ".join(
-        f"{name} {value:.4g}" for name, value in figures.items()
-    ) + "\n"  # fmt: skip
+        )
+    shown = (
+        ""
+        if figures is None
+        else "- held out: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        + "\n"
+    )
     return CARD.format(
         name=Path(config.train.out_dir).name,
         version=__version__,

@@ -220,15 +220,22 @@ def run_step(
         seconds = time.monotonic() - started
         losses = _losses(run, trainer, loss, total, kd_count, ce_count)
         losses |= {"grad_norm": grad_norm}
-        reporter.step({
-            "step": position.step,
-            # JSON has no number that is not finite.
-            **(losses if applied else {**dict.fromkeys(losses), "skipped": True}),
-            **{name: getattr(loss, name) for name in run.config.loss.changes},
-            "lr": lr, "sequences": position.sequences, "tokens": position.tokens,
-            "tokens_per_s": tokens / seconds, "data_s": data_s, **teacher_s, "step_s": seconds,
-            **trainer.readings.step(tokens=tokens, labels=ce_count, seconds=seconds),
-        })  # fmt: skip
+        reporter.step(
+            {
+                "step": position.step,
+                # JSON has no number that is not finite.
+                **(losses if applied else {**dict.fromkeys(losses), "skipped": True}),
+                **{name: getattr(loss, name) for name in run.config.loss.changes},
+                "lr": lr,
+                "sequences": position.sequences,
+                "tokens": position.tokens,
+                "tokens_per_s": tokens / seconds,
+                "data_s": data_s,
+                **teacher_s,
+                "step_s": seconds,
+                **trainer.readings.step(tokens=tokens, labels=ce_count, seconds=seconds),
+            }
+        )
     return position, bool(asked.save)
 
 
@@ -274,9 +281,14 @@ def _sums(
     moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
     terms = trainer.backward(moved, loss, normalizer, last=last)
     sums = (
-        terms.kd_sum, terms.ce_sum, terms.z_sum, terms.router, terms.hidden, terms.attention,
+        terms.kd_sum,
+        terms.ce_sum,
+        terms.z_sum,
+        terms.router,
+        terms.hidden,
+        terms.attention,
         terms.projector,
-    )  # fmt: skip
+    )
     return torch.stack([torch.as_tensor(value).to(terms.kd_sum) for value in sums]).cpu()
 
 

@@ -58,9 +58,7 @@ class NonFinite:
                 "the budget"
             )
         if self._mesh.rank == 0:
-            log.warning(
-                "%s: skipped, %d of %d", line, self.skipped, self._config.skip_budget
-            )  # fmt: skip
+            log.warning("%s: skipped, %d of %d", line, self.skipped, self._config.skip_budget)
 
     def _named(self, names: list[tuple[int, int]]) -> str:
         return " and ".join(

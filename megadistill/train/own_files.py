@@ -25,9 +25,15 @@ _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _TOKENIZER = ("tokenizer.model", "tiktoken.model", "tekken.json")
 # Of generating, but also of the model: config.json may have them without any setting for sampling.
 _NOT_OF_SAMPLING = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache",
-    "output_attentions", "output_hidden_states", "transformers_version",
-}  # fmt: skip
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "transformers_version",
+}
 
 
 def own_files(config: StudentConfig, *, tokenizer: Any = None) -> dict[str, bytes]:
@@ -80,8 +86,12 @@ def _content(model: ModelFiles, name: str) -> bytes | None:
     except Exception as error:  # noqa: BLE001 - the hub's client raises its own, httpx's and OSError
         log.warning(
             "student.model: %s of %s cannot be read (%s: %s) and is missing in the exported model: "
-            "copy it there", name, model.name, type(error).__name__, first_line(error),
-        )  # fmt: skip
+            "copy it there",
+            name,
+            model.name,
+            type(error).__name__,
+            first_line(error),
+        )
         return None
 
 
@@ -110,8 +120,10 @@ def _say_if_invalid(content: bytes, model: ModelFiles) -> None:
         log.warning(
             "student.model: the generation settings of %s are copied to the exported model as they "
             "are, although transformers %s calls them invalid: %s",
-            model.name, transformers.__version__, reason,
-        )  # fmt: skip
+            model.name,
+            transformers.__version__,
+            reason,
+        )
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

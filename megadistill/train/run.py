@@ -82,10 +82,15 @@ class Run:
     def batches(self, mesh: Mesh, *, first: int = 0) -> Batches:
         """Returns this rank's micro-batches of each step, from step `first` on."""
         return Batches(
-            self.stores, self.order, rank=mesh.rank, world=mesh.world,
-            micro_batch=self.config.train.micro_batch, with_targets=self.stores[0].reads_targets,
-            first=first, last=self.steps,
-        )  # fmt: skip
+            self.stores,
+            self.order,
+            rank=mesh.rank,
+            world=mesh.world,
+            micro_batch=self.config.train.micro_batch,
+            with_targets=self.stores[0].reads_targets,
+            first=first,
+            last=self.steps,
+        )
 
 
 def prepare(config: Config, mesh: Mesh) -> Run:
@@ -99,8 +104,10 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     if config.deepspeed.get(section) and mesh.rank == 0:
         log.warning(
             "deepspeed.%s is for models that call DeepSpeed's own function, and transformers' do "
-            "not: it changes nothing here; train.%s=true is what does", section, section,
-        )  # fmt: skip
+            "not: it changes nothing here; train.%s=true is what does",
+            section,
+            section,
+        )
     folder = RunFolder(config.train.out_dir)
     if config.teacher.mode == "online":
         stores = with_models(config, open_online(config, mesh), mesh)
@@ -118,9 +125,11 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         log.info(
             "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
             "states and attention%s, from %g on the true tokens as well",
-            config.loss.curriculum, FEATURES_FROM,
-            "" if config.loss.aligned else " (which have no weight here)", ALL_TERMS_FROM,
-        )  # fmt: skip
+            config.loss.curriculum,
+            FEATURES_FROM,
+            "" if config.loss.aligned else " (which have no weight here)",
+            ALL_TERMS_FROM,
+        )
     asked = evaluation_cache(config)
     evaluation = open_evaluation(
         asked, max_sequences=config.eval.max_sequences, local=local_copies(config)
@@ -145,13 +154,18 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         log.info(
             "the student has %d rows, data and tokenizer %d ids: the rows above are padding, which "
             "takes no part in the softmax; the exported model has none",
-            student.vocab_size, vocab_size,
-        )  # fmt: skip
+            student.vocab_size,
+            vocab_size,
+        )
     order = Order(
-        [len(s) for s in stores], block_size=[s.store.block_size for s in stores],
-        weights=[s.weight for s in stores], global_batch=config.train.global_batch,
-        seed=config.order.seed, groups=config.order.groups, shuffle=config.order.shuffle,
-    )  # fmt: skip
+        [len(s) for s in stores],
+        block_size=[s.store.block_size for s in stores],
+        weights=[s.weight for s in stores],
+        global_batch=config.train.global_batch,
+        seed=config.order.seed,
+        groups=config.order.groups,
+        shuffle=config.order.shuffle,
+    )
     steps = config.train.steps or math.ceil(
         (config.train.epochs or 1) * order.num_sequences / config.train.global_batch
     )
@@ -159,9 +173,16 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     if config.targets.method == "projected":
         width = model_settings(config.teacher, key="teacher.model").get_text_config().hidden_size
     return Run(
-        config, stores, order, evaluation, folder, steps, vocab_size,
-        feature_plan(config, student), width,
-    )  # fmt: skip
+        config,
+        stores,
+        order,
+        evaluation,
+        folder,
+        steps,
+        vocab_size,
+        feature_plan(config, student),
+        width,
+    )
 
 
 def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[Sequences]) -> None:
@@ -183,8 +204,13 @@ def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[Seque
         if both.any():
             log.warning(
                 "%s: %d of %d blocks of %s are trained on as well, in %s: the figures are not "
-                "those of held-out text", held.key, both.sum(), len(both), held.name, store.name,
-            )  # fmt: skip
+                "those of held-out text",
+                held.key,
+                both.sum(),
+                len(both),
+                held.name,
+                store.name,
+            )
 
 
 def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> None:
@@ -232,10 +258,15 @@ def build(run: Run, mesh: Mesh) -> Trainer:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.train.seed)
     student = load_student(
-        config.student, mesh, deepspeed_config=deepspeed_config(config, mesh.world),
-        seed=config.train.seed, vocab_size=run.vocab_size, features=run.features,
-        projected_width=run.projected_width, pack=config.data.pack,
-    )  # fmt: skip
+        config.student,
+        mesh,
+        deepspeed_config=deepspeed_config(config, mesh.world),
+        seed=config.train.seed,
+        vocab_size=run.vocab_size,
+        features=run.features,
+        projected_width=run.projected_width,
+        pack=config.data.pack,
+    )
     if config.train.activation_checkpointing:
         student.checkpoint_activations()
     trainer = Trainer(student, config, mesh, seq_len=run.stores[0].seq_len)
@@ -244,9 +275,12 @@ def build(run: Run, mesh: Mesh) -> Trainer:
         log_apart(student.model, config.data.pack, key="student.model")
     if config.data.pack == "isolate":
         check_isolation(
-            backbone(student.model), name="student.model", seq_len=run.stores[0].seq_len,
-            vocab_size=run.vocab_size, device=mesh.device,
-        )  # fmt: skip
+            backbone(student.model),
+            name="student.model",
+            seq_len=run.stores[0].seq_len,
+            vocab_size=run.vocab_size,
+            device=mesh.device,
+        )
     if config.teacher.mode == "online":
         trainer.teacher = load_online(config, mesh, run.stores[0], features=run.features)
         if run.projected_width is not None:
@@ -262,12 +296,17 @@ def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | N
     if run.config.train.keep_best:
         _export_best(run, trainer, mesh)
     _export(
-        run, trainer, mesh, run.folder.model, steps=run.steps,
+        run,
+        trainer,
+        mesh,
+        run.folder.model,
+        steps=run.steps,
         figures=figures or _last_evaluation(run.folder.path / "eval.jsonl"),
-    )  # fmt: skip
+    )
     if mesh.rank == 0:
-        log.info("%s: %d steps done, the model is in %s", run.folder.path, run.steps,
-                 run.folder.model)  # fmt: skip
+        log.info(
+            "%s: %d steps done, the model is in %s", run.folder.path, run.steps, run.folder.model
+        )
 
 
 def _export_best(run: Run, trainer: Trainer, mesh: Mesh) -> None:
@@ -278,16 +317,16 @@ def _export_best(run: Run, trainer: Trainer, mesh: Mesh) -> None:
     last = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints))
     if best.path != last.path:
         checkpoint.load(trainer, best)
-    _export(
-        run, trainer, mesh, run.folder.best, steps=best.position.step, figures=best.figures
-    )  # fmt: skip
+    _export(run, trainer, mesh, run.folder.best, steps=best.position.step, figures=best.figures)
     if best.path != last.path:
         checkpoint.load(trainer, last)
     if mesh.rank == 0:
         log.info(
-            "%s: the lowest held-out loss, %.4f, is that of step %d", run.folder.best,
-            best.figures["loss"], best.position.step,
-        )  # fmt: skip
+            "%s: the lowest held-out loss, %.4f, is that of step %d",
+            run.folder.best,
+            best.figures["loss"],
+            best.position.step,
+        )
 
 
 def _export(
@@ -308,12 +347,15 @@ def _export(
     tokenizer = student_tokenizer(config) if mesh.rank == 0 else None
     with trainer.judged():
         export(
-            trainer.student, mesh, folder, tokenizer=tokenizer,
+            trainer.student,
+            mesh,
+            folder,
+            tokenizer=tokenizer,
             own=functools.partial(own_files, config.student, tokenizer=tokenizer),
             card=lambda: model_card(
                 config, learned=learned, steps=steps, figures=figures, made_at=made_at
             ),
-        )  # fmt: skip
+        )
 
 
 def _last_evaluation(path: Path) -> dict[str, Any] | None:

@@ -45,10 +45,22 @@ _PATIENCE_S = 60.0  # without a heartbeat, until a holder on another host counts
 
 # Where and how often something is written, and how a step is cut up, are no part of what is run.
 _FREE = (
-    "out_dir", "save_every", "save_minutes", "eval_every", "keep", "keep_best", "micro_batch",
-    "use_ema", "non_finite", "skip_budget", "activation_checkpointing", "save_in_background",
-    "trackers", "project", "run_name",
-)  # fmt: skip
+    "out_dir",
+    "save_every",
+    "save_minutes",
+    "eval_every",
+    "keep",
+    "keep_best",
+    "micro_batch",
+    "use_ema",
+    "non_finite",
+    "skip_budget",
+    "activation_checkpointing",
+    "save_in_background",
+    "trackers",
+    "project",
+    "run_name",
+)
 # Without an average nothing is said of it, as before there was one.
 _EMA = ("ema", "ema_decay")
 
@@ -157,12 +169,14 @@ class RunFolder:
         lost = f", and the {done} step(s) it did are lost" if done else ""
         log.warning(
             "%s: the run that was begun here left no checkpoint%s: this one begins at step 1",
-            self.path, lost,
-        )  # fmt: skip
+            self.path,
+            lost,
+        )
         different = self._differences(identity)
         if different:
-            log.warning("%s: other settings than before: %s", self.path,
-                        shown_differences(different))  # fmt: skip
+            log.warning(
+                "%s: other settings than before: %s", self.path, shown_differences(different)
+            )
             LOCAL.unlink(self.path / "trackers.json")  # another run, so another curve
             self._write(identity)
 
@@ -192,9 +206,12 @@ class RunFolder:
         if {name for name, _, _ in self._differences(identity)}.isdisjoint(but_for):
             begun = self._begun()
             require_same_recipe(
-                without_followers(begun, identity), without_followers(identity, begun),
-                file=str(self._identity), other="this run's is", keys=run_keys(config),
-            )  # fmt: skip
+                without_followers(begun, identity),
+                without_followers(identity, begun),
+                file=str(self._identity),
+                other="this run's is",
+                keys=run_keys(config),
+            )
 
     def _grow(self, identity: dict[str, Any], old: int, new: int) -> None:
         log.info("%s: train.steps grows from %d to %d", self.path, old, new)

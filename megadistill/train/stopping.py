@@ -101,10 +101,14 @@ class Saving:
         train, background = self._run.config.train, self._trainer.background
         began = self._clock()
         checkpoint.save(
-            self._trainer, self._run.folder.checkpoints, position,
-            keep=train.keep, keep_best=train.keep_best, figures=figures,
+            self._trainer,
+            self._run.folder.checkpoints,
+            position,
+            keep=train.keep,
+            keep_best=train.keep_best,
+            figures=figures,
             guard=self._run.folder.require_lock,
-        )  # fmt: skip
+        )
         self._saved_at = self._clock()
         self._took_s = self._saved_at - began
         self._newest = position.step

@@ -98,8 +98,10 @@ class Trainer:
         settings = deepspeed_config(config, mesh.world)
         optimizer = torch.optim.AdamW(
             parameter_groups(student, config.train.weight_decay),
-            lr=config.train.lr, betas=config.train.betas, fused=True,
-        )  # fmt: skip
+            lr=config.train.lr,
+            betas=config.train.betas,
+            fused=True,
+        )
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=settings
         )
@@ -111,9 +113,11 @@ class Trainer:
         self.teacher: OnlineTeacher | OnlineEnsemble | None = None
         self.background = Background(self.engine, mesh) if train.save_in_background else None
         self.readings = Readings(
-            Flops.of(student, seq_len=seq_len), device=mesh.device, world=mesh.world,
+            Flops.of(student, seq_len=seq_len),
+            device=mesh.device,
+            world=mesh.world,
             dtype=student.head.weight.dtype,
-        )  # fmt: skip
+        )
 
     def _router_mask(self, batch: MicroBatch) -> torch.Tensor | None:
         if not self.student.router_loss_weight or not batch.padding_B.any():
@@ -134,10 +138,15 @@ class Trainer:
         options = loss.model_dump(exclude={"curriculum", *features}) | {"normalizer": normalizer}
         share = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
         terms = self.engine(
-            batch.labels_N, batch.targets, options, router_share=share,
-            router_mask_BT=self._router_mask(batch), features=batch.features,
-            feature_weights=tuple(getattr(loss, name) for name in features), **batch.inputs,
-        )  # fmt: skip
+            batch.labels_N,
+            batch.targets,
+            options,
+            router_share=share,
+            router_mask_BT=self._router_mask(batch),
+            features=batch.features,
+            feature_weights=tuple(getattr(loss, name) for name in features),
+            **batch.inputs,
+        )
         # Infinity minus something may well have a finite gradient. Chosen without a look at the
         # value, for which an accelerator would have to be waited.
         undone = torch.where(terms.loss.detach().isfinite(), float(self.mesh.world), torch.nan)

@@ -55,11 +55,13 @@ def with_models(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Seq
     _, *others = config.of_each_teacher.items()
     beside = tuple(
         replace(
-            first, online=online_recipe(each, mesh, first, key=key), teacher_weight=member.weight,
+            first,
+            online=online_recipe(each, mesh, first, key=key),
+            teacher_weight=member.weight,
             key=f"{key}.model",
         )
         for (key, each), member in zip(others, config.teacher.ensemble, strict=True)
-    )  # fmt: skip
+    )
     return [replace(first, beside=beside)]
 
 

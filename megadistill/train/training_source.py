@@ -173,11 +173,15 @@ def open_sources(
     sources = config.cache.sources
     stores = [
         open_sequences(
-            source.dir, key="cache.dir", with_targets=config.loss.learns_from_teacher,
-            weight=source.weight, local=local_copies(config), blocks=chosen,
+            source.dir,
+            key="cache.dir",
+            with_targets=config.loss.learns_from_teacher,
+            weight=source.weight,
+            local=local_copies(config),
+            blocks=chosen,
         )
         for source, chosen in zip(sources, blocks or [None] * len(sources), strict=True)
-    ]  # fmt: skip
+    ]
     for store in stores[1:]:
         _require_mixable(stores[0], store)
     return stores
@@ -228,8 +232,10 @@ def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
         found.append(blocks)
         log.warning(
             "%s is incomplete: the run trains on the %s it has now, and keeps to them "
-            "(cache.allow_incomplete)", store.name, _extent(store, len(store)),
-        )  # fmt: skip
+            "(cache.allow_incomplete)",
+            store.name,
+            _extent(store, len(store)),
+        )
     return found
 
 
@@ -361,9 +367,15 @@ def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
     method, temperature = way
     none = part.rows(0, 0)
     return replace(
-        none, offsets=np.zeros_like(part.offsets), tail=np.zeros_like(part.tail), method=method,
-        temperature=temperature, entropy=None, nll=None, rounding=None,
-    )  # fmt: skip
+        none,
+        offsets=np.zeros_like(part.offsets),
+        tail=np.zeros_like(part.tail),
+        method=method,
+        temperature=temperature,
+        entropy=None,
+        nll=None,
+        rounding=None,
+    )
 
 
 def _of_all_teachers(

@@ -32,9 +32,12 @@ def without_padding(
     """
     model, head = student.model, student.head
     rows = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
-    kept = min(rows, max(head.vocab_size or rows, 1 + _highest_special(model), *(
-        1 + token for token in special
-    )))  # fmt: skip
+    kept = min(
+        rows,
+        max(
+            head.vocab_size or rows, 1 + _highest_special(model), *(1 + token for token in special)
+        ),
+    )
     if kept == rows:
         yield state
         return

@@ -41,13 +41,19 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def config(folder: Path) -> Config:
-    return Config.model_validate({
-        "data": {"files": [str(folder / "text.jsonl")], "dir": str(folder / "tokens"),
-                 "seq_len": 32, "block_size": 8},
-        "teacher": {"model": str(folder / "teacher")},
-        "cache": {"dir": str(folder / "cache"), "min_free": 0},
-        "targets": {"tau": 0.1},
-    })  # fmt: skip
+    return Config.model_validate(
+        {
+            "data": {
+                "files": [str(folder / "text.jsonl")],
+                "dir": str(folder / "tokens"),
+                "seq_len": 32,
+                "block_size": 8,
+            },
+            "teacher": {"model": str(folder / "teacher")},
+            "cache": {"dir": str(folder / "cache"), "min_free": 0},
+            "targets": {"tau": 0.1},
+        }
+    )
 
 
 def test_a_synthetic_distribution_is_the_same_each_time_and_sums_to_one():
@@ -171,8 +177,13 @@ def test_angles_are_those_of_targets_that_went_through_the_codec(corpus):
     assert [row["data"] for row in rows[::6]] == ["start", "middle", "end"]
     first = {row["method"]: row for row in rows[:6]}
     assert list(first) == [
-        "varopt", "20 draws", "top-12", "top-12 with tail", "top-50", "top-50 with tail",
-    ]  # fmt: skip
+        "varopt",
+        "20 draws",
+        "top-12",
+        "top-12 with tail",
+        "top-50",
+        "top-50 with tail",
+    ]
     assert first["varopt"]["entropy"] == pytest.approx(1.5, abs=1e-3)
     assert first["varopt"]["bytes"] == pytest.approx(9.0, rel=0.05)
     assert first["top-50"]["entries"] == 50
@@ -205,16 +216,30 @@ def test_a_token_store_too_short_for_the_angle_is_refused(corpus):
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, TOOL, *arguments], cwd=folder, capture_output=True, text=True,
+        [sys.executable, TOOL, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
 
 
 def test_the_tool_measures_a_teacher_and_synthetic_distributions(corpus):
     run = bench(
-        corpus, "storage", "--teacher", "teacher", "--tokens", "tokens", "--vocab_size", "500",
-        "--positions", "256", "--seq_len", "128", "--json",
-    )  # fmt: skip
+        corpus,
+        "storage",
+        "--teacher",
+        "teacher",
+        "--tokens",
+        "tokens",
+        "--vocab_size",
+        "500",
+        "--positions",
+        "256",
+        "--seq_len",
+        "128",
+        "--json",
+    )
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert [(row["data"], row["method"]) for row in rows] == [
@@ -244,17 +269,24 @@ def test_the_codec_is_timed_for_every_method(tmp_path):
 
 def test_the_writer_is_timed_in_pairs(corpus):
     run = bench(
-        corpus, "writer", "--teacher", "teacher", "--tokens", "tokens", "--pairs", "1",
-        "--blocks", "2", "--json",
-    )  # fmt: skip
+        corpus,
+        "writer",
+        "--teacher",
+        "teacher",
+        "--tokens",
+        "tokens",
+        "--pairs",
+        "1",
+        "--blocks",
+        "2",
+        "--json",
+    )
     (row,) = map(json.loads, run.stdout.splitlines())
     assert row["ratio"] == row["seconds_on"] / row["seconds_off"]
 
 
 def test_more_blocks_than_the_token_store_has_are_refused(corpus):
-    run = bench(
-        corpus, "writer", "--teacher", "teacher", "--tokens", "tokens", "--blocks", "5000"
-    )  # fmt: skip
+    run = bench(corpus, "writer", "--teacher", "teacher", "--tokens", "tokens", "--blocks", "5000")
     assert run.returncode == 2
     assert "expected at least 5000: set --blocks lower" in run.stderr
 
@@ -324,14 +356,20 @@ def test_a_step_with_the_teacher_beside_it_is_timed_against_one_from_the_cache(c
     asked["teacher"]["dtype"] = "float32"
     asked["cache"]["dir"] = str(tmp_path / "cache")
     asked["student"], asked["order"] = {"model": str(tmp_path / "student")}, {}
-    asked["train"] |= {"out_dir": str(tmp_path / "out"), "steps": 9, "global_batch": 4,
-                       "micro_batch": 2}  # fmt: skip
+    asked["train"] |= {
+        "out_dir": str(tmp_path / "out"),
+        "steps": 9,
+        "global_batch": 4,
+        "micro_batch": 2,
+    }
     asked = Config.model_validate(asked)
     run_ranks(2, "tests.cache.test_build:build", config=asked)
     rows, others = run_ranks(2, "tests.bench.test_bench:online_rows", config=asked)
-    assert [row["method"] for row in rows] == ["varopt", "topk", "union", "exact"] == [
-        row["method"] for row in others
-    ]  # fmt: skip
+    assert (
+        [row["method"] for row in rows]
+        == ["varopt", "topk", "union", "exact"]
+        == [row["method"] for row in others]
+    )
     for row in rows:
         assert row["least"] <= row["ratio"] <= row["most"]
         assert 0 < row["teacher"] < 1
@@ -352,13 +390,30 @@ def test_the_losses_on_given_logits_that_are_timed_have_the_same_gradient():
 
 def test_the_subset_bench_prints_a_row_for_each_number_of_entries():
     found = subprocess.run(
-        [sys.executable, str(TOOL), "subset", "--pairs", "2", "--positions", "4", "--vocab_size",
-         "500", "--entries", "3", "5", "--json"], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(TOOL),
+            "subset",
+            "--pairs",
+            "2",
+            "--positions",
+            "4",
+            "--vocab_size",
+            "500",
+            "--entries",
+            "3",
+            "5",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["data"].split(", ")[-1] for row in rows] == [
-        "3 ids of each side", "5 ids of each side",
-    ]  # fmt: skip
+        "3 ids of each side",
+        "5 ids of each side",
+    ]
     for name in ("whole", "listed", "step"):
         for row in rows:
             assert row[f"{name}_least"] <= row[f"{name}_ratio"] <= row[f"{name}_most"]
@@ -366,10 +421,24 @@ def test_the_subset_bench_prints_a_row_for_each_number_of_entries():
 
 def test_the_projector_bench_prints_a_row_for_each_vocabulary_of_the_student():
     found = subprocess.run(
-        [sys.executable, str(TOOL), "projector", "--pairs", "2", "--positions", "4",
-         "--vocab_size", "500", "--hidden", "16", "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(TOOL),
+            "projector",
+            "--pairs",
+            "2",
+            "--positions",
+            "4",
+            "--vocab_size",
+            "500",
+            "--hidden",
+            "16",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert [row["data"].split(", ")[-1] for row in rows] == ["student 100 x 8", "student 500 x 8"]
     for name in ("map", "scored", "whole"):
@@ -394,9 +463,22 @@ def test_the_naive_way_of_the_projector_bench_is_over_the_embeddings():
 @pytest.mark.skipif(version("transformers").startswith("4."), reason="sizes are of version 5")
 def test_the_bench_of_documents_apart_prints_a_row_for_each_model():
     found = subprocess.run(
-        [sys.executable, str(TOOL), "apart", "--pairs", "2", "--seq_len", "64", "--hidden", "64",
-         "--json"], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(TOOL),
+            "apart",
+            "--pairs",
+            "2",
+            "--seq_len",
+            "64",
+            "--hidden",
+            "64",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     names = [row["data"].split(",")[0] for row in rows]
     assert names == ["falcon_h1", "lfm2", "qwen3_next"]

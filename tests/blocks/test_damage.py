@@ -52,9 +52,13 @@ def test_2000_flipped_bits_are_found_before_a_wrong_sample_is_returned(store: Bl
     assert sum(by_reading.values()) + sum(by_verifying.values()) == 2000
     assert set(by_reading) == {".mds", "store/tokens.json", "store/plan.json"}
     assert set(by_verifying) == {
-        "blocks/000000.json", "blocks/000001.json", "blocks/000002.json", "store/blocks.bin",
-        "store/ids.bin", "store/index.json",
-    }  # fmt: skip
+        "blocks/000000.json",
+        "blocks/000001.json",
+        "blocks/000002.json",
+        "store/blocks.bin",
+        "store/ids.bin",
+        "store/index.json",
+    }
 
 
 def test_a_flipped_bit_of_a_marker_is_found_by_reading_where_blocks_bin_is_gone(

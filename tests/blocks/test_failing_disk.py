@@ -30,9 +30,14 @@ SAMPLES = make_samples(10)
 IDS = b"the ranking of ids"
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES]
 CHANGES = {
-    "open": "write", "write": "write", "fsync": "write to disk", "replace": "put in place",
-    "link": "copy", "unlink": "remove", "mkdir": "make the directory",
-}  # fmt: skip
+    "open": "write",
+    "write": "write",
+    "fsync": "write to disk",
+    "replace": "put in place",
+    "link": "copy",
+    "unlink": "remove",
+    "mkdir": "make the directory",
+}
 
 
 class FailingSystem:

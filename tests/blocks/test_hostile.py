@@ -30,19 +30,60 @@ def store(tmp_path: Path) -> BlockStore:
 
 
 NAMES = [
-    "../secret", "../../secret", "/etc/passwd", "//etc/passwd", "..", ".", "./", "", "/",
+    "../secret",
+    "../../secret",
+    "/etc/passwd",
+    "//etc/passwd",
+    "..",
+    ".",
+    "./",
+    "",
+    "/",
     "~/secret",
-    "./shard.000000.mds", "../store/shard.000000.mds", "shard.000000.mds/../../secret",
-    "blocks/../../secret", "blocks/000000.json", "tokens.json", "shard.000001.mds",
-    "shard.000000.mds\0", "shard.000000.mds\0../secret", "shard.000000.mds ", " shard.000000.mds",
-    "shard.000000.mds\n", "SHARD.000000.MDS", "Shard.000000.mds", "shard.0.mds",
-    "shard.00000000000.mds", "shard.-00001.mds", "shard.000000.mds.zstd", "file:///etc/passwd",
-    "http://localhost/secret", "\\\\host\\share", "..\\secret", "C:secret", "%2e%2e/secret",
-    "\u2024\u2024/secret", "shard\u2024000000\u2024mds", "\u202eshard.000000.mds",
-    "shard.\uff10\uff10\uff10\uff10\uff10\uff10.mds", "shard.00000\u0660.mds", "\ud800", "a" * 5000,
-    "a/" * 3000, "/dev/zero", "/dev/stdin", "/proc/self/environ", "pipe", "link", "device",
-    7, None, True, ["shard.000000.mds"], {"file": "shard.000000.mds"},
-]  # fmt: skip
+    "./shard.000000.mds",
+    "../store/shard.000000.mds",
+    "shard.000000.mds/../../secret",
+    "blocks/../../secret",
+    "blocks/000000.json",
+    "tokens.json",
+    "shard.000001.mds",
+    "shard.000000.mds\0",
+    "shard.000000.mds\0../secret",
+    "shard.000000.mds ",
+    " shard.000000.mds",
+    "shard.000000.mds\n",
+    "SHARD.000000.MDS",
+    "Shard.000000.mds",
+    "shard.0.mds",
+    "shard.00000000000.mds",
+    "shard.-00001.mds",
+    "shard.000000.mds.zstd",
+    "file:///etc/passwd",
+    "http://localhost/secret",
+    "\\\\host\\share",
+    "..\\secret",
+    "C:secret",
+    "%2e%2e/secret",
+    "\u2024\u2024/secret",
+    "shard\u2024000000\u2024mds",
+    "\u202eshard.000000.mds",
+    "shard.\uff10\uff10\uff10\uff10\uff10\uff10.mds",
+    "shard.00000\u0660.mds",
+    "\ud800",
+    "a" * 5000,
+    "a/" * 3000,
+    "/dev/zero",
+    "/dev/stdin",
+    "/proc/self/environ",
+    "pipe",
+    "link",
+    "device",
+    7,
+    None,
+    True,
+    ["shard.000000.mds"],
+    {"file": "shard.000000.mds"},
+]
 
 
 class Opened:
@@ -150,17 +191,23 @@ ABSURD: dict[str, list] = {
     "features": [["zstd"], "zstd", None, {}, [[]], ["x" * 10**6], [0] * 10**5],
     "block_size": [0, -1, 1.5, True, None, "4", 1 << 31, 1 << 64, 10**4000],
     "columns": [
-        None, [], {}, {"tokens": "ndarray:uint32"}, {"sum": "uint64"},
+        None,
+        [],
+        {},
+        {"tokens": "ndarray:uint32"},
+        {"sum": "uint64"},
         {f"c{i}": "bytes" for i in range(10**5)} | {"tokens": "ndarray:uint32", "sum": "uint64"},
-        {"sum": "uint64", "tokens": "bytes"}, {"sum": "uint64", "tokens": "ndarray:uint32:0"},
+        {"sum": "uint64", "tokens": "bytes"},
+        {"sum": "uint64", "tokens": "ndarray:uint32:0"},
         {"sum": "uint64", "tokens": "ndarray:uint32:" + "9" * 20},
         {"sum": "uint64", "tokens": "ndarray:uint32:" + ",".join("1" * 99)},
         {"sum": "uint64", "tokens": "ndarray:uint32:\u0662"},
-        {"sum": "uint64", "tokens": "ndarray:float64"}, {"sum": "uint64", "tokens": "pkl"},
+        {"sum": "uint64", "tokens": "ndarray:float64"},
+        {"sum": "uint64", "tokens": "pkl"},
     ],
     "recipe": [None, [], "x", 7],
     "ids_bin": [None, [], {}, {"size": -1, "xxh3": "0" * 16}, {"size": "1", "xxh3": "0" * 16}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("total", [0, -1, True, None, "10", 1.0, 1 << 63, 10**99])
@@ -176,10 +223,17 @@ def test_names_that_look_like_a_blocks_are_told_and_never_read(
     hostile: BlockStore, opened: Opened
 ) -> None:
     names = [
-        "000000.JSON", "0.json", "000000.json ", "000000.json\n",
+        "000000.JSON",
+        "0.json",
+        "000000.json ",
+        "000000.json\n",
         "\uff10\uff10\uff10\uff10\uff10\uff10.json",
-        "0000000.json", "\x1b[31m000000.json", "-00001.json", ".000000.json", "000000.json~",
-    ]  # fmt: skip
+        "0000000.json",
+        "\x1b[31m000000.json",
+        "-00001.json",
+        ".000000.json",
+        "000000.json~",
+    ]
     for name in names:
         (hostile.layout.blocks / name).write_bytes(hostile.layout.marker(1).read_bytes())
     with contextlib.suppress(OSError):  # not every file system takes a name that is no text
@@ -196,14 +250,24 @@ def test_names_that_look_like_a_blocks_are_told_and_never_read(
 @pytest.mark.parametrize(
     "change",
     [
-        {"block": 1}, {"sequences": 0}, {"sequences": -1}, {"sequences": 10**9}, {"shard": None},
-        {"sequences": "4"}, {"shard": []}, {"tokens_xxh3": "x"}, {"content_hash": None},
-        {"statistics": 3}, {"sequences": True}, {"sequences": 10**4000}, {"block": False},
+        {"block": 1},
+        {"sequences": 0},
+        {"sequences": -1},
+        {"sequences": 10**9},
+        {"shard": None},
+        {"sequences": "4"},
+        {"shard": []},
+        {"tokens_xxh3": "x"},
+        {"content_hash": None},
+        {"statistics": 3},
+        {"sequences": True},
+        {"sequences": 10**4000},
+        {"block": False},
         {"shard": {"file": "shard.000000.mds", "size": 1 << 40, "xxh3": "0" * 16}},
         {"shard": {"file": "shard.000000.mds", "size": -1, "xxh3": "0" * 16}},
         {"shard": {"file": "shard.000000.mds", "size": 470, "xxh3": "0" * 15 + "G"}},
     ],
-)  # fmt: skip
+)
 def test_a_marker_with_absurd_values_is_refused(store: BlockStore, change: dict) -> None:
     (store.path / "blocks.bin").unlink()
     forge(store.layout.marker(0), lambda m: m.update(change))
@@ -211,8 +275,18 @@ def test_a_marker_with_absurd_values_is_refused(store: BlockStore, change: dict)
         BlockStore.open(store.path)[0]
 
 
-@pytest.mark.parametrize("name", ["shard.000000.mds", "tokens.json", "plan.json", "blocks.bin",
-    "index.json", "ids.bin", "blocks/000000.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shard.000000.mds",
+        "tokens.json",
+        "plan.json",
+        "blocks.bin",
+        "index.json",
+        "ids.bin",
+        "blocks/000000.json",
+    ],
+)
 def test_links_pipes_and_folders_are_not_read(store: BlockStore, opened: Opened, name: str) -> None:
     file, elsewhere = store.path / name, store.path.parent / "elsewhere"
     if file.parent == store.layout.blocks:
@@ -240,11 +314,27 @@ def test_a_folder_of_markers_that_is_a_link_is_refused(store: BlockStore) -> Non
 def test_json_that_is_deep_or_doubled_or_not_canonical_is_refused() -> None:
     deep = b'{"a":' + b"[" * 100 + b"]" * 100
     bodies = [
-        b'{"a":' * 100_000, deep, b'{"a":' + b"[" * 10**6, b'{"a":1,"a":2', b'{"b":1,"a":2',
-        b'{ "a":1', b"[1", b"", b'{"a":NaN', b'{"a":Infinity', b'{"a":1e999', b'{"a":01',
-        b'{"a":' + b"9" * 10**5, b'{"a":1.0e0', b'{"a":"\xff"', b'{"a":"\xc3\xa4"', b'{"a":-0',
-        b'{"a":1 ', b'{"xxh3":"0"', b"null",
-    ]  # fmt: skip
+        b'{"a":' * 100_000,
+        deep,
+        b'{"a":' + b"[" * 10**6,
+        b'{"a":1,"a":2',
+        b'{"b":1,"a":2',
+        b'{ "a":1',
+        b"[1",
+        b"",
+        b'{"a":NaN',
+        b'{"a":Infinity',
+        b'{"a":1e999',
+        b'{"a":01',
+        b'{"a":' + b"9" * 10**5,
+        b'{"a":1.0e0',
+        b'{"a":"\xff"',
+        b'{"a":"\xc3\xa4"',
+        b'{"a":-0',
+        b'{"a":1 ',
+        b'{"xxh3":"0"',
+        b"null",
+    ]
     for body in bodies:
         tail = f',"xxh3":"{xxhash.xxh3_64_hexdigest(body)}"}}\n'.encode()
         with pytest.raises(CorruptBlockError):

@@ -32,9 +32,7 @@ def test_what_was_committed_is_read_back(tmp_path: Path) -> None:
             store[index]
 
 
-def test_a_sequence_of_a_block_that_is_not_there_yet_is_an_error_of_its_own(
-    tmp_path: Path,
-) -> None:
+def test_a_sequence_of_a_block_that_is_not_there_yet_is_an_error_of_its_own(tmp_path: Path) -> None:
     store = create(tmp_path / "store")
     store.plan(10)
     commit(store, 1, make_samples(10))
@@ -118,10 +116,17 @@ def test_a_rerun_on_a_complete_store_touches_no_file(tmp_path: Path) -> None:
 def test_nothing_but_bytes_of_the_recipe_is_in_the_folder(tmp_path: Path) -> None:
     fill(tmp_path / "store", make_samples(10))
     assert sorted(tree(tmp_path / "store")) == [
-        "blocks.bin", "blocks/000000.json", "blocks/000001.json", "blocks/000002.json",
-        "index.json", "plan.json", "shard.000000.mds", "shard.000001.mds", "shard.000002.mds",
+        "blocks.bin",
+        "blocks/000000.json",
+        "blocks/000001.json",
+        "blocks/000002.json",
+        "index.json",
+        "plan.json",
+        "shard.000000.mds",
+        "shard.000001.mds",
+        "shard.000002.mds",
         "tokens.json",
-    ]  # fmt: skip
+    ]
     assert tree(tmp_path / "store.run") == {}
 
 

@@ -88,14 +88,22 @@ def make(folder: Path) -> None:
 
 def create_padded_cache(path: Path, method: str, ids_bin: bytes | None) -> BlockStore:
     recipe = {
-        "method": method, "tau": 0.06, "temperature": 0.7, "vocab_size": VOCAB_SIZE,
+        "method": method,
+        "tau": 0.06,
+        "temperature": 0.7,
+        "vocab_size": VOCAB_SIZE,
         "teacher": {"architecture": "Llama", "weights": "9f8e"},
-        "tokenizer": {"vocab_size": VOCAB_SIZE, "xxh3": "1a2b"}, "seq_len": SEQ_LEN,
-    }  # fmt: skip
+        "tokenizer": {"vocab_size": VOCAB_SIZE, "xxh3": "1a2b"},
+        "seq_len": SEQ_LEN,
+    }
     cache = BlockStore.create(
-        path, kind="cache", header={"recipe": recipe}, columns={**PADDED, "targets": "bytes"},
-        block_size=BLOCK_SIZE, ids_bin=ids_bin,
-    )  # fmt: skip
+        path,
+        kind="cache",
+        header={"recipe": recipe},
+        columns={**PADDED, "targets": "bytes"},
+        block_size=BLOCK_SIZE,
+        ids_bin=ids_bin,
+    )
     cache.plan(SEQUENCES)
     return cache
 

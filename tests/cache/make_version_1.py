@@ -33,9 +33,11 @@ def make(folder: Path) -> None:
     ranking = IdRanking.from_counts(np.random.default_rng(1).integers(0, 1000, VOCAB_SIZE))
     for method in METHODS:
         fill_cache(
-            folder / method, total=SEQUENCES, method=method,
+            folder / method,
+            total=SEQUENCES,
+            method=method,
             ids_bin=ranking.to_bytes() if method in ("varopt", "topk") else None,
-        )  # fmt: skip
+        )
     for run in folder.glob("*.run"):
         shutil.rmtree(run)
     expected = {store.name: read(store) for store in sorted(folder.iterdir())}

@@ -42,13 +42,16 @@ def _plain(line: str) -> str:
 def settings(folder: Path, cache: Path | str, /, **sections) -> Config:
     keys = {
         "data": {
-            "files": [str(folder / "text.jsonl")], "dir": str(folder / "tokens"),
-            "seq_len": SEQ_LEN, "block_size": BLOCK, "workers": 1,
+            "files": [str(folder / "text.jsonl")],
+            "dir": str(folder / "tokens"),
+            "seq_len": SEQ_LEN,
+            "block_size": BLOCK,
+            "workers": 1,
         },
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch": 3},
         "targets": {"tau": 0.1},
         "cache": {"dir": str(cache)},
-    }  # fmt: skip
+    }
     for section, values in sections.items():
         keys[section] = {**keys[section], **values}
     return Config.model_validate(keys)
@@ -184,8 +187,10 @@ def test_every_method_fills_a_cache_with_its_own_parameters_alone_in_the_recipe(
     assert cache.complete()
     assert cache.verify() == []
     assert {n for n in ("tau", "draws", "k", "p", "min_entropy") if n in cache.recipe} == {
-        "multinomial": {"draws"}, "topk": {"k"}, "topp": {"k", "p"},
-    }[method]  # fmt: skip
+        "multinomial": {"draws"},
+        "topk": {"k"},
+        "topp": {"k", "p"},
+    }[method]
     found = cache[0]["targets"]
     assert found.method == method
     assert 0 < found.counts.max() <= {"multinomial": 20, "topk": 7, "topp": 7}[method]
@@ -380,9 +385,12 @@ def validate_with_noise(mesh, config: Config) -> str:
     teacher.head.weight_VH.add_(torch.randn_like(teacher.head.weight_VH), alpha=0.5)
     try:
         _validate(
-            config, mesh, teacher, BlockStore.open(config.data.dir),
+            config,
+            mesh,
+            teacher,
+            BlockStore.open(config.data.dir),
             BlockStore.open(config.cache.dir),
-        )  # fmt: skip
+        )
     except TeacherError as error:
         return str(error)
     return "nothing noticed"

@@ -135,10 +135,14 @@ def test_no_positions_and_only_empty_ones_are_targets_too() -> None:
         assert len(coded(empty, 9)) == 0
         t = raw_targets(method)
         none = dataclasses.replace(
-            t, offsets=t.offsets * 0, ids=t.ids[:0], weights=t.weights[:0], tail=t.tail * 0,
+            t,
+            offsets=t.offsets * 0,
+            ids=t.ids[:0],
+            weights=t.weights[:0],
+            tail=t.tail * 0,
             heads=None if t.heads is None else t.heads * 0,
             truth_added=None if t.truth_added is None else t.truth_added & False,
-        )  # fmt: skip
+        )
         back = coded(none, 9)
         assert back.counts.tolist() == [0] * 12
         assert np.isnan(back.entropy).all()
@@ -147,9 +151,13 @@ def test_no_positions_and_only_empty_ones_are_targets_too() -> None:
 def test_masked_positions_cost_next_to_nothing() -> None:
     t = raw_targets("varopt", positions=2000).rows(0, 0)
     masked = dataclasses.replace(
-        t, offsets=np.zeros(2001, np.int64), tail=np.zeros(2000, np.float32),
-        heads=np.zeros(2000, np.int64), entropy=np.full(2000, np.nan, np.float32), nll=None,
-    )  # fmt: skip
+        t,
+        offsets=np.zeros(2001, np.int64),
+        tail=np.zeros(2000, np.float32),
+        heads=np.zeros(2000, np.int64),
+        entropy=np.full(2000, np.nan, np.float32),
+        nll=None,
+    )
     assert len(encode_targets(masked, vocab_size=1000)) < 2000 * 2 / 8 + 100
 
 
@@ -160,18 +168,25 @@ def test_long_rows_and_unlikely_entries_fit(method: str) -> None:
         t.weights[-3:] = [1e-20, 1e-30, 0]
         n = 3000
         long = SparseTargets(
-            offsets=np.array([0, n]), ids=np.arange(n) * 2,
-            weights=np.linspace(2 / n, 0, n, dtype=np.float32), tail=np.zeros(1, np.float32),
+            offsets=np.array([0, n]),
+            ids=np.arange(n) * 2,
+            weights=np.linspace(2 / n, 0, n, dtype=np.float32),
+            tail=np.zeros(1, np.float32),
             method=method,
-        )  # fmt: skip
+        )
         back = coded(long, 1 << 14)
         assert back.counts.tolist() == [n]
         assert back.weights[-1] == 0
     if method == "multinomial":
         t = dataclasses.replace(
-            t, offsets=np.array([0, 2]), ids=np.array([3, 1]), tail=np.zeros(1, np.float32),
-            weights=np.array([999, 1], np.float32) / 1000, entropy=None, nll=None,
-        )  # fmt: skip
+            t,
+            offsets=np.array([0, 2]),
+            ids=np.array([3, 1]),
+            tail=np.zeros(1, np.float32),
+            weights=np.array([999, 1], np.float32) / 1000,
+            entropy=None,
+            nll=None,
+        )
     lost = t.counts - coded(t, 5000).counts
     assert (lost >= 0).all()
     assert lost.sum() <= (3 if method == "varopt" else 0)  # heads that were rounded to nothing
@@ -182,10 +197,13 @@ def test_a_flat_position_has_no_weight_below_nought() -> None:
     for m in (1, 5, 200, 4000):
         rest = np.full(m, np.float32((1 - 1e-6) / m))
         t = SparseTargets(
-            offsets=np.array([0, m + 1]), ids=np.arange(m + 1),
+            offsets=np.array([0, m + 1]),
+            ids=np.arange(m + 1),
             weights=np.concatenate([[1e-6], rest]).astype(np.float32),
-            tail=np.zeros(1, np.float32), method="varopt", heads=np.ones(1, np.int64),
-        )  # fmt: skip
+            tail=np.zeros(1, np.float32),
+            method="varopt",
+            heads=np.ones(1, np.int64),
+        )
         for start in (0, 1 << 20, (1 << 32) - 1):
             back = coded(dataclasses.replace(t, rounding=np.array([start])), 5000)
             assert (back.weights > 0).all()

@@ -21,11 +21,7 @@ from tests.cache.test_build import hashes
 from tests.models.made import teacher_and_text
 from tests.ranks import run_ranks
 
-ENGINES = {
-    "two copies": {},
-    "one copy, tensor parallel": {"tp": 2},
-    "ZeRO-3": {"engine": "zero3"},
-}
+ENGINES = {"two copies": {}, "one copy, tensor parallel": {"tp": 2}, "ZeRO-3": {"engine": "zero3"}}
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +49,22 @@ def build(corpus: Path, cache: Path, engine: str, *, room: int | None = None, **
     config = Config.model_validate(
         {
             "data": {
-                "files": [str(corpus / "text.jsonl")], "dir": str(corpus / "tokens"),
-                "seq_len": 32, "block_size": 4, "workers": 1,
+                "files": [str(corpus / "text.jsonl")],
+                "dir": str(corpus / "tokens"),
+                "seq_len": 32,
+                "block_size": 4,
+                "workers": 1,
             },
             "teacher": {
-                "model": str(corpus / "teacher"), "dtype": "float32", "micro_batch": 3,
+                "model": str(corpus / "teacher"),
+                "dtype": "float32",
+                "micro_batch": 3,
                 **ENGINES[engine],
             },
             "targets": {"tau": 0.1},
             "cache": {"dir": str(cache), "min_free": 0, **keys},
         }
-    )  # fmt: skip
+    )
     return run_ranks(
         2, "tests.cache.test_disk_guard:rank", tp=config.teacher.tp, config=config, room=room
     )

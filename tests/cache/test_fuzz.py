@@ -33,8 +33,11 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fuzz(caches: Path, first: int, last: int) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.cache.fuzz", str(caches), str(first), str(last)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for number, reason in result["wrong"]:

@@ -43,7 +43,7 @@ PLANTED = "hf_0123456789"
         (f"hf://datasets/{PLANTED}@owner/name", "name"),
         ("sftp://alice@host", "a URL"),
     ],
-)  # fmt: skip
+)
 def test_a_name_is_a_hub_id_or_the_last_part_of_a_path(name, shown):
     assert shown_name(name) == shown
     assert PLANTED not in shown_name(name)
@@ -107,9 +107,11 @@ def test_parts_of_one_teacher_under_two_names_are_one_cache(corpus, tmp_path, ca
     assert BlockStore.open(tmp_path / "whole").names["teacher.model"] == "teacher"
     assert diff_stores(corpus / "teacher.0", corpus / "another-name.0")["equal"]
     config = settings(
-        corpus, corpus, cache={"dir": str(corpus / "teacher.0"), "part": "0/2"},
+        corpus,
+        corpus,
+        cache={"dir": str(corpus / "teacher.0"), "part": "0/2"},
         teacher={"model": str(corpus / "another-name")},
-    )  # fmt: skip
+    )
     with contextlib.ExitStack() as held:
         assert _prepare(config, held) == []  # complete, under whichever name
 
@@ -119,10 +121,12 @@ def test_all_differences_are_said_at_once_in_the_keys_of_the_user(corpus):
     shutil.copy(corpus / "teacher/tokenizer.json", corpus / "other")
     shutil.copy(corpus / "teacher/tokenizer_config.json", corpus / "other")
     config = settings(
-        corpus, corpus, cache={"dir": str(corpus / "teacher.0")},
+        corpus,
+        corpus,
+        cache={"dir": str(corpus / "teacher.0")},
         teacher={"model": str(corpus / "other"), "dtype": "bfloat16"},
         targets={"tau": 0.2, "seed": 3},
-    )  # fmt: skip
+    )
     with contextlib.ExitStack() as held, pytest.raises(RecipeError) as caught:
         _prepare(config, held)
     lines = str(caught.value).splitlines()
@@ -137,16 +141,25 @@ def test_all_differences_are_said_at_once_in_the_keys_of_the_user(corpus):
 @pytest.mark.parametrize(
     ("field", "key"),
     [
-        ("recipe.tau", "targets.tau"), ("recipe.seed", "targets.seed"),
-        ("recipe.teacher.config", "teacher.model"), ("recipe.dtype", "teacher.dtype"),
-        ("recipe.micro_batch", "teacher.micro_batch"), ("recipe.seq_len", "data.seq_len"),
-        ("recipe.tokens.seq_len", "data.seq_len"), ("recipe.pack", "data.pack"),
-        ("recipe.tokens.tokenizer.eos", "data.tokenizer"), ("recipe.vocab_size", "data.tokenizer"),
-        ("recipe.source.content", "data.files"), ("recipe.source.fields", "data.text_field"),
-        ("recipe.source.shuffle.seed", "data.seed"), ("recipe.source.revision", "data.revision"),
-        ("recipe.tokens.something_new", "data.something_new"), ("block_size", "data.block_size"),
-        ("columns.loss_mask", "data.text_field"), ("columns.tokens", "data.seq_len"),
+        ("recipe.tau", "targets.tau"),
+        ("recipe.seed", "targets.seed"),
+        ("recipe.teacher.config", "teacher.model"),
+        ("recipe.dtype", "teacher.dtype"),
+        ("recipe.micro_batch", "teacher.micro_batch"),
+        ("recipe.seq_len", "data.seq_len"),
+        ("recipe.tokens.seq_len", "data.seq_len"),
+        ("recipe.pack", "data.pack"),
+        ("recipe.tokens.tokenizer.eos", "data.tokenizer"),
+        ("recipe.vocab_size", "data.tokenizer"),
+        ("recipe.source.content", "data.files"),
+        ("recipe.source.fields", "data.text_field"),
+        ("recipe.source.shuffle.seed", "data.seed"),
+        ("recipe.source.revision", "data.revision"),
+        ("recipe.tokens.something_new", "data.something_new"),
+        ("block_size", "data.block_size"),
+        ("columns.loss_mask", "data.text_field"),
+        ("columns.tokens", "data.seq_len"),
     ],
-)  # fmt: skip
+)
 def test_every_field_of_a_recipe_has_a_key(field, key):
     assert keys_of(None, kind="cache").of(field) == key

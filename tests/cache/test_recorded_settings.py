@@ -235,8 +235,10 @@ def test_every_contradiction_is_said_at_once_in_the_users_keys(tmp_path):
         tmp_path, data={"seq_len": 64}, teacher={"model": other}, loss={"divergence": "tvd"}
     )
     assert [line.split(":")[0] for line in said(config)] == [
-        "data.seq_len", "teacher.model", "loss.divergence",
-    ]  # fmt: skip
+        "data.seq_len",
+        "teacher.model",
+        "loss.divergence",
+    ]
 
 
 def test_a_dry_run_refuses_what_the_start_would_and_shows_what_the_cache_knows(tmp_path):
@@ -250,8 +252,11 @@ def test_a_dry_run_refuses_what_the_start_would_and_shows_what_the_cache_knows(t
     def dry_run(*overrides: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, ROOT / "launch/train.py", "--dry_run", "--config", file, *overrides],
-            capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
 
     fine = dry_run()
     assert fine.returncode == 0, fine.stderr

@@ -32,9 +32,11 @@ def reader_of(writer: SymbolWriter) -> SymbolReader:
     return SymbolReader(np.frombuffer(symbols, np.uint8), words, file="here")
 
 
-@given(st.lists(st.sampled_from(list(NUMBERS)), max_size=5).flatmap(
-    lambda kinds: st.tuples(*(st.tuples(st.just(k), st.lists(NUMBERS[k])) for k in kinds))
-))  # fmt: skip
+@given(
+    st.lists(st.sampled_from(list(NUMBERS)), max_size=5).flatmap(
+        lambda kinds: st.tuples(*(st.tuples(st.just(k), st.lists(NUMBERS[k])) for k in kinds))
+    )
+)
 @settings(max_examples=300)
 def test_streams_come_back(streams: tuple) -> None:
     writer = SymbolWriter()

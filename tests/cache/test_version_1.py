@@ -50,9 +50,10 @@ def test_the_same_targets_are_written_as_they_were(method, tmp_path):
         for block in again.missing():
             samples = cache.block(block)
             writer.submit(
-                block, [{k: v for k, v in s.items() if k != "targets"} for s in samples],
+                block,
+                [{k: v for k, v in s.items() if k != "targets"} for s in samples],
                 [s["targets"] for s in samples],
-            )  # fmt: skip
+            )
     again.finish()
     assert again.content_hash() == cache.store.content_hash()
 

@@ -125,11 +125,16 @@ class Chaos:
         committed = markers(folder / "cache")
         lost = [len(begun(note) - committed) for note in notes.glob("begun-*")]
         kill = Kill(
-            series=self.series, layout=layout, world=world, after_s=delay,
+            series=self.series,
+            layout=layout,
+            world=world,
+            after_s=delay,
             how=f"{how} (rank {victim})" if how is not ALL else ALL,
-            phase=self.phase(folder, layout, committed), committed=len(committed),
-            again=max(lost, default=0), left_s=time.monotonic() - began,
-        )  # fmt: skip
+            phase=self.phase(folder, layout, committed),
+            committed=len(committed),
+            again=max(lost, default=0),
+            left_s=time.monotonic() - began,
+        )
         self.add(kill)
         return False
 
@@ -214,21 +219,33 @@ def make_corpus(folder: Path) -> Path:
     documents = [text[i : i + 400] for i in range(0, 32_000, 400)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
     (folder / "config.yaml").write_text(
-        json.dumps({
-            "data": {"files": [str(folder / "text.jsonl")], "seq_len": 32, "block_size": 8,
-                     "workers": 1},
-            "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch": 4},
-            "targets": {"tau": 0.1}, "cache": {"min_free": 0},
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "data": {
+                    "files": [str(folder / "text.jsonl")],
+                    "seq_len": 32,
+                    "block_size": 8,
+                    "workers": 1,
+                },
+                "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch": 4},
+                "targets": {"tau": 0.1},
+                "cache": {"min_free": 0},
+            }
+        )
+    )
     build_tokens(load_config(str(folder / "config.yaml"), [f"data.dir={folder / 'tokens'}"]))
     return folder
 
 
 def arguments(corpus: Path, folder: Path, layout: str) -> list[str]:
     """The command line of launch/generate.py."""
-    return ["--config", str(corpus / "config.yaml"), f"data.dir={folder / 'tokens'}",
-            f"cache.dir={folder / 'cache'}", *LAYOUTS[layout][0]]  # fmt: skip
+    return [
+        "--config",
+        str(corpus / "config.yaml"),
+        f"data.dir={folder / 'tokens'}",
+        f"cache.dir={folder / 'cache'}",
+        *LAYOUTS[layout][0],
+    ]
 
 
 def start(corpus: Path, folder: Path, layout: str, world: int, notes: Path) -> Ranks:

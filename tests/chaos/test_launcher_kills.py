@@ -68,9 +68,11 @@ class LaunchedChaos(Chaos):
         with said.open("w") as output:
             launcher = subprocess.Popen(
                 command(world, notes, arguments(self.corpus, folder, layout)),
-                stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
                 env=environment(),
-            )  # fmt: skip
+            )
         self.launchers.append(launcher)
         ranks = self.wait_for_ranks(launcher, world, folder)
         self.ranks += ranks
@@ -85,9 +87,11 @@ class LaunchedChaos(Chaos):
         began = time.monotonic()
         node = [p for p in psutil.Process(launcher.pid).children() if p not in ranks]
         for process in {
-            ONE: [ranks[victim]], ALL: ranks, RUNNER: [psutil.Process(launcher.pid)],
+            ONE: [ranks[victim]],
+            ALL: ranks,
+            RUNNER: [psutil.Process(launcher.pid)],
             LAUNCHERS: [psutil.Process(launcher.pid), *node],
-        }[how]:  # fmt: skip
+        }[how]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         _, alive = psutil.wait_procs([*ranks, *node], timeout=STOP_S)
@@ -104,11 +108,16 @@ class LaunchedChaos(Chaos):
             assert "all ranks stop" in text, self.failure(folder, text)
         lost = [len(begun(note) - committed) for note in notes.glob("begun-*")]
         kill = Kill(
-            series=self.series, layout=layout, world=world, after_s=delay,
+            series=self.series,
+            layout=layout,
+            world=world,
+            after_s=delay,
             how=f"{how} (rank {victim})" if how is ONE else how,
-            phase=self.phase(folder, layout, committed), committed=len(committed),
-            again=max(lost, default=0), left_s=left_s,
-        )  # fmt: skip
+            phase=self.phase(folder, layout, committed),
+            committed=len(committed),
+            again=max(lost, default=0),
+            left_s=left_s,
+        )
         self.add(kill)
         return False
 
@@ -134,10 +143,15 @@ class LaunchedChaos(Chaos):
 
 def command(world: int, notes: Path, argv: list[str]) -> list[str]:
     return [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(world),
-        "--master_port", str(free_port()), str(Path(__file__).parent / "noted.py"), str(notes),
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(world),
+        "--master_port",
+        str(free_port()),
+        str(Path(__file__).parent / "noted.py"),
+        str(notes),
         *argv,
-    ]  # fmt: skip
+    ]
 
 
 def environment() -> dict[str, str]:

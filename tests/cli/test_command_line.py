@@ -32,8 +32,11 @@ def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
-        capture_output=True, text=True, check=False, env=os.environ | environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
 
 
 @pytest.mark.parametrize(

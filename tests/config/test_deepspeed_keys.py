@@ -22,9 +22,12 @@ from megadistill.config.deepspeed_keys import (
 # its old writing of zero_optimization as a truth value.
 UNSEEN = {"sequence_parallel_size"}
 OLD_ZERO_KEYS = {
-    "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint",
+    "cpu_offload",
+    "cpu_offload_param",
+    "cpu_offload_use_pin_memory",
+    "elastic_checkpoint",
     "stage3_gather_fp16_weights_on_model_save",
-}  # fmt: skip
+}
 
 
 class Watched(dict):
@@ -119,22 +122,37 @@ def test_our_lists_of_nested_keys_and_their_types_are_deepspeeds_models(deepspee
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16.enabled", "keep one"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "one of 0, 1, 2, 3"),
         ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm", "true or"),
-        ({"zero_optimization": {"sub_group_size": 1.5}}, "zero_optimization.sub_group_size",
-         "expected a whole number, found 1.5"),
-        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload",
-         "write offload_optimizer: {device: cpu}"),
-        ({"zero_optimization": {"offload_param": {"device": "disk"}}},
-         "zero_optimization.offload_param.device", "one of none, cpu, nvme"),
-        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
-         "zero_optimization.offload_optimizer.ratio", "the optimizer here is torch's"),
+        (
+            {"zero_optimization": {"sub_group_size": 1.5}},
+            "zero_optimization.sub_group_size",
+            "expected a whole number, found 1.5",
+        ),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            "zero_optimization.cpu_offload",
+            "write offload_optimizer: {device: cpu}",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "disk"}}},
+            "zero_optimization.offload_param.device",
+            "one of none, cpu, nvme",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio",
+            "the optimizer here is torch's",
+        ),
         ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow", "CPU Adam alone"),
-        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads",
-         "CPU Adam alone"),
+        (
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads",
+            "CPU Adam alone",
+        ),
         ({"compile": {"deepcompile": True}}, "compile", "graphs break at every module"),
         ({"checkpoint": {"writer": {}}}, "checkpoint.writer", "set train.save_in_background"),
         ({"wandb": 3}, "wandb", "expected a mapping, found 3"),
     ],
-)  # fmt: skip
+)
 def test_a_key_that_is_wrong_or_works_against_ours_is_refused_with_a_pointer(section, path, said):
     ((found, message),) = deepspeed_problems(section)
     assert ".".join(found) == path

@@ -18,8 +18,10 @@ REPOSITORY = Path(__file__).parents[2]
 def tool(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "tools/config_reference.py"), *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_every_key_has_a_row_with_type_default_and_sentence():

@@ -79,9 +79,23 @@ def test_numbers_and_words_are_read_as_they_are_meant():
         where="",
     )
     assert values == [
-        1e-4, 1000, 0.5, 1.0, -3, 16, 1e5, "yes", "no", "on", "1:30", "2024-01-01", "007x", None,
-        None, True,
-    ]  # fmt: skip
+        1e-4,
+        1000,
+        0.5,
+        1.0,
+        -3,
+        16,
+        1e5,
+        "yes",
+        "no",
+        "on",
+        "1:30",
+        "2024-01-01",
+        "007x",
+        None,
+        None,
+        True,
+    ]
     assert [type(v) for v in values[:3]] == [float, int, float]
 
 
@@ -136,10 +150,12 @@ def test_what_is_no_configuration_is_one_line(text, said, folder):
         ("targets.top_k", "targets.k"),
         ("deepspeed.zero_optimisation.stage", "deepspeed.zero_optimization"),
         ("deepspeed.zero_optimization.stag", "deepspeed.zero_optimization.stage"),
-        ("deepspeed.zero_optimization.offload_optimizer.devise",
-         "deepspeed.zero_optimization.offload_optimizer.device"),
+        (
+            "deepspeed.zero_optimization.offload_optimizer.devise",
+            "deepspeed.zero_optimization.offload_optimizer.device",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_key_is_refused_with_a_suggestion_in_the_file_and_on_the_command_line(
     key, suggestion, folder
 ):
@@ -278,10 +294,16 @@ def test_an_empty_section_is_its_defaults(folder):
     assert load(GOOD + "loss:\n").loss == load(GOOD).loss
 
 
-@given(value=st.one_of(
-    st.text(max_size=20), st.floats(allow_nan=False), st.integers(), st.booleans(), st.none(),
-    st.dictionaries(st.text(max_size=5), st.lists(st.floats(allow_nan=False), max_size=3)),
-))  # fmt: skip
+@given(
+    value=st.one_of(
+        st.text(max_size=20),
+        st.floats(allow_nan=False),
+        st.integers(),
+        st.booleans(),
+        st.none(),
+        st.dictionaries(st.text(max_size=5), st.lists(st.floats(allow_nan=False), max_size=3)),
+    )
+)
 def test_what_is_written_as_yaml_reads_back_equal_and_of_the_same_type(value):
     again = read_yaml(write_yaml(value), where="")
     assert again == value

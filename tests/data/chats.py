@@ -178,14 +178,34 @@ def byte_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos)
 
 
-WORDS = ["", " ", "\n", "Yes.", "It is 4", " two  words ", "line\n\nbreak\n", "naïve ☃ 日本",
-         "a<b>c", "  \n leading", "trailing \n ", "{{ x }}", "<think>", "0" * 60]  # fmt: skip
+WORDS = [
+    "",
+    " ",
+    "\n",
+    "Yes.",
+    "It is 4",
+    " two  words ",
+    "line\n\nbreak\n",
+    "naïve ☃ 日本",
+    "a<b>c",
+    "  \n leading",
+    "trailing \n ",
+    "{{ x }}",
+    "<think>",
+    "0" * 60,
+]
 
 
 def generated_chats(
-    seed: int, count: int, *, calls: int = 0, system: bool = True, reasoning: bool = False,
-    alternate: bool = False, empty: bool = True,
-) -> list[list[dict[str, Any]]]:  # fmt: skip
+    seed: int,
+    count: int,
+    *,
+    calls: int = 0,
+    system: bool = True,
+    reasoning: bool = False,
+    alternate: bool = False,
+    empty: bool = True,
+) -> list[list[dict[str, Any]]]:
     """Chats of several turns, some with a system prompt, calls of tools and reasoning.
 
     calls: most calls of a turn. alternate: no two turns of the assistant in a row.

@@ -61,16 +61,24 @@ def corpus(seed: int) -> Corpus:
         units.append([document[a:b] for a, b in itertools.pairwise(edges)])
     masks = [rng.integers(0, 2, len(d)).tolist() for d in documents] if masked else None
     return Corpus(
-        documents, units, masks, seq_len=seq_len, block_size=int(rng.integers(1, 9)),
-        window=int(rng.integers(1, 12)), bos=bos,
-    )  # fmt: skip
+        documents,
+        units,
+        masks,
+        seq_len=seq_len,
+        block_size=int(rng.integers(1, 9)),
+        window=int(rng.integers(1, 12)),
+        bos=bos,
+    )
 
 
 def stream(c: Corpus, packing: str, *, number: int = 0, cursor: Cursor | None = None) -> Stream:
     shape: dict[str, Any] = {
-        "seq_len": c.seq_len, "block_size": c.block_size, "begin": c.begin, "number": number,
+        "seq_len": c.seq_len,
+        "block_size": c.block_size,
+        "begin": c.begin,
+        "number": number,
         "cursor": cursor or Cursor(),
-    }  # fmt: skip
+    }
     if packing == "best_fit":
         return BestFit(filler=EOS, window=c.window, **shape)
     return InOrder(isolate=packing != "concat", **shape)

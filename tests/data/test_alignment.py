@@ -26,11 +26,35 @@ from megadistill.data.alignment import MULTIPLE, Aligned, Alignment
 from megadistill.errors import ConfigError
 
 WORDS = [
-    "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "it", "rains", "(x)",
-    "Stra\u00dfe", "na\u00efve", "\u4f60\u597d", "\u4e16\u754c", "\U0001f600", "e\u0301", "12345",
-    "\U0001f468\u200d\U0001f469", "\u043f\u0440\u0438\u0432\u0435\u0442", "\t", "\n",
-    "\n\n", " ", "   ", "<s>", "</s>",
-]  # fmt: skip
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dogs",
+    "while",
+    "it",
+    "rains",
+    "(x)",
+    "Stra\u00dfe",
+    "na\u00efve",
+    "\u4f60\u597d",
+    "\u4e16\u754c",
+    "\U0001f600",
+    "e\u0301",
+    "12345",
+    "\U0001f468\u200d\U0001f469",
+    "\u043f\u0440\u0438\u0432\u0435\u0442",
+    "\t",
+    "\n",
+    "\n\n",
+    " ",
+    "   ",
+    "<s>",
+    "</s>",
+]
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 CONTINUATION = "".join(map(chr, range(0xDC80, 0xDCC0)))
 PARTS = "".join(map(chr, range(0xDC80, 0xDD00)))

@@ -30,9 +30,14 @@ def encoder(hf, template, *, mask="generated", date="2024-07-26", **variables):
 def truth(hf, template, chat, tools=None, **variables):
     """(ids, mask) by transformers, with the end token where the text has none."""
     found = hf.apply_chat_template(
-        chat, chat_template=template, tools=tools, tokenize=True, return_dict=True,
-        return_assistant_tokens_mask=True, **variables,
-    )  # fmt: skip
+        chat,
+        chat_template=template,
+        tools=tools,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **variables,
+    )
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
     if not hf.decode(ids).rstrip().endswith(hf.eos_token):
         ids, mask = [*ids, hf.eos_token_id], [*mask, 0]
@@ -54,9 +59,12 @@ def learned(hf, ids, mask):
 def chats_for(name):
     late = name == "the end is printed with the next turn"
     chats = generated_chats(
-        len(name), 40, calls=2 * (name == "tools"), reasoning="reasoning" in name,
+        len(name),
+        40,
+        calls=2 * (name == "tools"),
+        reasoning="reasoning" in name,
         alternate=late or name == "no generation prompt",
-    )  # fmt: skip
+    )
     if late:  # transformers leaves out the last bytes of a letter at the end of a mark
         for turn in (turn for chat in chats for turn in chat):
             turn["content"] = turn["content"].encode("ascii", "ignore").decode()
@@ -74,8 +82,9 @@ def test_the_mask_is_that_of_marks_put_in_by_hand(name):
         if name == "the end is printed with the next turn" and chat[-1]["role"] == "assistant":
             mask[-1] = 1  # the last turn has no end of its own
         assert ours.encode(chat, tools) == (ids, mask), chat
-        text = hf.apply_chat_template(chat, chat_template=stock(template), tools=tools,
-                                      tokenize=False)  # fmt: skip
+        text = hf.apply_chat_template(
+            chat, chat_template=stock(template), tools=tools, tokenize=False
+        )
         assert hf.decode(ids).removesuffix(hf.eos_token) == text.removesuffix(hf.eos_token)
 
 

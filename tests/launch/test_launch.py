@@ -34,14 +34,26 @@ def place(tmp_path_factory) -> Path:
 
 # What size and a missing network demand of configs/zero3.yaml; everything else is as shipped.
 SMALL = [
-    "data.name=null", "data.config=null", "data.streaming=false", "data.source=python-stdlib",
-    "data.max_samples=3", "data.seq_len=64", "data.block_size=16", "data.workers=1",
-    "teacher.model=teacher", "teacher.dtype=float32", "student.model=student", "cache.min_free=0",
-]  # fmt: skip
+    "data.name=null",
+    "data.config=null",
+    "data.streaming=false",
+    "data.source=python-stdlib",
+    "data.max_samples=3",
+    "data.seq_len=64",
+    "data.block_size=16",
+    "data.workers=1",
+    "teacher.model=teacher",
+    "teacher.dtype=float32",
+    "student.model=student",
+    "cache.min_free=0",
+]
 SMALL_TRAINING = [
-    "train.epochs=null", "train.steps=3", "train.global_batch=8", "train.micro_batch=4",
+    "train.epochs=null",
+    "train.steps=3",
+    "train.global_batch=8",
+    "train.micro_batch=4",
     "train.warmup_steps=1",
-]  # fmt: skip
+]
 
 
 def run(place: Path, *command: str, path: Path | None = None) -> subprocess.CompletedProcess:
@@ -49,10 +61,15 @@ def run(place: Path, *command: str, path: Path | None = None) -> subprocess.Comp
     folders += [str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
-        command, cwd=place, env={**environment, "PATH": os.pathsep.join(folders)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        cwd=place,
+        env={**environment, "PATH": os.pathsep.join(folders)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
 
 
 def succeed(place: Path, *command: str, path: Path | None = None) -> str:
@@ -67,18 +84,30 @@ def test_the_three_commands_as_typed_from_a_hostfile_to_a_model(place, tmp_path)
     server = SshServer(tmp_path / "ssh")
     try:
         said = succeed(
-            place, "deepspeed", "--hostfile", "hosts", "launch/generate.py", *SMALL,
+            place,
+            "deepspeed",
+            "--hostfile",
+            "hosts",
+            "launch/generate.py",
+            *SMALL,
             path=server.path,
-        )  # fmt: skip
+        )
     finally:
         server.close()
     assert "1 host(s) x 2 rank(s)" in said
     assert "validated" in said
 
     said = succeed(
-        place, "deepspeed", "--num_gpus", "2", "launch/train.py", "--config", "zero3.yaml",
-        *SMALL, *SMALL_TRAINING,
-    )  # fmt: skip
+        place,
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "launch/train.py",
+        "--config",
+        "zero3.yaml",
+        *SMALL,
+        *SMALL_TRAINING,
+    )
     lines = (place / "runs/zero3/train/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (place / "runs/zero3/train/model/model.safetensors").exists()
@@ -95,16 +124,27 @@ def test_torchrun_and_plain_python_work_and_write_the_same_cache(place):
         ("torchrun", ["torchrun", "--standalone", "--nproc-per-node", "2"]),
         ("python", ["python"]),
     ):
-        settings = [*SMALL, f"cache.dir=runs/{name}", "data.dir=runs/tokens",
-                    "teacher.engine=tensor_parallel"]  # fmt: skip
+        settings = [
+            *SMALL,
+            f"cache.dir=runs/{name}",
+            "data.dir=runs/tokens",
+            "teacher.engine=tensor_parallel",
+        ]
         succeed(place, *command, "launch/generate.py", *settings)
         caches.append(BlockStore.open(place / f"runs/{name}"))
     assert caches[0].complete()
     assert caches[0].content_hash() == caches[1].content_hash()
     succeed(
-        place, "python", "launch/train.py", *SMALL, *SMALL_TRAINING, "cache.dir=runs/python",
-        "data.dir=runs/tokens", "teacher.engine=tensor_parallel", "train.out_dir=runs/one",
-    )  # fmt: skip
+        place,
+        "python",
+        "launch/train.py",
+        *SMALL,
+        *SMALL_TRAINING,
+        "cache.dir=runs/python",
+        "data.dir=runs/tokens",
+        "teacher.engine=tensor_parallel",
+        "train.out_dir=runs/one",
+    )
     assert (place / "runs/one/model/config.json").exists()
 
 
@@ -121,8 +161,15 @@ def test_a_mistyped_key_ends_every_rank_with_one_line_and_code_2(place):
 
 
 def test_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(place):
-    said = succeed(place, "python", "launch/generate.py", "--dry_run", *SMALL,
-                   "cache.dir=runs/never", "data.dir=runs/never_tokens")  # fmt: skip
+    said = succeed(
+        place,
+        "python",
+        "launch/generate.py",
+        "--dry_run",
+        *SMALL,
+        "cache.dir=runs/never",
+        "data.dir=runs/never_tokens",
+    )
     assert "method: varopt" in said
     assert not (place / "runs/never").exists()
     assert not (place / "runs/never_tokens").exists()
@@ -132,8 +179,10 @@ def test_no_rank_outlives_a_launcher_that_was_terminated(tmp_path):
     script = str(Path(__file__).parent / "waiting.py")
     launcher = subprocess.Popen(
         [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", script, str(tmp_path)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2, seconds=90)
     below = psutil.Process(launcher.pid).children(recursive=True)
     assert len(below) >= 3  # DeepSpeed's own launcher of this host, and two ranks

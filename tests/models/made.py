@@ -12,10 +12,17 @@ def tiny_llama(path: Path | str, *, vocab_size: int = 512, seed: int = 0, **size
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 0, **sizes,
-    }  # fmt: skip
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        **sizes,
+    }
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **settings)).save_pretrained(path)

@@ -9,24 +9,44 @@ from typing import Any
 from tests.models.architectures import VOCAB
 
 _TEXT = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "max_position_embeddings": 64,
-    "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 _VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "image_size": 28, "patch_size": 14, "depth": 1, "embed_dim": 32, "num_heads": 4,
-    "out_hidden_size": 32, "projection_dim": 32,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "depth": 1,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "projection_dim": 32,
+}
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
-_MROPE = {"rope_parameters": {
-    "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0,
-}}  # fmt: skip
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MROPE = {
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+}
 
 
 def _of(text: str, **settings: Any) -> dict[str, Any]:
@@ -37,27 +57,42 @@ _CLIP, _SIGLIP = _of("clip_vision_model"), _of("siglip_vision_model")
 
 # Settings of the text model, and of the part that sees, by model_type and what is special.
 MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "aria": ({"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-             _of("idefics3_vision")),
+    "aria": (
+        {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        _of("idefics3_vision"),
+    ),
     "deepseek_vl": (_of("llama"), _SIGLIP),
     "exaone4_5": (_of("exaone4"), {}),
     "gemma3": ({**_WINDOWS, "query_pre_attn_scalar": 8}, {}),
-    "gemma4": ({
-        **_WINDOWS, "global_head_dim": 8, "vocab_size_per_layer_input": VOCAB,
-        "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
-    }, {"head_dim": 8, "global_head_dim": 8}),
+    "gemma4": (
+        {
+            **_WINDOWS,
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+        },
+        {"head_dim": 8, "global_head_dim": 8},
+    ),
     "got_ocr2": (_of("qwen2"), {"output_channels": 16, "global_attn_indexes": [0]}),
     "hyperclovax_vision_v2": (_of("hyperclovax"), {}),
     "idefics2": (_of("mistral"), {}),
     "idefics3": (_of("llama"), {}),
     "internvl": (_of("qwen2"), {"image_size": [28, 28], "patch_size": [14, 14]}),
-    "lfm2_vl": (_of("lfm2", layer_types=["conv", "full_attention"], block_ff_dim=48),
-                _of("siglip2_vision_model")),
+    "lfm2_vl": (
+        _of("lfm2", layer_types=["conv", "full_attention"], block_ff_dim=48),
+        _of("siglip2_vision_model"),
+    ),
     "lighton_ocr": (_of("qwen3"), {}),
-    "llama4": ({
-        "num_local_experts": 4, "intermediate_size_mlp": 48, "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 2,
-    }, {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}),
+    "llama4": (
+        {
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+        },
+        {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
     "llava": (_of("llama"), _CLIP),
     "llava mistral": (_of("mistral", sliding_window=4), _CLIP),
     "llava_next": (_of("llama"), _CLIP),
@@ -76,7 +111,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "video_llama_3": (_of("qwen2"), {}),
     "video_llava": (_of("llama"), _CLIP),
     "vipllava": (_of("llama"), {**_CLIP, "num_hidden_layers": 2}),
-}  # fmt: skip
+}
 # Linear attention and convolutions carry a state from one document into the next.
 PACK = {name: "concat" for name in ("lfm2_vl", "minicpmv4_6", "qwen3_5", "qwen3_5_moe")}
 
@@ -91,10 +126,17 @@ def save_multimodal(path: Path | str, name: str, *, seed: int = 0, **more: Any) 
 
     text, vision = MULTIMODAL[name]
     settings = {
-        "text_config": _TEXT | text, "vision_config": _VISION | vision, "eos_token_id": 0,
-        "pad_token_id": 0, "image_token_id": 96, "image_token_index": 96, "video_token_id": 95,
-        "vision_start_token_id": 94, "vision_end_token_id": 93, **more,
-    }  # fmt: skip
+        "text_config": _TEXT | text,
+        "vision_config": _VISION | vision,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "image_token_id": 96,
+        "image_token_index": 96,
+        "video_token_id": 95,
+        "vision_start_token_id": 94,
+        "vision_end_token_id": 93,
+        **more,
+    }
     config = CONFIG_MAPPING[name.split()[0]](**copy.deepcopy(settings))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

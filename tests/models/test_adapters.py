@@ -34,9 +34,13 @@ def made(tmp_path_factory) -> Path:
     base = tiny_llama(folder / "base")
     tiny_tokenizer(base)
     settings = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"],
-        use_rslora=True, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=["lm_head"],
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+    )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -9,8 +9,14 @@ from megadistill.errors import ConfigError
 from megadistill.models.attention import check_isolation, forward_inputs
 from megadistill.models.pretrained import backbone
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
-         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LLAMA = LlamaConfig(**SIZES)
 MISTRAL = MistralConfig(**SIZES, sliding_window=3)
 GPT2 = GPT2Config(

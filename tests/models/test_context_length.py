@@ -16,40 +16,95 @@ KNOWN = {
     "Llama 2": ("llama", {"max_position_embeddings": 4096}, 4096),
     "GPT-2": ("gpt2", {"n_positions": 1024}, 1024),
     "Qwen2.5": ("qwen2", {"max_position_embeddings": 32768}, 32768),
-    "Qwen2.5 with YaRN": ("qwen2", {
-        "max_position_embeddings": 32768, "rope_scaling": {
-            "factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
-    }, 131072),
-    "Qwen3 with YaRN": ("qwen3", {
-        "max_position_embeddings": 40960, "rope_scaling": {
-            "factor": 4.0, "original_max_position_embeddings": 32768, "rope_type": "yarn"},
-    }, 131072),
-    "Llama 3.1": ("llama", {
-        "max_position_embeddings": 131072, "rope_scaling": {
-            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-    }, 131072),
-    "DeepSeek-V3": ("deepseek_v3", {
-        "max_position_embeddings": 163840, "rope_scaling": {
-            "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn",
-            "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
-    }, 163840),
-    "Phi-3 mini 128k": ("phi3", {
-        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
-        "rope_scaling": {"type": "longrope", **FACTORS},
-    }, 131072),
-    "gpt-oss": ("gpt_oss", {
-        "max_position_embeddings": 131072, "rope_scaling": {
-            "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
-            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
-    }, 131072),
-    "Vicuna 16k": ("llama", {
-        "max_position_embeddings": 4096, "rope_scaling": {"factor": 4.0, "type": "linear"},
-    }, 16384),
-    "dynamic NTK": ("llama", {
-        "max_position_embeddings": 2048, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic"},
-    }, 4096),
-}  # fmt: skip
+    "Qwen2.5 with YaRN": (
+        "qwen2",
+        {
+            "max_position_embeddings": 32768,
+            "rope_scaling": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "type": "yarn",
+            },
+        },
+        131072,
+    ),
+    "Qwen3 with YaRN": (
+        "qwen3",
+        {
+            "max_position_embeddings": 40960,
+            "rope_scaling": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "rope_type": "yarn",
+            },
+        },
+        131072,
+    ),
+    "Llama 3.1": (
+        "llama",
+        {
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+        131072,
+    ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {
+            "max_position_embeddings": 163840,
+            "rope_scaling": {
+                "factor": 40,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        163840,
+    ),
+    "Phi-3 mini 128k": (
+        "phi3",
+        {
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": {"type": "longrope", **FACTORS},
+        },
+        131072,
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+        131072,
+    ),
+    "Vicuna 16k": (
+        "llama",
+        {"max_position_embeddings": 4096, "rope_scaling": {"factor": 4.0, "type": "linear"}},
+        16384,
+    ),
+    "dynamic NTK": (
+        "llama",
+        {"max_position_embeddings": 2048, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic"}},
+        4096,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -68,11 +123,18 @@ def test_the_longest_sequence_counts_rope_scaling(name):
         ({"max_position_embeddings": 64, "rope_scaling": None}, 64),
         ({"max_position_embeddings": 64, "rope_scaling": {"type": "mrope", "factor": 4}}, 64),
         ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn"}}, 64),
-        ({"max_position_embeddings": 64, "rope_parameters": {
-            "sliding_attention": {"rope_type": "default"},
-            "full_attention": {"rope_type": "linear", "factor": 8.0}}}, 512),
+        (
+            {
+                "max_position_embeddings": 64,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default"},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0},
+                },
+            },
+            512,
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_says_nothing_of_scaling_counts_for_nothing(settings, length):
     assert longest_sequence(settings) == length
 
@@ -86,8 +148,9 @@ def test_sequences_up_to_the_scaled_length_are_taken_and_longer_ones_refused(tmp
     def config(seq_len):
         return Config(
             data={"source": "python-stdlib", "seq_len": seq_len, "dir": str(tmp_path / "tokens")},
-            teacher={"model": folder}, cache={"dir": str(tmp_path / "cache")},
-        )  # fmt: skip
+            teacher={"model": folder},
+            cache={"dir": str(tmp_path / "cache")},
+        )
 
     check_seq_len(config(128), files)
     check_fits(settings, vocab_size=512, seq_len=128)

@@ -248,12 +248,17 @@ def cache_config(folder, engine, out):
         texts = [f"number {i} " + "and so on " * (i % 13) for i in range(90)]
         (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     return Config(
-        data={"files": [str(folder / "text.jsonl")], "dir": str(folder / "tokens"), "seq_len": 48,
-              "block_size": 5, "workers": 1},
+        data={
+            "files": [str(folder / "text.jsonl")],
+            "dir": str(folder / "tokens"),
+            "seq_len": 48,
+            "block_size": 5,
+            "workers": 1,
+        },
         teacher={"model": str(path), "dtype": "float32", "micro_batch": 3, "engine": engine},
         targets={"tau": 0.1},
         cache={"dir": str(folder / f"cache-{out}")},
-    )  # fmt: skip
+    )
 
 
 def test_how_a_model_runs_is_said_once(folder, caplog):
@@ -316,10 +321,15 @@ def student_config(folder, name, **train):
         folder / name,
         cache={"dir": str(folder / "cache")},
         student={"model": model},
-        train={"lr": 1e-3, "global_batch": 8, "micro_batch": 2,
-               "out_dir": str(folder / name / "-".join(map(str, train.values()))), **train},
+        train={
+            "lr": 1e-3,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "out_dir": str(folder / name / "-".join(map(str, train.values()))),
+            **train,
+        },
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-    )  # fmt: skip
+    )
 
 
 def plain_steps(config):
@@ -413,10 +423,13 @@ def test_a_student_that_calls_a_module_once_a_token_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("names", "steps", "again"),
-    [([STUDENT], 4, True), pytest.param(STUDENTS, 10, True, marks=LONG),
-     pytest.param(STUDENTS, 10, False, marks=LONG)],
+    [
+        ([STUDENT], 4, True),
+        pytest.param(STUDENTS, 10, True, marks=LONG),
+        pytest.param(STUDENTS, 10, False, marks=LONG),
+    ],
     ids=["some", "all", "all without activation checkpointing"],
-)  # fmt: skip
+)
 def test_a_student_learns_of_each_document_what_a_plain_loop_learns_of_it_alone(
     folder, names, steps, again
 ):

@@ -90,9 +90,11 @@ def test_a_text_model_as_teacher_says_what_the_whole_model_says(folder, names, e
         section = TeacherConfig(model=path)
         check_complete(section, check_model(section, "teacher.model", with_weights=True))
     results = run_ranks(
-        2 if engine == "zero3" else 1, "tests.models.test_text_models:teachers", paths=paths,
+        2 if engine == "zero3" else 1,
+        "tests.models.test_text_models:teachers",
+        paths=paths,
         engine=engine,
-    )  # fmt: skip
+    )
     wrong = {}
     for name, path in paths.items():
         expected = whole_log_probs(path, name)

@@ -53,9 +53,11 @@ class Start:
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", program, str(source)],
-                stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
                 env=kept | {"TORCH_EXTENSIONS_DIR": str(folder / "built"), "MAX_JOBS": "1"},
-            )  # fmt: skip
+            )
 
     def said(self) -> str:
         return self.log.read_text()

@@ -39,8 +39,20 @@ def hosts() -> Iterator[list[str]]:
     try:
         for name in NAMES:
             ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", NAMES[0], "type", "veth",
-           "peer", "name", "cable", "netns", NAMES[1])  # fmt: skip
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            NAMES[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            NAMES[1],
+        )
         for number, name in enumerate(NAMES, 1):
             ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
             for device in ("lo", "cable"):
@@ -54,16 +66,23 @@ def hosts() -> Iterator[list[str]]:
 
 
 def test_ranks_whose_hosts_cannot_reach_each_other_any_more_leave(hosts, tmp_path):
-    settings = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1",
-                "MASTER_PORT": "29551", "GLOO_SOCKET_IFNAME": "cable"}  # fmt: skip
+    settings = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "10.77.0.1",
+        "MASTER_PORT": "29551",
+        "GLOO_SOCKET_IFNAME": "cable",
+    }
     ranks = [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, "-c", PROGRAM, str(tmp_path)],
             env={**os.environ, **settings, "RANK": str(rank)},
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
         )
         for rank, host in enumerate(hosts)
-    ]  # fmt: skip
+    ]
     try:
         while not all(Path(tmp_path, f"there-{rank}").exists() for rank in (0, 1)):
             assert all(rank.poll() is None for rank in ranks)

@@ -79,10 +79,16 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", "from megadistill import parallel; parallel.start()"],
             env={
-                **os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]),
+                **os.environ,
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(taken.getsockname()[1]),
             },
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert "MegadistillError: the ranks cannot meet at 127.0.0.1" in done.stderr
     assert "--master_port" in done.stderr

@@ -308,9 +308,12 @@ def test_a_sigterm_to_plain_python_ends_it_in_order(tmp_path):
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         until_exists(tmp_path / "there")
         process.terminate()
         assert process.wait(STOP_S) == 143

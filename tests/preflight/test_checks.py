@@ -79,8 +79,12 @@ def test_what_is_sound_passes(place):
     a_cache()
     check_train(config(), world=2)
     assert sorted(p.name for p in place.iterdir()) == [
-        "a.txt", "c.yaml", "cache", "student", "teacher",
-    ]  # fmt: skip
+        "a.txt",
+        "c.yaml",
+        "cache",
+        "student",
+        "teacher",
+    ]
 
 
 def test_a_missing_corpus(place):
@@ -535,5 +539,9 @@ def test_all_mistakes_are_reported_at_once(place):
         check_generate(config("data.files=[none.txt]", "teacher.tp=3"), world=2)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        "teacher.tp", "data.files", "data.dir", "data.seq_len", "teacher.tp",
-    ]  # fmt: skip
+        "teacher.tp",
+        "data.files",
+        "data.dir",
+        "data.seq_len",
+        "teacher.tp",
+    ]

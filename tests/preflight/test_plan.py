@@ -61,9 +61,12 @@ def test_the_demos_sequences_are_estimated_within_a_third(place):
 def planned_tokens(sequences: int) -> BlockStore:
     """A token store in "tokens" that knows how many sequences of 8 tokens it will hold."""
     store = BlockStore.create(
-        "tokens", kind="tokens", header={"recipe": {"seq_len": 8}}, block_size=4,
+        "tokens",
+        kind="tokens",
+        header={"recipe": {"seq_len": 8}},
+        block_size=4,
         columns={"tokens": "ndarray:uint32:8", "documents": "ndarray:uint32"},
-    )  # fmt: skip
+    )
     store.plan(sequences)
     return store
 
@@ -105,11 +108,14 @@ def test_local_files_are_estimated_by_their_size(place):
     assert plan("data.source=null", "data.files=[a.txt]", "data.max_samples=128").sequences == 1000
 
 
-@pytest.mark.parametrize(("row", "masked"), [
-    ('{"text": "x"}', False),
-    ('{"messages": [{"role": "user", "content": "x"}]}', True),
-    ('{"prompt": "x", "completion": "y"}', True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "masked"),
+    [
+        ('{"text": "x"}', False),
+        ('{"messages": [{"role": "user", "content": "x"}]}', True),
+        ('{"prompt": "x", "completion": "y"}', True),
+    ],
+)
 def test_the_loss_mask_of_columns_that_are_found_counts(place, row, masked):
     Path("a.jsonl").write_text(row + "\n")
     settings = ["data.source=null", "data.files=[a.jsonl]", "data.seq_len=128"]
@@ -121,10 +127,12 @@ def test_smaller_tau_and_larger_k_need_a_larger_cache(place):
     sizes = [
         plan(*settings).cache_bytes
         for settings in (
-            ["targets.tau=0.2"], ["targets.tau=0.06"], ["targets.tau=0.02"],
+            ["targets.tau=0.2"],
+            ["targets.tau=0.06"],
+            ["targets.tau=0.02"],
             ["targets.method=topk", "targets.k=128"],
         )
-    ]  # fmt: skip
+    ]
     assert sizes == sorted(sizes)
 
 
@@ -185,10 +193,19 @@ def tokenised(documents: int) -> None:
 
 def text(documents: int) -> list[str]:
     return [
-        "data.source=null", "data.files=[a.jsonl]", f"data.max_samples={documents}", "data.dir=t",
-        "data.shuffle=false", "data.seq_len=16", "data.block_size=4", "data.workers=1",
-        "data.packing=best_fit", "teacher.model=./teacher", "data.tokenizer=null", "cache.dir=c",
-    ]  # fmt: skip
+        "data.source=null",
+        "data.files=[a.jsonl]",
+        f"data.max_samples={documents}",
+        "data.dir=t",
+        "data.shuffle=false",
+        "data.seq_len=16",
+        "data.block_size=4",
+        "data.workers=1",
+        "data.packing=best_fit",
+        "teacher.model=./teacher",
+        "data.tokenizer=null",
+        "cache.dir=c",
+    ]
 
 
 def test_raised_max_samples_is_estimated_from_the_documents_that_are_there(place):
@@ -247,8 +264,13 @@ def test_generating_prints_the_plan_without_the_student(place, caplog):
     caplog.set_level("INFO", logger="megadistill")
     log_plan(made)
     assert [r.getMessage().split()[1] for r in caplog.records] == [
-        "sequences", "blocks", "token", "targets", "cache", "teacher",
-    ]  # fmt: skip
+        "sequences",
+        "blocks",
+        "token",
+        "targets",
+        "cache",
+        "teacher",
+    ]
     assert "bytes a position estimated" in caplog.text
 
 

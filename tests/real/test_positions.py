@@ -101,13 +101,17 @@ def distances(mesh, folder: str, engine: str) -> dict[str, torch.Tensor]:
 def rounding(folder: Path, truth: str) -> np.ndarray:
     """By quarter, KL(float32 || plain transformers in bfloat16)."""
     exact, plain = (np.load(folder / f"{d}.npy", mmap_mode="r") for d in ("float32", truth))
-    kl_BT = torch.stack([
-        torch.cat([
-            kl(torch.tensor(exact[b, i : i + CHUNK]), torch.tensor(plain[b, i : i + CHUNK]))
-            for i in range(0, SEQ_LEN, CHUNK)
-        ])
-        for b in range(SEQUENCES)
-    ])  # fmt: skip
+    kl_BT = torch.stack(
+        [
+            torch.cat(
+                [
+                    kl(torch.tensor(exact[b, i : i + CHUNK]), torch.tensor(plain[b, i : i + CHUNK]))
+                    for i in range(0, SEQ_LEN, CHUNK)
+                ]
+            )
+            for b in range(SEQUENCES)
+        ]
+    )
     return by_quarter(kl_BT)
 
 

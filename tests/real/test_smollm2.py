@@ -83,11 +83,17 @@ def documents() -> list[str]:
 def run(place: Path, program: str, name: str, **sections) -> str:
     """What a program of launch/ prints, which must end with code 0."""
     base = {
-        "data": {"files": ["documents.jsonl"], "dir": f"{name}-tokens", "seq_len": SEQ_LEN,
-                 "block_size": 2, "shuffle": False, "workers": 1},
+        "data": {
+            "files": ["documents.jsonl"],
+            "dir": f"{name}-tokens",
+            "seq_len": SEQ_LEN,
+            "block_size": 2,
+            "shuffle": False,
+            "workers": 1,
+        },
         "teacher": {"model": str(smollm2()), "engine": "tensor_parallel", "micro_batch": 1},
         "cache": {"dir": f"{name}-cache", "min_free": 0},
-    }  # fmt: skip
+    }
     for section, keys in sections.items():
         base[section] = base.get(section, {}) | keys
     (place / f"{name}.yaml").write_text(yaml.safe_dump(base))
@@ -121,8 +127,13 @@ def plain_log_probs(model, sample) -> torch.Tensor:
 
 def test_the_nll_in_caches_of_documents_is_plain_transformers(place, plain, capsys):
     for method in ("varopt", "topk"):
-        said = run(place, "generate", method, data={"max_samples": 12, "dir": "documents-tokens"},
-                   targets={"method": method})  # fmt: skip
+        said = run(
+            place,
+            "generate",
+            method,
+            data={"max_samples": 12, "dir": "documents-tokens"},
+            targets={"method": method},
+        )
         with capsys.disabled():
             sys.stdout.write("\n" + next(x for x in said.splitlines() if "compared with" in x))
         cache = megadistill.open_cache(place / f"{method}-cache")
@@ -175,17 +186,25 @@ def test_only_what_the_assistant_says_is_cached_of_chats(place, plain):
 def test_a_small_student_learns_from_it_and_is_exported(place):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run(place, "train", "varopt", data={"max_samples": 12, "dir": "documents-tokens"},
-        targets={"method": "varopt"}, student={"model": "student", "init": "random"},
+    run(
+        place,
+        "train",
+        "varopt",
+        data={"max_samples": 12, "dir": "documents-tokens"},
+        targets={"method": "varopt"},
+        student={"model": "student", "init": "random"},
         train={"out_dir": "run", "steps": 4, "global_batch": 2, "micro_batch": 1, "lr": 1e-3},
-        deepspeed={"zero_optimization": {"stage": 3}})  # fmt: skip
+        deepspeed={"zero_optimization": {"stage": 3}},
+    )
     rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
     model = AutoModelForCausalLM.from_pretrained(place / "run/model")
     tokenizer = AutoTokenizer.from_pretrained(place / "run/model")
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt",
+        [{"role": "user", "content": "Hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
         return_dict=True,
-    )  # fmt: skip
+    )
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]

@@ -40,10 +40,17 @@ def test_the_error_is_that_of_a_dense_student_whatever_it_is_trained_with(mode, 
     hidden_NH, weight_VH, labels_N = problem(torch.float64, sharpness=0.5)
     targets = targets_of(method)
     terms = distillation_terms(
-        hidden_NH, weight_VH.requires_grad_(), targets, labels_N, calibration=True, chunk_size=13,
-        temperature=1.0 if targets is None else targets.temperature, ce_weight=0.3, mode=mode,
+        hidden_NH,
+        weight_VH.requires_grad_(),
+        targets,
+        labels_N,
+        calibration=True,
+        chunk_size=13,
+        temperature=1.0 if targets is None else targets.temperature,
+        ce_weight=0.3,
+        mode=mode,
         **options,
-    )  # fmt: skip
+    )
     logits_NV = options.get("logit_scale", 1.0) * (hidden_NH @ weight_VH.detach().T)
     if "softcap" in options:
         logits_NV = 8.0 * torch.tanh(logits_NV / 8.0)

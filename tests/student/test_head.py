@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from megadistill.errors import ConfigError
-from megadistill.student.head import (
-    DistillationHead,
-    distillation_terms,
-    fused_linear_distillation,
-)
+from megadistill.student.head import DistillationHead, distillation_terms, fused_linear_distillation
 from megadistill.student.loss.fused import choose_mode, default_chunk
 from megadistill.targets import DIVERGENCES, METHODS, SAMPLED
 from tests.allocation import AllocationWatch
@@ -21,9 +17,15 @@ VOCAB, WIDTH = 11, 5
 
 
 def problem(
-    method="varopt", *, dtype=torch.float64, scale=1.0, temperature=1.0, labels=LABELS,
-    counts=COUNTS, taken=VOCAB,
-):  # fmt: skip
+    method="varopt",
+    *,
+    dtype=torch.float64,
+    scale=1.0,
+    temperature=1.0,
+    labels=LABELS,
+    counts=COUNTS,
+    taken=VOCAB,
+):
     """Hidden states, weight, bias, targets that name ids below `taken`, labels."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(len(COUNTS), WIDTH, dtype=torch.float64, generator=generator) * scale
@@ -35,9 +37,16 @@ def problem(
 
 
 def compare(
-    method, *, dtype=torch.float64, scale=1.0, rtol=1e-9, atol=1e-11, bias=True, made_at=None,
+    method,
+    *,
+    dtype=torch.float64,
+    scale=1.0,
+    rtol=1e-9,
+    atol=1e-11,
+    bias=True,
+    made_at=None,
     **options,
-):  # fmt: skip
+):
     temperature = made_at or options.get("temperature", 1.0)
     results = []
     for function in (distillation_terms, dense_terms):
@@ -80,9 +89,15 @@ def test_lower_precision_agrees_with_the_double_reference(method, divergence, dt
     rtol, atol = (5e-4, 1e-5) if single else (5e-2, 5e-3)
     for scale in (0.1, 1.0, 10.0) if single else (0.1, 1.0):
         compare(
-            method, dtype=dtype, scale=scale, divergence=divergence, ce_weight=0.5, z_loss=0.01,
-            rtol=rtol, atol=atol,
-        )  # fmt: skip
+            method,
+            dtype=dtype,
+            scale=scale,
+            divergence=divergence,
+            ce_weight=0.5,
+            z_loss=0.01,
+            rtol=rtol,
+            atol=atol,
+        )
 
 
 # The weights of adaptive_kl are constants to its gradient: test_divergences.py holds them.
@@ -92,9 +107,19 @@ def test_gradcheck(method, divergence):
 
     def loss(hidden, weight, bias):
         return fused_linear_distillation(
-            hidden, weight, targets, labels, bias_V=bias, temperature=1.5, ce_weight=0.4,
-            label_smoothing=0.1, softcap=3.0, chunk_size=4, divergence=divergence, z_loss=0.1,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            labels,
+            bias_V=bias,
+            temperature=1.5,
+            ce_weight=0.4,
+            label_smoothing=0.1,
+            softcap=3.0,
+            chunk_size=4,
+            divergence=divergence,
+            z_loss=0.1,
+        )
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias), check_undefined_grad=False)
 
@@ -120,9 +145,13 @@ def test_every_divergence_equals_the_dense_reference(method, divergence, options
 @pytest.mark.parametrize(("made_at", "temperature"), [(1.0, 3.0), (2.0, 1.0), (0.7, 0.5)])
 def test_another_temperature_softens_the_buckets_of_both_sides(divergence, made_at, temperature):
     compare(
-        "topk", divergence=divergence, made_at=made_at, temperature=temperature, ce_weight=0.5,
+        "topk",
+        divergence=divergence,
+        made_at=made_at,
+        temperature=temperature,
+        ce_weight=0.5,
         z_loss=0.1,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("method", ["topk", "topp"])
@@ -153,9 +182,14 @@ def test_logits_of_minus_infinity_have_no_probability_and_no_gradient(divergence
         with torch.no_grad():
             tensors[2][-1] = -torch.inf
         found = function(
-            tensors[0], tensors[1], targets, labels, bias_V=tensors[2], divergence=divergence,
+            tensors[0],
+            tensors[1],
+            targets,
+            labels,
+            bias_V=tensors[2],
+            divergence=divergence,
             ce_weight=0.5,
-        )  # fmt: skip
+        )
         found[0].backward()
         results.append([*found[:3], *(t.grad for t in tensors)])
     for ours, reference in zip(*results, strict=True):
@@ -178,9 +212,18 @@ def test_rows_beyond_the_vocabulary_are_padding_without_probability_or_gradient(
         for tensor in tensors:
             tensor.requires_grad_()
         terms = distillation_terms(
-            tensors[0], tensors[1], targets, labels, bias_V=tensors[2], vocab_size=VOCAB,
-            ce_weight=0.5, label_smoothing=0.1, mode=mode, agreement=True, **options,
-        )  # fmt: skip
+            tensors[0],
+            tensors[1],
+            targets,
+            labels,
+            bias_V=tensors[2],
+            vocab_size=VOCAB,
+            ce_weight=0.5,
+            label_smoothing=0.1,
+            mode=mode,
+            agreement=True,
+            **options,
+        )
         terms.loss.backward()
         assert (tensors[1].grad[VOCAB:] == 0).all()
         assert (tensors[2].grad[VOCAB:] == 0).all()
@@ -196,9 +239,16 @@ def test_gradients_recomputed_in_the_backward_are_those_formed_in_the_forward(dt
     for mode in ("forward", "recompute"):
         hidden, weight, bias, targets, labels = problem("topk", dtype=dtype)
         loss = fused_linear_distillation(
-            hidden, weight, targets, labels, bias_V=bias, divergence=divergence, mode=mode,
-            ce_weight=0.5, softcap=3.0,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            labels,
+            bias_V=bias,
+            divergence=divergence,
+            mode=mode,
+            ce_weight=0.5,
+            softcap=3.0,
+        )
         (3 * loss).backward()
         results.append([loss, hidden.grad, weight.grad, bias.grad])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-2)
@@ -212,8 +262,10 @@ def test_a_memory_budget_chooses_what_fits_it():
     kept = 600 * 8 * 4 + 97 * 8 * 4
     budgets = {kept / 2**30: kept, (kept - 1) / 2**30: 0}
     assert [choose_mode(hidden, weight, b) for b in (None, *budgets)] == [
-        "forward", "forward", "recompute",
-    ]  # fmt: skip
+        "forward",
+        "forward",
+        "recompute",
+    ]
     held = {}
     for budget in budgets:
         loss = fused_linear_distillation(hidden, weight, targets, labels, memory_budget=budget)

@@ -20,9 +20,11 @@ from tests.train.stores import make_config, make_store
 def test_partitioned_weights_are_those_of_a_plain_model(tmp_path, init, world):
     config = make_config(tmp_path)
     config = config.model_copy(
-        update={"student": config.student.model_copy(update={"init": init}),
-                "train": config.train.model_copy(update={"seed": 7})},
-    )  # fmt: skip
+        update={
+            "student": config.student.model_copy(update={"init": init}),
+            "train": config.train.model_copy(update={"seed": 7}),
+        }
+    )
     found = run_ranks(world, "tests.train.runs:weights", config=config)[0]
     folder = config.student.model
     if init == "pretrained":
@@ -36,8 +38,15 @@ def test_partitioned_weights_are_those_of_a_plain_model(tmp_path, init, world):
         np.testing.assert_array_equal(found[name], value.detach().numpy(), err_msg=name)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 def test_a_soft_cap_of_the_architecture_is_applied():
@@ -58,8 +67,15 @@ def test_logits_made_in_an_unknown_way_are_refused():
 
 
 def test_a_model_that_is_not_a_causal_language_model_is_refused():
-    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                intermediate_size=32, vocab_size=64))  # fmt: skip
+    bert = BertModel(
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            vocab_size=64,
+        )
+    )
     with pytest.raises(ConfigError, match=r"BertModel has no output projection"):
         replace_head(bert)
 

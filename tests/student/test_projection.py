@@ -36,8 +36,9 @@ def test_neither_side_moves_what_the_other_learns(settings, normalizer):
     labels_N = torch.randint(V - 3, (N,), generator=generator)
     labels_N[2], has_N = -100, torch.arange(N) % 3 != 1
     targets = ProjectedTargets(teacher_NH, has_N).through(projector)
-    terms = head(hidden_NS, labels_N, targets, ce_weight=0.5, temperature=2.0,
-                 normalizer=normalizer)  # fmt: skip
+    terms = head(
+        hidden_NS, labels_N, targets, ce_weight=0.5, temperature=2.0, normalizer=normalizer
+    )
     terms.loss.backward()
     found = [p.grad for p in (hidden_NS, linear.weight, linear.bias, projector.weight)]
 

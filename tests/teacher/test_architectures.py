@@ -23,9 +23,12 @@ def small_batch():
 def configured(model_type: str, folder: str, *, tp: int, engine: str):
     architecture = ARCHITECTURES[model_type]
     return settings(
-        f"{folder}/{model_type}", pack=architecture.pack, tp=tp, engine=engine,
+        f"{folder}/{model_type}",
+        pack=architecture.pack,
+        tp=tp,
+        engine=engine,
         attention=architecture.attention,
-    )  # fmt: skip
+    )
 
 
 def log_probs_of_all(mesh, folder: str, engine: str, model_types: list[str]) -> dict:
@@ -144,14 +147,21 @@ def says_something_else(mesh, folder: str, model_type: str, engine: str) -> str:
 
 @pytest.mark.parametrize(
     ("tp", "engine", "begins"),
-    [(2, "tensor_parallel", "teacher.tp: 2: "), (1, "tensor_parallel", "teacher.model: "),
-     (1, "zero3", "teacher.model: ")],
-)  # fmt: skip
+    [
+        (2, "tensor_parallel", "teacher.tp: 2: "),
+        (1, "tensor_parallel", "teacher.model: "),
+        (1, "zero3", "teacher.model: "),
+    ],
+)
 def test_an_engine_that_says_something_else_than_the_model_is_refused(folder, tp, engine, begins):
     results = run_ranks(
-        2, "tests.teacher.test_architectures:says_something_else", tp=tp, folder=folder,
-        model_type="llama", engine=engine,
-    )  # fmt: skip
+        2,
+        "tests.teacher.test_architectures:says_something_else",
+        tp=tp,
+        folder=folder,
+        model_type="llama",
+        engine=engine,
+    )
     for said in results:
         assert said.startswith(
             f"{begins}LlamaForCausalLM (llama) under DeepSpeed says something else than in "

@@ -58,9 +58,12 @@ def test_chunks_give_the_targets_of_the_whole():
     hidden, weight, labels, keys = parts()
     chunked = head(weight).targets(hidden, labels, keys, method="varopt", tau=0.05).numpy()
     whole = select_targets(
-        torch.log_softmax(hidden @ weight.T, 1), method="varopt", tau=0.05, keys_N=keys,
+        torch.log_softmax(hidden @ weight.T, 1),
+        method="varopt",
+        tau=0.05,
+        keys_N=keys,
         labels_N=labels,
-    ).numpy()  # fmt: skip
+    ).numpy()
     assert chunked.counts[::7].sum() == 0
     same = chunked.counts == whole.counts
     assert same.mean() > 0.995  # another order of summation may move an id across tau

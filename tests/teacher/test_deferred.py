@@ -121,10 +121,14 @@ def test_a_write_that_cannot_be_recorded_is_refused(write):
 
 
 SIZES = {
-    "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def peak(mesh, folders: list[str], dtype: str) -> tuple[float, float]:
@@ -142,10 +146,11 @@ def peak(mesh, folders: list[str], dtype: str) -> tuple[float, float]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_layers_are_held_at_most_where_experts_are_stacked_and_cast(tmp_path, dtype):
     folders = [
-        save_random(tmp_path / str(layers), "mixtral", {**SIZES, "num_hidden_layers": layers},
-                    seed=0)
+        save_random(
+            tmp_path / str(layers), "mixtral", {**SIZES, "num_hidden_layers": layers}, seed=0
+        )
         for layers in (1, 12)
-    ]  # fmt: skip
+    ]
     [(taken, layers)] = run_ranks(
         1, "tests.teacher.test_deferred:peak", folders=folders, dtype=dtype
     )

@@ -26,9 +26,13 @@ def batch() -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def plain_log_probs(
-    model: str, *, vocab_size: int | None = None, inputs=None, pack: str = "isolate",
+    model: str,
+    *,
+    vocab_size: int | None = None,
+    inputs=None,
+    pack: str = "isolate",
     attention: str = "sdpa",
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Every document on its own through transformers: nothing to isolate, nothing of ours.
 
     Of the first `vocab_size` ids, as if there were no others. pack="concat": every sequence is one
@@ -61,9 +65,11 @@ def engine_log_probs(mesh, model: str, engine: str, vocab_size: int = VOCAB, **o
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def model(request, tmp_path_factory):
     return tiny_llama(
-        tmp_path_factory.mktemp("teacher"), vocab_size=VOCAB, num_key_value_heads=4,
+        tmp_path_factory.mktemp("teacher"),
+        vocab_size=VOCAB,
+        num_key_value_heads=4,
         tie_word_embeddings=request.param,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,9 +79,12 @@ def model(request, tmp_path_factory):
 )
 def test_tensor_parallel_log_probs_are_those_of_plain_transformers(model, ranks, tp):
     results = run_ranks(
-        ranks, "tests.teacher.test_engine:engine_log_probs", tp=tp, model=model,
+        ranks,
+        "tests.teacher.test_engine:engine_log_probs",
+        tp=tp,
+        model=model,
         engine="tensor_parallel",
-    )  # fmt: skip
+    )
     expected = plain_log_probs(model)
     for first in range(0, ranks, tp):
         found = torch.cat([slice_ for slice_, _ in results[first : first + tp]], 1)
@@ -103,9 +112,13 @@ def test_zero3_log_probs_are_those_of_plain_transformers(model, options):
 )
 def test_rows_above_the_tokenizers_ids_are_no_part_of_the_distribution(model, tp, engine):
     results = run_ranks(
-        2, "tests.teacher.test_engine:engine_log_probs", tp=tp, model=model, engine=engine,
+        2,
+        "tests.teacher.test_engine:engine_log_probs",
+        tp=tp,
+        model=model,
+        engine=engine,
         vocab_size=450,
-    )  # fmt: skip
+    )
     found = torch.cat([slice_ for slice_, _ in results[:tp]], 1)
     assert found.shape[1] == 450
     assert (found - plain_log_probs(model, vocab_size=450)).abs().max() < 1e-5

@@ -27,9 +27,11 @@ def sharded(mesh, models: dict[str, str], attention: dict[str, str]) -> dict:
     found = {}
     for name, model in models.items():
         section = {
-            "model": model, "tp": mesh.tp, "dtype": "float32",
+            "model": model,
+            "tp": mesh.tp,
+            "dtype": "float32",
             "attention": attention.get(name, "sdpa"),
-        }  # fmt: skip
+        }
         data = {"source": "python-stdlib", "seq_len": 24, "pack": "concat"}
         config = Config.model_validate({"data": data, "teacher": section})
         try:
@@ -49,9 +51,8 @@ def expert_bytes(model) -> int:
 def check(models: dict[str, str], attention: dict[str, str], *, tp: int) -> dict[str, str]:
     """Compares with plain transformers; the refusals, by architecture."""
     results = run_ranks(
-        tp, "tests.teacher.test_expert_sharding:sharded", tp=tp, models=models,
-        attention=attention,
-    )  # fmt: skip
+        tp, "tests.teacher.test_expert_sharding:sharded", tp=tp, models=models, attention=attention
+    )
     refused, wrong = {}, {}
     for name, model in models.items():
         if isinstance(results[0][name], str):
@@ -116,6 +117,12 @@ def test_every_mixture_is_right_or_refused_by_name(tmp_path, tp):
 # Norms over all heads (OLMoE, FlexOlmo, MiniMax-M2), fused shared experts, identity experts, and
 # experts stacked in ways of their own.
 REFUSED = {
-    "olmoe", "flex_olmo", "minimax_m2", "granitemoeshared", "hunyuan_v1_moe", "longcat_flash",
-    "jetmoe", "dbrx",
-}  # fmt: skip
+    "olmoe",
+    "flex_olmo",
+    "minimax_m2",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "longcat_flash",
+    "jetmoe",
+    "dbrx",
+}

@@ -34,9 +34,12 @@ def verdicts(mesh, models: dict[str, dict], engine: str, dtype: str) -> dict[str
         for name, model in models.items():
             data = {"source": "python-stdlib", "seq_len": SEQ_LEN, "pack": model["pack"]}
             teacher = {
-                "model": model["model"], "engine": engine, "tp": mesh.tp, "dtype": dtype,
+                "model": model["model"],
+                "engine": engine,
+                "tp": mesh.tp,
+                "dtype": dtype,
                 "attention": model["attention"],
-            }  # fmt: skip
+            }
             config = Config.model_validate({"data": data, "teacher": teacher})
             try:
                 teacher_engine.load_teacher(config, mesh, vocab_size=VOCAB)
@@ -84,11 +87,15 @@ def test_what_is_taken_in_float32_is_taken_in_bfloat16(models, ranks, tp, engine
         models = {name: model for name, model in models.items() if name != "recurrent_gemma"}
     said = {
         dtype: run_ranks(
-            ranks, "tests.teacher.test_no_false_alarm:verdicts", tp=tp, models=models,
-            engine=engine, dtype=dtype,
+            ranks,
+            "tests.teacher.test_no_false_alarm:verdicts",
+            tp=tp,
+            models=models,
+            engine=engine,
+            dtype=dtype,
         )[0]
         for dtype in ("float32", "bfloat16")
-    }  # fmt: skip
+    }
     taken = {dtype: {name for name in models if not said[dtype][name]} for dtype in said}
     refused = {name: text for name, text in said["bfloat16"].items() if text}
     assert (

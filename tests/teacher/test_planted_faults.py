@@ -21,13 +21,31 @@ from tests.teacher import faults
 pytestmark = [pytest.mark.long, pytest.mark.models]
 
 VOCAB, SEQ_LEN = 512, 1024
-SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024,
-         "initializer_range": 0.1, "head_dim": 16}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 128, "rope_theta": 10_000.0}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256,
-        "rope_theta": 10_000.0}  # fmt: skip
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "head_dim": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10_000.0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "rope_theta": 10_000.0,
+}
 
 
 @dataclass(frozen=True)
@@ -50,31 +68,50 @@ class Case:
 CASES = {
     "llama": Case(
         "llama",
-        ("another_rope_base", "rounded_tables", "scale_left_out", "bias_lost", "layer_twice",
-         "norm_left_out", "scale_slightly_off", "shard_missing", "shard_doubled",
-         "position_off_by_one_late"),
-        {"attention_bias": True}, packed=("leak_late", "leak_in_one_layer"),
+        (
+            "another_rope_base",
+            "rounded_tables",
+            "scale_left_out",
+            "bias_lost",
+            "layer_twice",
+            "norm_left_out",
+            "scale_slightly_off",
+            "shard_missing",
+            "shard_doubled",
+            "position_off_by_one_late",
+        ),
+        {"attention_bias": True},
+        packed=("leak_late", "leak_in_one_layer"),
     ),
-    "llama3 rope": Case(
-        "llama", ("no_rope_scaling", "rounded_tables"), {"rope_scaling": LLAMA3}
-    ),
+    "llama3 rope": Case("llama", ("no_rope_scaling", "rounded_tables"), {"rope_scaling": LLAMA3}),
     "yarn": Case("llama", ("no_rope_scaling", "rounded_tables"), {"rope_scaling": YARN}),
     "gemma2": Case(
-        "gemma2", ("window_off_by_one", "no_window", "no_attention_cap"),
+        "gemma2",
+        ("window_off_by_one", "no_window", "no_attention_cap"),
         {"sliding_window": 48, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 16},
         attention="eager",
     ),
     "mixtral": Case(
-        "mixtral", ("expert_missing", "expert_doubled"),
+        "mixtral",
+        ("expert_missing", "expert_doubled"),
         {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "falcon_h1": Case(
-        "falcon_h1", (),
-        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
-         "mamba_d_state": 8, "mamba_chunk_size": 32},
-        packed=("state_left_over",), tp=(1,), apart=True,
+        "falcon_h1",
+        (),
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 32,
+        },
+        packed=("state_left_over",),
+        tp=(1,),
+        apart=True,
     ),
-}  # fmt: skip
+}
 
 
 def save(folder: Path, case: Case) -> str:
@@ -128,8 +165,13 @@ def verdicts(mesh, folder: str, engine: str, dtype: str, attention: str, names: 
     from megadistill.teacher import engine as teacher_engine
 
     verify, said = teacher_engine._verify, {}
-    teacher = {"model": folder, "engine": engine, "tp": mesh.tp, "dtype": dtype,
-               "attention": attention}  # fmt: skip
+    teacher = {
+        "model": folder,
+        "engine": engine,
+        "tp": mesh.tp,
+        "dtype": dtype,
+        "attention": attention,
+    }
     data = {"source": "python-stdlib", "seq_len": SEQ_LEN}
     config = Config.model_validate({"data": data, "teacher": teacher})
     for fault in names:
@@ -181,9 +223,15 @@ def test_what_counts_is_stopped_and_nothing_else_is(planted, ranks, tp, engine, 
     if tp not in case.tp:
         pytest.skip(f"tp={tp} is refused by name")
     results = run_ranks(
-        ranks, "tests.teacher.test_planted_faults:verdicts", tp=tp, folder=folder, engine=engine,
-        dtype=dtype, attention=case.attention, names=[None, *moved],
-    )  # fmt: skip
+        ranks,
+        "tests.teacher.test_planted_faults:verdicts",
+        tp=tp,
+        folder=folder,
+        engine=engine,
+        dtype=dtype,
+        attention=case.attention,
+        names=[None, *moved],
+    )
     lines, missed = [], []
     for result in results:
         assert result[None] == ""

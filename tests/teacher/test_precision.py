@@ -22,20 +22,34 @@ log = logging.getLogger(__name__)
 
 _LLAMA = {**ARCHITECTURES["llama"].settings, "max_position_embeddings": 4096}
 _SCALED = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
-}  # fmt: skip
-_YARN = {
-    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
     "rope_theta": 10000.0,
-}  # fmt: skip
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 _ROPE = "rope_scaling" if version("transformers").startswith("4.") else "rope_parameters"
 _ERNIE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16,
-    "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": 16,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": 1,
     "max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 # What each keeps in float32: rotary frequencies, DeepSeek-V3's correction bias and Ernie's routers.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,8 +99,11 @@ def engine_tensors(mesh, folder: str, engine: str, dtype: str, names: list[str])
     }
 
 
-ENGINES = {"whole": (1, 1, "tensor_parallel"), "tp=2": (2, 2, "tensor_parallel"),
-           "zero3": (2, 1, "zero3")}  # fmt: skip
+ENGINES = {
+    "whole": (1, 1, "tensor_parallel"),
+    "tp=2": (2, 2, "tensor_parallel"),
+    "zero3": (2, 1, "zero3"),
+}
 
 
 @pytest.mark.long
@@ -119,9 +136,12 @@ def loaded_in_float16(mesh, model: str, engine: str, supported: list[torch.dtype
 @pytest.mark.parametrize(("ranks", "engine"), [(1, "tensor_parallel"), (2, "zero3")])
 def test_a_number_format_that_the_machine_lacks_is_refused(folder, ranks, engine):
     for said in run_ranks(
-        ranks, "tests.teacher.test_precision:loaded_in_float16", model=f"{folder}/llama",
-        engine=engine, supported=[torch.float32, torch.bfloat16],
-    ):  # fmt: skip
+        ranks,
+        "tests.teacher.test_precision:loaded_in_float16",
+        model=f"{folder}/llama",
+        engine=engine,
+        supported=[torch.float32, torch.bfloat16],
+    ):
         assert said == (
             "teacher.dtype: float16, and DeepSpeed does not run it on this machine's cpu, expected "
             "float32 or bfloat16"
@@ -133,9 +153,14 @@ def compare_tensors(folder: str, engine: str, dtype: str, names: list[str]) -> N
         pytest.skip(f"DeepSpeed has no {dtype} on this machine")
     ranks, tp, engine = ENGINES[engine]
     results = run_ranks(
-        ranks, "tests.teacher.test_precision:engine_tensors", tp=tp, folder=folder, engine=engine,
-        dtype=dtype, names=names,
-    )  # fmt: skip
+        ranks,
+        "tests.teacher.test_precision:engine_tensors",
+        tp=tp,
+        folder=folder,
+        engine=engine,
+        dtype=dtype,
+        names=names,
+    )
     for name in names:
         model = AutoModelForCausalLM.from_pretrained(
             f"{folder}/{name}", dtype=getattr(torch, dtype)
@@ -248,9 +273,10 @@ def student_buffers(mesh, model: str, init: str) -> dict[str, torch.Tensor]:
 
     config = StudentConfig.model_validate({"model": model, "init": init})
     deepspeed = {
-        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
-    }  # fmt: skip
+    }
     student = load_student(config, mesh, deepspeed_config=deepspeed)
     return {name: buffer.cpu().clone() for name, buffer in student.model.named_buffers()}
 

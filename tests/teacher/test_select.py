@@ -136,10 +136,13 @@ def with_ties(vocab: int) -> torch.Tensor:
 def sliced(mesh, method: str, vocab: int, **more):
     first, last = vocab * mesh.tp_rank // mesh.tp, vocab * (mesh.tp_rank + 1) // mesh.tp
     targets = select_targets(
-        with_ties(vocab)[:, first:last].contiguous(), method=method, keys_N=keys(64),
+        with_ties(vocab)[:, first:last].contiguous(),
+        method=method,
+        keys_N=keys(64),
         labels_N=ragged_labels(64, vocab),
-        vocabulary=VocabularySlice(first, last - first, mesh.tp_group), **more,
-    )  # fmt: skip
+        vocabulary=VocabularySlice(first, last - first, mesh.tp_group),
+        **more,
+    )
     return targets.numpy()
 
 

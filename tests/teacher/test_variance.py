@@ -64,8 +64,9 @@ def test_at_equal_entries_varopt_has_a_third_of_the_variance_of_multinomial(voca
     assert best.mean() <= variance.mean() / 3
 
 
-@pytest.mark.parametrize(("method", "parameters"), [("varopt", {"tau": 0.06}),
-                                                    ("multinomial", {"draws": 50})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("varopt", {"tau": 0.06}), ("multinomial", {"draws": 50})]
+)
 def test_what_is_drawn_has_the_variance_and_the_entries_worked_out(method, parameters):
     draws = 4000
     p_NV = language_model_like(2, 500, (0.5, 0.7))

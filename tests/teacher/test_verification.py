@@ -58,9 +58,12 @@ VERDICT = "tests.teacher.test_verification:verdict"
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
     return tiny_llama(
-        tmp_path_factory.mktemp("llama"), max_position_embeddings=1024, num_hidden_layers=3,
-        attention_bias=True, num_key_value_heads=4,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("llama"),
+        max_position_embeddings=1024,
+        num_hidden_layers=3,
+        attention_bias=True,
+        num_key_value_heads=4,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -27,15 +27,20 @@ def test_the_report_compares_both_kinds_of_students(tmp_path: Path, monkeypatch,
         demo.report(Stages(), seeds=2)
     summary = json.loads((tmp_path / "report.json").read_text())
     assert [(s["student"], s["seed"]) for s in summary["students"]] == [
-        ("labels", 0), ("cache", 0), ("labels", 1), ("cache", 1)
-    ]  # fmt: skip
+        ("labels", 0),
+        ("cache", 0),
+        ("labels", 1),
+        ("cache", 1),
+    ]
     assert summary["gain_in_held_out_loss"] == [1.0, 1.0]  # a seed of make_run's costs a nat
     assert summary["teacher_held_out_loss"] == 4.2
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     said = [record.getMessage() for record in caplog.records]
     (table,) = [text for text in said if text.startswith("| run")]
     assert [row[0] for row in cells(table)[1::2]] == [
-        "`hard labels, seed 0`", "`the teacher's cache, seed 0`",
-        "`hard labels, seed 1`", "`the teacher's cache, seed 1`",
-    ]  # fmt: skip
+        "`hard labels, seed 0`",
+        "`the teacher's cache, seed 0`",
+        "`hard labels, seed 1`",
+        "`the teacher's cache, seed 1`",
+    ]
     assert "distilling lowered the held-out loss by 1.000, 1.000" in said

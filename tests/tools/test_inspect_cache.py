@@ -19,10 +19,24 @@ from tests.programs import program
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 KEYS = {
-    "format_version", "complete", "num_blocks", "missing_blocks", "num_sequences", "num_positions",
-    "method", "entries_per_position", "bytes_per_position", "content_hash", "teacher", "tokenizer",
-    "vocab_size", "seq_len", "listed_mass", "entropy", "teacher_nll",
-}  # fmt: skip
+    "format_version",
+    "complete",
+    "num_blocks",
+    "missing_blocks",
+    "num_sequences",
+    "num_positions",
+    "method",
+    "entries_per_position",
+    "bytes_per_position",
+    "content_hash",
+    "teacher",
+    "tokenizer",
+    "vocab_size",
+    "seq_len",
+    "listed_mass",
+    "entropy",
+    "teacher_nll",
+}
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -132,9 +146,13 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--show", "one"], ["--diff", "a", "--show", "1"], ["--positions", "0:1"],
-     ["--tokenizer", "a"]],
-)  # fmt: skip
+    [
+        ["--show", "one"],
+        ["--diff", "a", "--show", "1"],
+        ["--positions", "0:1"],
+        ["--tokenizer", "a"],
+    ],
+)
 def test_arguments_that_do_not_go_together_are_refused(capsys, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         inspect(capsys, "cache", *arguments)
@@ -254,8 +272,11 @@ def test_pictures_are_written_on_request(tmp_path: Path, capsys) -> None:
     assert inspect(capsys, tmp_path / "cache", "--plot", tmp_path / "file")[0] == 2
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     assert names == [
-        "bytes_per_position.png", "entries_per_position.png", "entropy.png", "listed_mass.png"
-    ]  # fmt: skip
+        "bytes_per_position.png",
+        "entries_per_position.png",
+        "entropy.png",
+        "listed_mass.png",
+    ]
 
 
 def test_inspecting_starts_without_torch_or_streaming(tmp_path: Path) -> None:

@@ -178,11 +178,19 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["a"], ["--repair", "a", "b"], ["--repair", "a", "--out", "b"], ["--repair"],
-     ["--split", "2", "a"], ["--split", "two", "--out", "b", "a"], ["--dry_run", "--out", "b", "a"],
-     ["--split", "2", "--out", "c", "a", "b"], ["--repair", "file:///a"],
-     ["--out", "file:///a", "b"]],
-)  # fmt: skip
+    [
+        ["a"],
+        ["--repair", "a", "b"],
+        ["--repair", "a", "--out", "b"],
+        ["--repair"],
+        ["--split", "2", "a"],
+        ["--split", "two", "--out", "b", "a"],
+        ["--dry_run", "--out", "b", "a"],
+        ["--split", "2", "--out", "c", "a", "b"],
+        ["--repair", "file:///a"],
+        ["--out", "file:///a", "b"],
+    ],
+)
 def test_arguments_that_do_not_go_together_are_refused(capsys, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         merge(capsys, *arguments)

@@ -85,9 +85,14 @@ def test_every_copy_scores_the_blocks_and_all_ranks_know_the_sum(
     before = files()
     tp = 2 if "teacher.tp=2" in overrides else 1
     found = run_ranks(
-        ranks, "tests.tools.test_plan:measured", tp=tp,
-        place=place, temporary=tmp_path, overrides=overrides, blocks=3,
-    )  # fmt: skip
+        ranks,
+        "tests.tools.test_plan:measured",
+        tp=tp,
+        place=place,
+        temporary=tmp_path,
+        overrides=overrides,
+        blocks=3,
+    )
     for m in found:
         assert dataclasses.replace(m, load_s=0) == dataclasses.replace(found[0], load_s=0)
         assert (m.ranks, m.blocks) == (ranks, 3 * copies)
@@ -127,10 +132,24 @@ def generate(mesh, place: Path, overrides: list[str]) -> None:
 def test_the_program_measures_and_prints_one_json_object(place):
     before = files()
     done = subprocess.run(
-        [sys.executable, str(TOOLS / "plan.py"), "--config", "c.yaml", "--blocks", "1", "--json",
-         "--price", "3", "--currency", "EUR"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(TOOLS / "plan.py"),
+            "--config",
+            "c.yaml",
+            "--blocks",
+            "1",
+            "--json",
+            "--price",
+            "3",
+            "--currency",
+            "EUR",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["measured"]["blocks"] == 1
@@ -164,8 +183,12 @@ def test_without_a_run_bytes_are_assumed_and_hours_unknown(place, capsys):
 
 @pytest.mark.parametrize("method", ["exact", "projected", "varopt"])
 def test_of_a_teacher_beside_the_student_there_is_no_cache_to_plan(place, capsys, method):
-    online = ("teacher.mode=online", f"targets.method={method}", "student.model=teacher",
-              "train.steps=1")  # fmt: skip
+    online = (
+        "teacher.mode=online",
+        f"targets.method={method}",
+        "student.model=teacher",
+        "train.steps=1",
+    )
     for how in ((), ("--no_run",)):
         code, out, error = plan(capsys, *how, *online)
         assert (code, out) == (2, "")
@@ -216,9 +239,11 @@ def test_the_block_size_that_fits_is_named(place):
 def test_a_disk_that_is_too_small_is_said_of_the_sizes_it_does_not_hold(place):
     config = load_config("c.yaml", ["cache.min_free=0"])
     report = Report(
-        config=config, plan=make_plan(config, world=1, training=False), ranks=1,
+        config=config,
+        plan=make_plan(config, world=1, training=False),
+        ranks=1,
         rates=Rates(4, 10**6, 1),
-    )  # fmt: skip
+    )
     assert len(report.rows) == len(SIZES)
     assert not report.rows[-1].fits
     assert report.own is not None

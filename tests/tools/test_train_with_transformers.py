@@ -28,11 +28,24 @@ def train(*arguments: str | Path) -> subprocess.CompletedProcess:
 def test_hugging_faces_trainer_learns_from_a_cache(tmp_path, method):
     cache = make_store(tmp_path / "cache", method=method)
     tiny_llama(tmp_path / "student", vocab_size=VOCAB, hidden_size=32, intermediate_size=48)
-    done = train("--cache", cache, "--student", tmp_path / "student", "--out", tmp_path / "out",
-                 "--steps", 30, "--lr", 0.01)  # fmt: skip
+    done = train(
+        "--cache",
+        cache,
+        "--student",
+        tmp_path / "student",
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        30,
+        "--lr",
+        0.01,
+    )
     assert done.returncode == 0, done.stderr
-    losses = [float(line.split("'loss': ")[1].split(",")[0].strip("'"))
-              for line in done.stdout.splitlines() if "'loss': " in line]  # fmt: skip
+    losses = [
+        float(line.split("'loss': ")[1].split(",")[0].strip("'"))
+        for line in done.stdout.splitlines()
+        if "'loss': " in line
+    ]
     assert len(losses) == 3
     assert losses[2] < 0.9 * losses[0]  # it learns 24 random sequences by heart
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -31,9 +31,13 @@ def command(how: str, file: Path, out: Path) -> list[str]:
     launcher = {
         "python": [sys.executable],
         "deepspeed": [
-            str(BINARIES / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()),
+            str(BINARIES / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
         ],
-    }[how]  # fmt: skip
+    }[how]
     return [*launcher, str(ROOT / "launch/train.py"), "--config", str(file), f"train.out_dir={out}"]
 
 
@@ -46,14 +50,18 @@ class Started:
         self.log = log
         with log.open("w") as output:
             given = {
-                "stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT,
+                "stdin": subprocess.DEVNULL,
+                "stdout": output,
+                "stderr": subprocess.STDOUT,
                 "preexec_fn": as_from_a_terminal,
-            }  # fmt: skip
+            }
             self.process = subprocess.Popen(
-                argv, start_new_session=True, cwd=ROOT,
+                argv,
+                start_new_session=True,
+                cwd=ROOT,
                 env=kept | {"PATH": os.pathsep.join([str(BINARIES), kept["PATH"]])},
                 **given | options,
-            )  # fmt: skip
+            )
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")

@@ -42,13 +42,21 @@ def optimizer_and_order(config, model, cache):
     settings = config.train
     groups = [[p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
     optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": settings.weight_decay},
-         {"params": groups[1], "weight_decay": 0.0}], betas=settings.betas, lr=settings.lr,
-    )  # fmt: skip
+        [
+            {"params": groups[0], "weight_decay": settings.weight_decay},
+            {"params": groups[1], "weight_decay": 0.0},
+        ],
+        betas=settings.betas,
+        lr=settings.lr,
+    )
     order = Order(
-        [len(cache)], block_size=8, global_batch=settings.global_batch, seed=config.order.seed,
-        groups=config.order.groups, shuffle=config.order.shuffle,
-    )  # fmt: skip
+        [len(cache)],
+        block_size=8,
+        global_batch=settings.global_batch,
+        seed=config.order.seed,
+        groups=config.order.groups,
+        shuffle=config.order.shuffle,
+    )
     return optimizer, order
 
 
@@ -75,9 +83,12 @@ def plain_steps(config):
         for teacher, weight in teachers:
             targets = concatenate([teacher[i]["targets"] for _, i in order.batch(step)]).torch()
             loss_from_it, _kd_sum, _ce_sum = dense_terms(
-                hidden, model.lm_head.weight, targets, torch.as_tensor(labels_N),
+                hidden,
+                model.lm_head.weight,
+                targets,
+                torch.as_tensor(labels_N),
                 **config.loss.model_dump(exclude={"memory_budget", "curriculum", *FEATURES}),
-            )  # fmt: skip
+            )
             loss += weight / sum(w for _, w in teachers) * loss_from_it
         if not loss.isfinite():
             results.append([None, None])

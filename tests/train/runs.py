@@ -206,8 +206,12 @@ def gradient_of_an_infinite_loss(mesh, config):
 class AllShapes(torch.nn.Module):
     # A scalar of no dimension is more than DeepSpeed 0.19.8 can broadcast when it begins.
     SHAPES = {  # noqa: RUF012
-        "scalar": (1,), "three": (3,), "odd": (3, 5), "deep": (2, 3, 7), "big": (17, 11),
-    }  # fmt: skip
+        "scalar": (1,),
+        "three": (3,),
+        "odd": (3, 5),
+        "deep": (2, 3, 7),
+        "big": (17, 11),
+    }
 
     def __init__(self, dtype):
         super().__init__()

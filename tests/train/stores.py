@@ -16,10 +16,24 @@ TOKENIZER = {"content": "0" * 64, "vocab_size": VOCAB, "bos": None, "eos": 0}
 
 
 def make_store(
-    path, *, method="varopt", sequences=24, block_size=8, vocab=VOCAB, seed=0, blocks=None,
-    only_in=None, masked=False, teacher=0, nothing=False, few=False, notes=True,
-    documents=(None,), words=VOCAB, **recipe,
-):  # fmt: skip
+    path,
+    *,
+    method="varopt",
+    sequences=24,
+    block_size=8,
+    vocab=VOCAB,
+    seed=0,
+    blocks=None,
+    only_in=None,
+    masked=False,
+    teacher=0,
+    nothing=False,
+    few=False,
+    notes=True,
+    documents=(None,),
+    words=VOCAB,
+    **recipe,
+):
     """A cache, or with method=None a token store; `blocks`: commit only so many.
 
     masked: only the end of each sequence is learned from, of a length of its own.
@@ -100,10 +114,7 @@ def make_sample(rng, method, vocab, seed, *, notes=True):
             if a == b:
                 targets.tail[n] = 0
         kept = (
-            {
-                "entropy": np.full(SEQ_LEN, 1.5, np.float32),
-                "nll": np.full(SEQ_LEN, 2.5, np.float32),
-            }
+            {"entropy": np.full(SEQ_LEN, 1.5, np.float32), "nll": np.full(SEQ_LEN, 2.5, np.float32)}
             if notes
             else {}
         )
@@ -127,10 +138,15 @@ def make_config(folder, **sections):
         "student": {"model": str(folder / "model")},
         "loss": {"ce_weight": 0.5},
         "train": {
-            "out_dir": str(folder / "out"), "steps": 4, "global_batch": 8, "micro_batch": 2,
-            "lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.1,
+            "out_dir": str(folder / "out"),
+            "steps": 4,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "lr": 1e-2,
+            "warmup_steps": 1,
+            "weight_decay": 0.1,
         },
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         defaults[name] = {**defaults.get(name, {}), **section}
     return Config(**defaults)

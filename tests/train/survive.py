@@ -39,15 +39,19 @@ POINTS = {
     "before the manifest": ("megadistill.train.checkpoint:_random_states", "after"),
     "inside the manifest": ("megadistill.train.checkpoint:_entry", "before", "rank 0"),
     "before the old are removed": (
-        "megadistill.train.checkpoint:_remove_all_but", "before", "rank 0",
+        "megadistill.train.checkpoint:_remove_all_but",
+        "before",
+        "rank 0",
     ),
     "before the export": ("megadistill.train.run:_export", "before"),
     "while converting": (
-        "deepspeed.checkpoint.ds_to_universal:merge_zero3_slices", "before", "rank 0",
+        "deepspeed.checkpoint.ds_to_universal:merge_zero3_slices",
+        "before",
+        "rank 0",
     ),
     "before the background has written": (f"{CHECKPOINT}.background:_written", "before"),
     "when the background has written": (f"{CHECKPOINT}.background:_written", "after"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

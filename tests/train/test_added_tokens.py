@@ -43,8 +43,9 @@ def test_they_are_tokens_that_the_teacher_never_says(pair, method):
 
     from megadistill.blocks import BlockStore
 
-    config = settings(pair, method, targets={"method": method, "k": 8},
-                      train={"lr": 1e-2, "steps": 25})  # fmt: skip
+    config = settings(
+        pair, method, targets={"method": method, "k": 8}, train={"lr": 1e-2, "steps": 25}
+    )
     check_train(config, world=2)
     train(config, 2)
     folder = pair / method / "model"

@@ -98,9 +98,11 @@ def _counts(sample):
 
 def _plain_loss(model, batch, config, counts):
     inputs = forward_inputs(
-        model, np.stack([s["tokens"] for s in batch]), [s["documents"] for s in batch],
+        model,
+        np.stack([s["tokens"] for s in batch]),
+        [s["documents"] for s in batch],
         pack=config.data.pack,
-    )  # fmt: skip
+    )
     output = model(**inputs)
     log_probs_NV = torch.log_softmax(output.logits.flatten(0, 1).float(), 1)
     labels_N = torch.as_tensor(np.concatenate([labels(s["tokens"], s["documents"]) for s in batch]))
@@ -150,17 +152,37 @@ def whole_path_config(folder, name):
     line = '{"text": "the quick brown fox jumps over lazy dogs number %d while it rains"}\n'
     (place / "text.jsonl").write_text("".join(line % i for i in range(40)))
     return Config(
-        data={"files": [str(place / "text.jsonl")], "dir": str(place / "tokens"), "seq_len": 16,
-              "tokenizer": str(place / "tokenizer"), "block_size": 8, "pack": architecture.pack},
-        teacher={"model": str(place / "teacher"), "dtype": "float32", "engine": "zero3",
-                 "micro_batch": 4, "attention": architecture.attention},
+        data={
+            "files": [str(place / "text.jsonl")],
+            "dir": str(place / "tokens"),
+            "seq_len": 16,
+            "tokenizer": str(place / "tokenizer"),
+            "block_size": 8,
+            "pack": architecture.pack,
+        },
+        teacher={
+            "model": str(place / "teacher"),
+            "dtype": "float32",
+            "engine": "zero3",
+            "micro_batch": 4,
+            "attention": architecture.attention,
+        },
         cache={"dir": str(place / "cache")},
         loss={"ce_weight": 1.0},
-        student={"model": str(place / "teacher"), "init": "random",
-                 "attention": architecture.attention},
-        train={"out_dir": str(place / "out"), "steps": STEPS, "global_batch": 8, "micro_batch": 4,
-               "lr": 1e-2, "warmup_steps": 1},
-    )  # fmt: skip
+        student={
+            "model": str(place / "teacher"),
+            "init": "random",
+            "attention": architecture.attention,
+        },
+        train={
+            "out_dir": str(place / "out"),
+            "steps": STEPS,
+            "global_batch": 8,
+            "micro_batch": 4,
+            "lr": 1e-2,
+            "warmup_steps": 1,
+        },
+    )
 
 
 @pytest.mark.long
@@ -181,8 +203,9 @@ QUICK = ["gpt2", "phi", "cohere", "qwen3_moe"]
 REST = [name for name in ARCHITECTURES if name not in QUICK]
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param(REST, marks=pytest.mark.long)],
-                         ids=["quick", "rest"])  # fmt: skip
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param(REST, marks=pytest.mark.long)], ids=["quick", "rest"]
+)
 def test_an_architecture_learns_what_a_plain_loop_learns_and_its_export_generates(folder, names):
     configs = {name: architecture_config(folder, name) for name in names}
     assert run_ranks(2, TRAIN, configs=configs) == [{}, {}]
@@ -199,10 +222,12 @@ def test_an_architecture_learns_what_a_plain_loop_learns_and_its_export_generate
 
 @pytest.mark.parametrize(
     ("names", "world"),
-    [(["mixtral"], 2),
-     pytest.param(["qwen2_moe", "qwen3_moe", "gpt_oss"], 2, marks=pytest.mark.long),
-     pytest.param(["mixtral", "qwen2_moe"], 1, marks=pytest.mark.long)],
-)  # fmt: skip
+    [
+        (["mixtral"], 2),
+        pytest.param(["qwen2_moe", "qwen3_moe", "gpt_oss"], 2, marks=pytest.mark.long),
+        pytest.param(["mixtral", "qwen2_moe"], 1, marks=pytest.mark.long),
+    ],
+)
 def test_the_routers_loss_is_what_the_model_itself_would_add(folder, tmp_path, names, world):
     (tmp_path / "cache").symlink_to(folder / "cache")
     configs = {

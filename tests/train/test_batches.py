@@ -26,16 +26,25 @@ def opened(paths, **options):
 
 def order_of(stores, *, batch=12, weights=None):
     return Order(
-        [len(s) for s in stores], block_size=[s.store.block_size for s in stores],
-        weights=weights, global_batch=batch, groups=4,
-    )  # fmt: skip
+        [len(s) for s in stores],
+        block_size=[s.store.block_size for s in stores],
+        weights=weights,
+        global_batch=batch,
+        groups=4,
+    )
 
 
 def batches_of(stores, order, *, first=0, last=12, rank=0, world=1, micro_batch=2):
     return Batches(
-        stores, order, rank=rank, world=world, micro_batch=micro_batch, with_targets=True,
-        first=first, last=last,
-    )  # fmt: skip
+        stores,
+        order,
+        rank=rank,
+        world=world,
+        micro_batch=micro_batch,
+        with_targets=True,
+        first=first,
+        last=last,
+    )
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2]])
@@ -66,8 +75,9 @@ def test_resumed_at_any_step_it_reads_what_it_would_have_read(folders, weights):
         undisturbed = [[(b.names, b.tokens_BT.tobytes()) for b in share] for share in batches]
     assert len(undisturbed) == 40
     for first in range(40):
-        with batches_of(stores, order_of(stores, weights=weights, batch=4), first=first,
-                        last=40) as batches:  # fmt: skip
+        with batches_of(
+            stores, order_of(stores, weights=weights, batch=4), first=first, last=40
+        ) as batches:
             assert [(b.names, b.tokens_BT.tobytes()) for b in next(batches)] == undisturbed[first]
 
 
@@ -103,8 +113,12 @@ def test_shards_of_remote_stores_are_downloaded_before_a_step_needs_them(folders
         assert next(batches)[0].names == next(expected)[0].names
         batches._fetchers.shutdown()
         needed = {(k, i // 8) for step in range(12) for k, i in order.batch(step)}
-        kept = {(k, b) for k, s in enumerate(far) for b in s.store.committed()
-                if s.store.layout.shard(b).exists()}  # fmt: skip
+        kept = {
+            (k, b)
+            for k, s in enumerate(far)
+            for b in s.store.committed()
+            if s.store.layout.shard(b).exists()
+        }
         assert needed <= kept
     with batches_of(near, order) as expected, batches_of(far, order) as batches:
         for near_share, far_share in zip(expected, batches, strict=True):

@@ -99,8 +99,9 @@ def test_the_average_is_evaluated_where_it_is_asked_for(averaged, tmp_path):
         model = folder / f"again{use}"
         shutil.copytree(f"{train.out_dir}/model", model)
         student = config.student.model_copy(update={"model": str(model)})
-        again = run_ranks(1, "tests.train.runs:held_out",
-                          config=config.model_copy(update={"student": student}))  # fmt: skip
+        again = run_ranks(
+            1, "tests.train.runs:held_out", config=config.model_copy(update={"student": student})
+        )
         np.testing.assert_allclose(again[0]["loss"], found[use], rtol=1e-6)
         # Evaluating the average in between has changed no weight.
         for name, value in whole(config, 8).items():

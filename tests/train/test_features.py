@@ -92,13 +92,15 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
         kd, ce = (p.exp() * (p - q)).sum(1).mean(), -q.gather(1, labels_N[valid][:, None]).mean()
         hidden = sum(
             (ours[s].flatten(0, 1)[valid] @ matrix.T - theirs[t].flatten(0, 1)[valid])
-            .square().mean() / 2
+            .square()
+            .mean()
+            / 2
             for matrix, (t, s) in zip(matrices, [(0, 1), (1, 2)], strict=True)
-        )  # fmt: skip
+        )
         a, b = (each[-1].mean(1).flatten(0, 1)[valid] for each in (their_attention, our_attention))
-        attention = torch.nn.functional.kl_div(
-            b.clamp_min(1e-30).log(), a, reduction="none"
-        ).sum(1).mean()  # fmt: skip
+        attention = (
+            torch.nn.functional.kl_div(b.clamp_min(1e-30).log(), a, reduction="none").sum(1).mean()
+        )
         loss = kd + 0.5 * ce + 0.3 * hidden + 0.2 * attention
         norm = clip_and_step(optimizer, both, loss, step, config.train)
         expected = [x.item() for x in (loss, kd, ce, hidden, attention, norm)]
@@ -111,18 +113,23 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
 )
 def test_every_layout_of_the_teacher_aligns_alike(pair, aligned, ranks, tp, engine):
     config = aligning(
-        pair, f"{engine}{ranks}{tp}", teacher={"attention": "eager", "tp": tp, "engine": engine},
-        train={"steps": STEPS, "activation_checkpointing": ranks == 1}, deepspeed=PARTITIONED,
-    )  # fmt: skip
+        pair,
+        f"{engine}{ranks}{tp}",
+        teacher={"attention": "eager", "tp": tp, "engine": engine},
+        train={"steps": STEPS, "activation_checkpointing": ranks == 1},
+        deepspeed=PARTITIONED,
+    )
     found = train(config, ranks, tp)
     np.testing.assert_allclose(series(found, *COLUMNS), series(aligned, *COLUMNS), rtol=1e-5)
 
 
 def test_in_bfloat16_it_is_about_the_same(pair, aligned):
     config = aligning(
-        pair, "bf16", teacher={"attention": "eager", "dtype": "bfloat16"},
+        pair,
+        "bf16",
+        teacher={"attention": "eager", "dtype": "bfloat16"},
         deepspeed={"bf16": {"enabled": True}, **PARTITIONED},
-    )  # fmt: skip
+    )
     found = train(config, 2)
     np.testing.assert_allclose(series(found, *COLUMNS), series(aligned, *COLUMNS), rtol=0.05)
 
@@ -154,11 +161,14 @@ def test_layers_alone_can_be_learned_from(pair):
     """Without a distribution, by cosines, and of equal widths without a matrix."""
     tiny_llama(pair / "wide", vocab_size=512, num_hidden_layers=1, seed=2)
     config = aligning(
-        pair, "alone", student={"model": str(pair / "wide"), "attention": "sdpa"},
-        teacher={"attention": "sdpa"}, train={"steps": 10, "lr": 1e-2},
+        pair,
+        "alone",
+        student={"model": str(pair / "wide"), "attention": "sdpa"},
+        teacher={"attention": "sdpa"},
+        train={"steps": 10, "lr": 1e-2},
         features={"hidden_layers": [(2, 1)], "hidden_loss": "cosine"},
         loss={"kd_weight": 0.0, "ce_weight": 0.0, "hidden_weight": 1.0, "attention_weight": 0.0},
-    )  # fmt: skip
+    )
     found = train(config, 2)
     assert all(line["kd_loss"] is None and "attention_loss" not in line for line in found)
     hidden = series(found, "hidden_loss")[:, 0]
@@ -172,9 +182,11 @@ def test_layers_alone_can_be_learned_from(pair):
 def test_phase_by_phase(pair):
     """The teacher's distributions, then its layers, then the text; matrices wait untouched."""
     config = aligning(
-        pair, "phases", train={"steps": 10, "weight_decay": 0.0},
+        pair,
+        "phases",
+        train={"steps": 10, "weight_decay": 0.0},
         loss={"curriculum": "three_phase", "attention_weight": 0.0},
-    )  # fmt: skip
+    )
     found = train(config, 2)
     assert series(found, "hidden_weight")[:, 0].tolist() == [0.0] * 3 + [0.3] * 7
     assert series(found, "ce_weight")[:, 0].tolist() == [0.0] * 6 + [0.5] * 4
@@ -183,16 +195,24 @@ def test_phase_by_phase(pair):
         assert line["loss"] == pytest.approx(line["kd_loss"] + parts, rel=1e-6)
 
 
-@pytest.mark.parametrize(("sections", "expected"), [
-    ({"teacher": {"mode": "cached"}, "targets": {"method": "topk"}},
-     "loss.hidden_weight: aligns the student's layers with the teacher's, which no cache keeps"),
-    ({"teacher": {"attention": "sdpa"}},
-     "teacher.attention: sdpa gives no attention weights to align, expected eager"),
-    ({"student": {"attention": "sdpa"}}, "student.attention: sdpa gives no attention weights"),
-    ({"loss": {"kd_weight": 0.0, "curriculum": "three_phase"}}, "are both 0 at 0 of the run"),
-    ({"features": {"hidden_layers": []}}, "hidden_layers"),
-    ({"features": {"hidden_layers": [[1, 2, 3]]}}, "hidden_layers.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"teacher": {"mode": "cached"}, "targets": {"method": "topk"}},
+            "loss.hidden_weight: aligns the student's layers with the teacher's, which no cache "
+            "keeps",
+        ),
+        (
+            {"teacher": {"attention": "sdpa"}},
+            "teacher.attention: sdpa gives no attention weights to align, expected eager",
+        ),
+        ({"student": {"attention": "sdpa"}}, "student.attention: sdpa gives no attention weights"),
+        ({"loss": {"kd_weight": 0.0, "curriculum": "three_phase"}}, "are both 0 at 0 of the run"),
+        ({"features": {"hidden_layers": []}}, "hidden_layers"),
+        ({"features": {"hidden_layers": [[1, 2, 3]]}}, "hidden_layers.0"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(pair, sections, expected):
     keys = aligning(pair, "none").model_dump(mode="json")
     for name, values in sections.items():
@@ -201,15 +221,26 @@ def test_what_does_not_go_together_is_refused(pair, sections, expected):
         Config.model_validate(keys)
 
 
-@pytest.mark.parametrize(("features", "expected"), [
-    ({"hidden_layers": [(3, 1)]},
-     "features.hidden_layers.0: the teacher has 2 layers, found 3: expected 1 to 2, or -1, the "
-     "last, to -2"),
-    ({"attention_layers": [(1, 1), (1, -4)]},
-     "features.attention_layers.1: the student has 3 layers, found -4"),
-    ({"projection": "none"},
-     "features.projection: none, and the teacher's hidden states are 64 wide, the student's 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (
+            {"hidden_layers": [(3, 1)]},
+            "features.hidden_layers.0: the teacher has 2 layers, found 3: expected 1 to 2, or "
+            "-1, the "
+            "last, to -2",
+        ),
+        (
+            {"attention_layers": [(1, 1), (1, -4)]},
+            "features.attention_layers.1: the student has 3 layers, found -4",
+        ),
+        (
+            {"projection": "none"},
+            "features.projection: none, and the teacher's hidden states are 64 wide, the "
+            "student's 32",
+        ),
+    ],
+)
 def test_layers_that_are_not_there_are_refused_before_a_model_is_loaded(pair, features, expected):
     from megadistill.errors import ConfigError
     from megadistill.preflight import check_train

@@ -43,16 +43,24 @@ def folder(tmp_path_factory) -> Path:
 def settings(folder: Path, place: Path, **sections) -> Config:
     keys = {
         "data": {
-            "files": [str(folder / "text.jsonl")], "dir": str(place / "tokens"),
-            "seq_len": SEQ_LEN, "block_size": 8, "workers": 1,
+            "files": [str(folder / "text.jsonl")],
+            "dir": str(place / "tokens"),
+            "seq_len": SEQ_LEN,
+            "block_size": 8,
+            "workers": 1,
         },
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch": 4},
         "cache": {"dir": str(place / "cache"), "min_free": 0},
         "student": {"model": str(folder / "student")},
-        "train": {"out_dir": str(place / "run"), "steps": 4, "global_batch": 8, "micro_batch": 4,
-                  "eval_every": 2},
+        "train": {
+            "out_dir": str(place / "run"),
+            "steps": 4,
+            "global_batch": 8,
+            "micro_batch": 4,
+            "eval_every": 2,
+        },
         "eval": {"files": [str(folder / "other.jsonl")]},
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         keys[name] = {**keys[name], **section}
     return Config.model_validate(keys)
@@ -157,8 +165,12 @@ def test_a_training_file_is_not_held_out_under_another_name_through_a_link_or_as
     (tmp_path / "copy.jsonl").write_bytes(text.read_bytes())
     (tmp_path / "equally-long.jsonl").write_bytes(text.read_bytes()[::-1])
     monkeypatch.chdir(folder)
-    for name in ("./text.jsonl", f"../{folder.name}/text.jsonl", tmp_path / "link.jsonl",
-                 tmp_path / "copy.jsonl"):  # fmt: skip
+    for name in (
+        "./text.jsonl",
+        f"../{folder.name}/text.jsonl",
+        tmp_path / "link.jsonl",
+        tmp_path / "copy.jsonl",
+    ):
         config = settings(folder, tmp_path, eval={"files": [str(name)]})
         with pytest.raises(
             ConfigError, match=r"^eval\.files: .* is among the text that is trained"
@@ -199,10 +211,12 @@ def message(mesh, config):
         (["data.source=null", "data.name=x", "eval.name=x"], "eval.name: x is the text that is tr"),
         (["data.source=null", "data.files=[a, b]", "eval.files=[b]"], "eval.files: b is among the"),
         (["eval.files=[a]", "data.dir=w/cache.heldout"], "w/cache.heldout is the same folder as"),
-        (["eval.files=[a]", "teacher.mode=online", "targets.method=projected"],
-         "eval.files: with targets.method=projected, whose teacher has other token ids"),
+        (
+            ["eval.files=[a]", "teacher.mode=online", "targets.method=projected"],
+            "eval.files: with targets.method=projected, whose teacher has other token ids",
+        ),
     ],
-)  # fmt: skip
+)
 def test_keys_that_contradict_each_other_are_refused(settings, said):
     config, found = validate(changed(*settings))
     assert config is None

@@ -24,10 +24,18 @@ def overfitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     make_store(folder / "heldout", method="topk", seed=5)
     config = make_config(
-        folder, eval={"cache": str(folder / "heldout")},
-        train={"steps": 10, "eval_every": 1, "save_every": 2, "keep": 2, "keep_best": True,
-               "schedule": "constant", "lr": 3e-2},
-    )  # fmt: skip
+        folder,
+        eval={"cache": str(folder / "heldout")},
+        train={
+            "steps": 10,
+            "eval_every": 1,
+            "save_every": 2,
+            "keep": 2,
+            "keep_best": True,
+            "schedule": "constant",
+            "lr": 3e-2,
+        },
+    )
     assert run_ranks(2, RUN, config=config) == [10, 10]
     return config
 

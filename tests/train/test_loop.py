@@ -22,8 +22,10 @@ def metrics(config):
 
 
 def series(config, *keys):
-    return [[record[key] for key in keys or ("loss", "kd_loss", "ce_loss", "grad_norm")]
-            for record in metrics(config)]  # fmt: skip
+    return [
+        [record[key] for key in keys or ("loss", "kd_loss", "ce_loss", "grad_norm")]
+        for record in metrics(config)
+    ]
 
 
 def weights(config):
@@ -55,9 +57,14 @@ def test_two_ranks_do_what_a_plain_torch_loop_does(undisturbed):
 def test_a_coarse_divergence_with_every_other_term_is_what_a_plain_torch_loop_does(tmp_path):
     make_store(tmp_path / "cache", seed=1, method="topk")
     loss = {
-        "divergence": "jsd", "beta": 0.3, "temperature": 2.0, "z_loss": 0.01, "ce_weight": 0.5,
-        "label_smoothing": 0.1, "memory_budget": 0,
-    }  # fmt: skip
+        "divergence": "jsd",
+        "beta": 0.3,
+        "temperature": 2.0,
+        "z_loss": 0.01,
+        "ce_weight": 0.5,
+        "label_smoothing": 0.1,
+        "memory_budget": 0,
+    }
     config = make_config(tmp_path, loss=loss, targets={"method": "topk"}, train={"steps": 3})
     assert run_ranks(2, RUN, config=config) == [3, 3]
     expected, _ = plain_steps(config)
@@ -75,9 +82,21 @@ def test_one_rank_does_what_two_ranks_do(undisturbed):
 def test_a_line_of_metrics_holds_what_the_contract_names(undisturbed):
     lines = metrics(undisturbed)
     assert set(lines[0]) == {
-        "step", "loss", "kd_loss", "ce_loss", "lr", "grad_norm", "sequences", "tokens",
-        "tokens_per_s", "data_s", "step_s", "memory_used", "memory_total", "flops",
-    }  # fmt: skip
+        "step",
+        "loss",
+        "kd_loss",
+        "ce_loss",
+        "lr",
+        "grad_norm",
+        "sequences",
+        "tokens",
+        "tokens_per_s",
+        "data_s",
+        "step_s",
+        "memory_used",
+        "memory_total",
+        "flops",
+    }
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert (lines[-1]["sequences"], lines[-1]["tokens"]) == (32, 512)
 

@@ -25,23 +25,39 @@ def model(tmp_path_factory):
     """A random Llama of 3 GB in bfloat16, in files of a gigabyte, made one after another."""
     folder = tmp_path_factory.mktemp("model")
     sizes = {
-        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 64,
+    }
     settings = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
-        "dtype": "bfloat16", "torch_dtype": "bfloat16", "tie_word_embeddings": False, **sizes,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        **sizes,
+    }
     (folder / "config.json").write_text(json.dumps(settings))
-    shapes = {"model.embed_tokens": (VOCAB, HIDDEN), "lm_head": (VOCAB, HIDDEN),
-              "model.norm": (HIDDEN,)}  # fmt: skip
+    shapes = {
+        "model.embed_tokens": (VOCAB, HIDDEN),
+        "lm_head": (VOCAB, HIDDEN),
+        "model.norm": (HIDDEN,),
+    }
     for layer in range(LAYERS):
         at = f"model.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             shapes[f"{at}self_attn.{name}"] = (HIDDEN, HIDDEN)
-        shapes |= {f"{at}mlp.gate_proj": (INNER, HIDDEN), f"{at}mlp.up_proj": (INNER, HIDDEN),
-                   f"{at}mlp.down_proj": (HIDDEN, INNER), f"{at}input_layernorm": (HIDDEN,),
-                   f"{at}post_attention_layernorm": (HIDDEN,)}  # fmt: skip
+        shapes |= {
+            f"{at}mlp.gate_proj": (INNER, HIDDEN),
+            f"{at}mlp.up_proj": (INNER, HIDDEN),
+            f"{at}mlp.down_proj": (HIDDEN, INNER),
+            f"{at}input_layernorm": (HIDDEN,),
+            f"{at}post_attention_layernorm": (HIDDEN,),
+        }
     generator = torch.Generator().manual_seed(0)
     noise = (0.02 * torch.randn(EMBEDDING, generator=generator)).bfloat16()
     names, files, index = list(shapes), [], {}
@@ -64,10 +80,12 @@ def model(tmp_path_factory):
 
 
 def teacher(model, engine, tp):
-    return Config.model_validate({
-        "data": {"source": "python-stdlib", "seq_len": 64},
-        "teacher": {"model": str(model), "engine": engine, "tp": tp, "dtype": "bfloat16"},
-    })  # fmt: skip
+    return Config.model_validate(
+        {
+            "data": {"source": "python-stdlib", "seq_len": 64},
+            "teacher": {"model": str(model), "engine": engine, "tp": tp, "dtype": "bfloat16"},
+        }
+    )
 
 
 def loading(mesh, model, empty, engine):
@@ -178,10 +196,13 @@ def test_a_student_is_loaded_and_exported_a_parameter_at_a_time(model, empty, tm
     run_ranks(2, f"{HERE}:training", model=empty, out=tmp_path / "empty")
     found = run_ranks(2, f"{HERE}:training", model=model, out=tmp_path / "out")
     with capsys.disabled():
-        print("\nstudent: " + ", ".join(  # noqa: T201
-            f"loaded in {loaded:.0f} MiB of {share:.0f}, exported in {exported:.0f}"
-            for loaded, exported, share in found
-        ))  # fmt: skip
+        print(  # noqa: T201
+            "\nstudent: "
+            + ", ".join(
+                f"loaded in {loaded:.0f} MiB of {share:.0f}, exported in {exported:.0f}"
+                for loaded, exported, share in found
+            )
+        )
     for loaded, exported, share in found:
         assert loaded <= share + LARGEST + SLACK
         assert exported <= LARGEST + SLACK  # over the share, which is held already

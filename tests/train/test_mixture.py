@@ -27,9 +27,7 @@ def losses(config):
 
 def mixed(folder, second, **sections):
     return make_config(
-        folder,
-        cache={"dir": [str(folder / "cache"), {"dir": second, "weight": 2}]},
-        **sections,
+        folder, cache={"dir": [str(folder / "cache"), {"dir": second, "weight": 2}]}, **sections
     )
 
 
@@ -39,9 +37,8 @@ def test_a_mixture_trains_and_goes_on_bit_for_bit(tmp_path):
     # 24 + 2 * 10 sequences in batches of 8.
     assert run_ranks(2, RUN, config=config) == [6, 6]
     stopped = mixed(
-        tmp_path, second,
-        train={"steps": None, "epochs": 1, "out_dir": str(tmp_path / "stopped")},
-    )  # fmt: skip
+        tmp_path, second, train={"steps": None, "epochs": 1, "out_dir": str(tmp_path / "stopped")}
+    )
     assert 1 <= run_ranks(2, STOPPED, config=stopped, lines=1)[0] < 6
     assert run_ranks(2, RUN, config=stopped) == [6, 6]
     assert losses(stopped) == losses(config)
@@ -54,9 +51,14 @@ def test_caches_of_several_methods_are_mixed_each_by_its_own(tmp_path):
     assert run_ranks(2, RUN, config=config) == [2, 2]
     stores = open_sources(config)
     order = Order(
-        [24, 10], block_size=[8, 8], weights=[1, 2], global_batch=8, seed=config.order.seed,
-        groups=config.order.groups, shuffle=config.order.shuffle,
-    )  # fmt: skip
+        [24, 10],
+        block_size=[8, 8],
+        weights=[1, 2],
+        global_batch=8,
+        seed=config.order.seed,
+        groups=config.order.groups,
+        shuffle=config.order.shuffle,
+    )
     names = order.batch(0)
     assert {store for store, _ in names} == {0, 1}
     model = AutoModelForCausalLM.from_pretrained(config.student.model, dtype=torch.float32)
@@ -98,8 +100,9 @@ def test_caches_with_and_without_notes_of_the_teacher_are_mixed(tmp_path):
 def test_a_run_is_not_resumed_with_other_weights(tmp_path):
     second = make_store(tmp_path / "second", sequences=10, seed=3)
     run_ranks(1, RUN, config=mixed(tmp_path, second, train={"steps": 2}))
-    other = make_config(tmp_path, cache={"dir": [str(tmp_path / "cache"), second]},
-                        train={"steps": 2})  # fmt: skip
+    other = make_config(
+        tmp_path, cache={"dir": [str(tmp_path / "cache"), second]}, train={"steps": 2}
+    )
     kind, said = run_ranks(1, MESSAGE, config=other)[0]
     assert kind == RecipeError.__name__
     assert "run.json: cache.dir.1.weight is 2.0, this run's is 1.0: restore" in said
@@ -110,9 +113,10 @@ def test_training_from_a_url_is_training_from_the_folder(tmp_path):
     url = f"file://{tmp_path}/far"
     copy_store(config.cache.dir, url)
     far = make_config(
-        tmp_path, cache={"dir": url, "local_dir": str(tmp_path / "local")},
+        tmp_path,
+        cache={"dir": url, "local_dir": str(tmp_path / "local")},
         train={"steps": 2, "out_dir": str(tmp_path / "far_out")},
-    )  # fmt: skip
+    )
     run_ranks(1, RUN, config=config)
     run_ranks(1, RUN, config=far)
     assert losses(far) == losses(config)

@@ -67,8 +67,10 @@ def test_a_skipped_step_is_one_that_a_plain_loop_leaves_out(skipping):
 def test_the_same_is_skipped_at_another_number_of_ranks(skipping):
     config = settings(skipping, out_dir=f"{skipping.train.out_dir}-one")
     assert run_ranks(1, RUN, config=config) == [6]
-    numbers = [[[line["loss"] or 0, line["grad_norm"] or 0] for line in lines(c)]
-               for c in (config, skipping)]  # fmt: skip
+    numbers = [
+        [[line["loss"] or 0, line["grad_norm"] or 0] for line in lines(c)]
+        for c in (config, skipping)
+    ]
     np.testing.assert_allclose(*numbers, rtol=1e-5)
 
 
@@ -100,8 +102,10 @@ def test_it_is_skipped_with_optimizer_and_weights_on_the_host_and_averaged_and_r
         if step > 3:
             shutil.rmtree(path)
     assert run_ranks(1, RUN, config=config) == [6]
-    numbers = [[[line["loss"] or 0, line["grad_norm"] or 0] for line in lines(c)]
-               for c in (config, skipping)]  # fmt: skip
+    numbers = [
+        [[line["loss"] or 0, line["grad_norm"] or 0] for line in lines(c)]
+        for c in (config, skipping)
+    ]
     np.testing.assert_allclose(*numbers, rtol=1e-5)
     for name, value in load_file(tmp_path / "out/model/model.safetensors").items():
         torch.testing.assert_close(value, average[name], rtol=1e-4, atol=2e-5, equal_nan=True)

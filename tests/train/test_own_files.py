@@ -18,9 +18,13 @@ from tests.train.stores import VOCAB, make_config
 
 SECOND_STOP = VOCAB + 5  # among the rows that the data has no ids for
 SETTINGS = {
-    "eos_token_id": [0, SECOND_STOP], "pad_token_id": 0, "do_sample": False, "temperature": 0.6,
-    "max_new_tokens": 8, "note": "kept as it is",
-}  # fmt: skip
+    "eos_token_id": [0, SECOND_STOP],
+    "pad_token_id": 0,
+    "do_sample": False,
+    "temperature": 0.6,
+    "max_new_tokens": 8,
+    "note": "kept as it is",
+}
 
 
 def change_json(path, **changes):
@@ -91,10 +95,14 @@ def test_a_student_with_code_of_its_own_is_exported_with_it(tmp_path):
         "class HalvedForCausalLM(LlamaForCausalLM):\n    config_class = HalvedConfig\n"
     )
     change_json(
-        folder / "config.json", model_type="halved", architectures=["HalvedForCausalLM"],
-        auto_map={"AutoConfig": "configuration_halved.HalvedConfig",
-                  "AutoModelForCausalLM": "modeling_halved.HalvedForCausalLM"},
-    )  # fmt: skip
+        folder / "config.json",
+        model_type="halved",
+        architectures=["HalvedForCausalLM"],
+        auto_map={
+            "AutoConfig": "configuration_halved.HalvedConfig",
+            "AutoModelForCausalLM": "modeling_halved.HalvedForCausalLM",
+        },
+    )
     out = exported(make_config(tmp_path, student={"trust_remote_code": True}))
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(model).__name__ == "HalvedForCausalLM"

@@ -30,10 +30,13 @@ def packed(tmp_path_factory):
         tmp_path_factory.mktemp("packed") / "tokens",
         kind="tokens",
         header={"recipe": {"seq_len": SEQ_LEN, "tokenizer": {"vocab_size": VOCAB}}},
-        columns={"tokens": f"ndarray:uint32:{SEQ_LEN}", "documents": "ndarray:uint32",
-                 "padding": "uint64"},
+        columns={
+            "tokens": f"ndarray:uint32:{SEQ_LEN}",
+            "documents": "ndarray:uint32",
+            "padding": "uint64",
+        },
         block_size=len(rows),
-    )  # fmt: skip
+    )
     samples = [
         {
             "tokens": np.array(row.tokens(SEQ_LEN, BOS, EOS), np.uint32),

@@ -66,9 +66,13 @@ def test_the_loss_scaler_goes_on_where_a_checkpoint_left_it(tmp_path, before, af
 
 def test_a_gradient_that_overflows_at_every_scale_ends_the_run_with_what_to_do(tmp_path):
     half = {
-        "fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1,
-                 "min_loss_scale": 2**23}
-    }  # fmt: skip
+        "fp16": {
+            "enabled": True,
+            "initial_scale_power": 24,
+            "hysteresis": 1,
+            "min_loss_scale": 2**23,
+        }
+    }
     config = make_config(tmp_path, deepspeed=half, train={"global_batch": 4, "micro_batch": 2})
     for text in run_ranks(2, "tests.train.runs:half_precision_in_vain", config=config):
         assert "overflows float16 at the smallest loss scale, " in text

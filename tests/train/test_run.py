@@ -69,9 +69,10 @@ def test_a_cache_without_one_of_its_shards_is_refused_with_the_command_that_repa
     cache = make_store(tmp_path / "cache")
     (tmp_path / "cache/shard.000001.mds").unlink()
     refused(
-        make_config(tmp_path), "StoreError",
+        make_config(tmp_path),
+        "StoreError",
         rf"cache\.dir: .*shard\.000001\.mds is missing .*merge_and_inspect\.py --repair {cache}`",
-    )  # fmt: skip
+    )
 
 
 def test_an_empty_cache_is_refused(tmp_path):

@@ -267,9 +267,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(out)], capture_output=True, check=False)
 
 
-@pytest.mark.parametrize(("kib", "settings"), [
-    (8, {}), (100, {}), (100, {"save_in_background": True}), (420, {}),
-], ids=["run.json and metrics", "a checkpoint", "in the background", "the model"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kib", "settings"),
+    [(8, {}), (100, {}), (100, {"save_in_background": True}), (420, {})],
+    ids=["run.json and metrics", "a checkpoint", "in the background", "the model"],
+)
 def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(
     tmp_path, small_disk, kib, settings
 ):

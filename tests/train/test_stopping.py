@@ -26,9 +26,12 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=LONG),
-     pytest.param(signal.SIGHUP, 129, marks=LONG)],
-)  # fmt: skip
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=LONG),
+        pytest.param(signal.SIGHUP, 129, marks=LONG),
+    ],
+)
 def test_a_signal_saves_the_step_and_the_run_ends_the_same_to_the_bit(undisturbed, number, code):
     """Without a save so far it is tried, however long it will take."""
     config = elsewhere(undisturbed, signal.Signals(number).name)
@@ -71,9 +74,10 @@ def test_a_signal_in_the_last_step_ends_a_finished_run_with_code_0(undisturbed):
 def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(tmp_path, step):
     make_store(tmp_path / "heldout", method="topk", seed=5)
     config = make_config(
-        tmp_path, eval={"cache": str(tmp_path / "heldout")},
+        tmp_path,
+        eval={"cache": str(tmp_path / "heldout")},
         train={"steps": 6, "eval_every": 3, "keep_best": True, "keep": 9},
-    )  # fmt: skip
+    )
     whole = elsewhere(config, "whole")
     assert run_ranks(2, RUN, config=whole) == [6, 6]
     found = run_ranks(2, STOPPED, config=config, step=step, number=signal.SIGTERM, save_s=1.0)

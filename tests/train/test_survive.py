@@ -58,8 +58,7 @@ def survive(file, undisturbed, folder: Path, death: Death) -> str:
 
 
 @pytest.mark.parametrize(
-    "point",
-    ["after the backward", pytest.param("while DeepSpeed writes", marks=pytest.mark.long)],
+    "point", ["after the backward", pytest.param("while DeepSpeed writes", marks=pytest.mark.long)]
 )
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(
     file, undisturbed, tmp_path, point

@@ -76,13 +76,17 @@ def test_resumed_it_goes_on_bit_for_bit(place, trained):
         ([{"dir": "second", "weight": 2}, "third"], r"cache\.ensemble\.0\.weight is 3\.0, this"),
         ([{"dir": "second", "weight": 3}], r"cache\.ensemble\.1 is .*, this run's is not set"),
         ([], r"cache\.ensemble is .*, this run's is not set"),
-        ([{"dir": "third", "weight": 3}, "third"],
-         r"targets\.method of cache\.ensemble\.0\.dir is 't"),
+        (
+            [{"dir": "third", "weight": 3}, "third"],
+            r"targets\.method of cache\.ensemble\.0\.dir is 't",
+        ),
     ],
-)  # fmt: skip
+)
 def test_with_other_teachers_it_is_another_run(place, trained, ensemble, said):
-    here = [{**e, "dir": f"{place}/{e['dir']}"} if isinstance(e, dict) else f"{place}/{e}"
-            for e in ensemble]  # fmt: skip
+    here = [
+        {**e, "dir": f"{place}/{e['dir']}"} if isinstance(e, dict) else f"{place}/{e}"
+        for e in ensemble
+    ]
     config = two(place, "trained", cache={"ensemble": here})
     ((kind, text),) = run_ranks(1, MESSAGE, config=config)
     assert kind == "RecipeError"
@@ -93,8 +97,9 @@ def test_with_other_teachers_it_is_another_run(place, trained, ensemble, said):
 def test_one_teacher_twice_of_which_one_is_far_away_is_that_teacher(place, tmp_path):
     url = f"file://{tmp_path}/far"
     copy_store(str(place / "cache"), url)
-    twice = two(place, "twice", [{"dir": url, "weight": 2}],
-                cache={"local_dir": str(tmp_path / "local")})  # fmt: skip
+    twice = two(
+        place, "twice", [{"dir": url, "weight": 2}], cache={"local_dir": str(tmp_path / "local")}
+    )
     alone = make_config(place, train={"out_dir": str(place / "alone")})
     for config in (twice, alone):
         run_ranks(1, RUN, config=config)
@@ -116,7 +121,7 @@ def test_one_teacher_twice_of_which_one_is_far_away_is_that_teacher(place, tmp_p
         ({"method": None}, ConfigError, "other is a token store, without targets"),
         ({"temperature": 2.0}, ConfigError, "other: loss.temperature: 1.0 differs from"),
     ],
-)  # fmt: skip
+)
 def test_caches_that_do_not_belong_together_are_refused_naming_the_key(
     place, tmp_path, changes, kind, said
 ):
@@ -152,8 +157,12 @@ class WithoutTheFirst:
         sample = self._cache[index]
         targets = sample["targets"]
         count = int(targets.counts[0])
-        left = replace(targets, offsets=np.maximum(targets.offsets - count, 0),
-                       ids=targets.ids[count:], weights=targets.weights[count:])  # fmt: skip
+        left = replace(
+            targets,
+            offsets=np.maximum(targets.offsets - count, 0),
+            ids=targets.ids[count:],
+            weights=targets.weights[count:],
+        )
         return sample | {"targets": left}
 
 

@@ -29,9 +29,10 @@ def padded(folder, *, tied, **sections):
     make_store(whole / "cache", seed=1, method="topk")
     make_store(whole / "heldout", seed=5, method="topk", sequences=9)
     sections = {
-        "targets": {"method": "topk"}, "eval": {"cache": str(whole / "heldout")},
+        "targets": {"method": "topk"},
+        "eval": {"cache": str(whole / "heldout")},
         "loss": {"ce_weight": 0.5, "label_smoothing": 0.1, "z_loss": 0.01, "divergence": "jsd"},
-    } | sections  # fmt: skip
+    } | sections
     config = make_config(whole, **sections)
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     model.resize_token_embeddings(VOCAB)
@@ -75,8 +76,15 @@ def test_what_would_be_the_softmax_of_all_rows_is_another(tmp_path):
 
 
 def test_a_special_token_among_the_padding_keeps_the_rows_up_to_it(tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=ROWS, pad_token_id=VOCAB + 3, **SHAPE,
-                                         num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=ROWS,
+            pad_token_id=VOCAB + 3,
+            **SHAPE,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
     student = Student(model, vocab_size=VOCAB)
     with without_padding(student, dict(model.state_dict())) as state:
         assert model.config.vocab_size == VOCAB + 4

@@ -121,8 +121,9 @@ class RemoteStore(BlockStore):
             return False
         sizes = self._all_sizes()
         there = "index.json" in sizes
-        return there and all(sizes.get(shard_name(r["block"])) == r["shard_size"]
-                             for r in self._records)  # fmt: skip
+        return there and all(
+            sizes.get(shard_name(r["block"])) == r["shard_size"] for r in self._records
+        )
 
     def shard_is_there(self, marker: dict[str, Any]) -> bool:
         """Whether the marker's shard has the size it must have, at its URL."""

@@ -28,10 +28,18 @@ log = logging.getLogger(__name__)
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 _PACKAGES = {
-    "abfs": "adlfs", "az": "adlfs", "gcs": "gcsfs", "gs": "gcsfs", "hf": "huggingface_hub",
-    "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "sftp": "paramiko",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "gcs": "gcsfs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "sftp": "paramiko",
     "ssh": "paramiko",
-}  # fmt: skip
+}
 # Trying again does not help: what is asked for is not allowed, or the local disk is full.
 _FINAL = (PermissionError, NotImplementedError, NotADirectoryError, TypeError, ValueError)
 _FINAL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EISDIR)

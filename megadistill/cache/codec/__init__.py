@@ -43,9 +43,11 @@ _HEADER = struct.Struct("<BBBBIII")
 _TEMPERATURE = struct.Struct("<d")
 _ENTROPY, _NLL, _TRUTH, _WARM = 1, 2, 4, 8
 _METHODS: dict[str, Any] = {
-    "varopt": sampled.VAROPT, "multinomial": sampled.MULTINOMIAL,
-    "topk": listed.LISTED, "topp": listed.LISTED,
-}  # fmt: skip
+    "varopt": sampled.VAROPT,
+    "multinomial": sampled.MULTINOMIAL,
+    "topk": listed.LISTED,
+    "topp": listed.LISTED,
+}
 
 
 def encode_targets(

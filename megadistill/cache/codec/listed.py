@@ -26,14 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.cache.codec.ragged_rows import (
-    like,
-    offsets,
-    places,
-    ratio,
-    repeat,
-    zeros,
-)
+from megadistill.cache.codec.ragged_rows import like, offsets, places, ratio, repeat, zeros
 from megadistill.cache.codec.symbols import LEVELS, RANKS, SymbolReader, SymbolWriter
 from megadistill.errors import CorruptBlockError
 from megadistill.targets import SparseTargets
@@ -42,10 +35,23 @@ Fields = dict[str, Any]
 STEPS = 16  # levels an octave
 # round(2^32 * 2^(-i/16))
 _OCTAVE = (
-    4294967296, 4112874773, 3938502376, 3771522796, 3611622603, 3458501653, 3311872529,
-    3171459999, 3037000500, 2908241642, 2784941738, 2666869345, 2553802834, 2445529972,
-    2341847524, 2242560872,
-)  # fmt: skip
+    4294967296,
+    4112874773,
+    3938502376,
+    3771522796,
+    3611622603,
+    3458501653,
+    3311872529,
+    3171459999,
+    3037000500,
+    2908241642,
+    2784941738,
+    2666869345,
+    2553802834,
+    2445529972,
+    2341847524,
+    2242560872,
+)
 _LAST = 150 * STEPS  # 2^-150, below which float32 knows nothing but 0
 _TABLE = np.array([_OCTAVE[q % STEPS] * 2.0 ** (-32 - q // STEPS) for q in range(_LAST)] + [0.0])
 _FIXED = 1 << 40
@@ -155,9 +161,11 @@ def _with_rest(
     scale_N = _FIXED / whole_N if isinstance(whole_N, np.ndarray) else _FIXED / whole_N.double()
     weights_E = table.take(levels_E) * repeat(scale_N, counts_N, len(levels_E))
     fields = {
-        "ranks": ranks_E, "counts": counts_N, "weights": _float32(weights_E),
+        "ranks": ranks_E,
+        "counts": counts_N,
+        "weights": _float32(weights_E),
         "tail": ratio(tail_fixed_N, whole_N),
-    }  # fmt: skip
+    }
     return fields | ({"truth_added": added_N > 0} if truth else {})
 
 

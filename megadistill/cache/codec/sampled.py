@@ -118,9 +118,12 @@ class VAROPT:
         weights_E[at_drawn] = repeat(shared_N, drawn_N, num_drawn)
         tail_N = ratio(zeros(n, heads_N), 1)
         return {
-            "ranks": ranks_E, "counts": counts_N, "weights": weights_E, "tail": tail_N,
+            "ranks": ranks_E,
+            "counts": counts_N,
+            "weights": weights_E,
+            "tail": tail_N,
             "heads": heads_N,
-        }  # fmt: skip
+        }
 
 
 class MULTINOMIAL:
@@ -151,9 +154,11 @@ class MULTINOMIAL:
         if bool(wrong_N.any()):
             raise CorruptBlockError(file, f"{parameter} draws a position", "others")
         return {
-            "ranks": rising(reader.take(total, RANKS), counts_N, total), "counts": counts_N,
-            "weights": ratio(hits_E, max(parameter, 1)), "tail": ratio(zeros(n, counts_N), 1),
-        }  # fmt: skip
+            "ranks": rising(reader.take(total, RANKS), counts_N, total),
+            "counts": counts_N,
+            "weights": ratio(hits_E, max(parameter, 1)),
+            "tail": ratio(zeros(n, counts_N), 1),
+        }
 
 
 def _rest(drawn: Any, parameter: int) -> Any:

@@ -122,9 +122,13 @@ class ChatTemplate:
 
         try:
             return chat_template_utils._render_with_assistant_indices(
-                compiled_template=self._plain, messages=messages, tools=tools, documents=None,
-                add_generation_prompt=False, **self.variables,
-            )  # fmt: skip
+                compiled_template=self._plain,
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=False,
+                **self.variables,
+            )
         except Exception as error:  # templates raise whatever Python does
             raise _refusal(error) from error
 
@@ -161,10 +165,14 @@ class ChatTemplate:
         try:
             return list(
                 template.generate(
-                    messages=messages, tools=tools, documents=None,
-                    add_generation_prompt=generation, **self.variables, **more,
+                    messages=messages,
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=generation,
+                    **self.variables,
+                    **more,
                 )
-            )  # fmt: skip
+            )
         except Exception as error:  # templates raise whatever Python does
             raise _refusal(error) from error
 

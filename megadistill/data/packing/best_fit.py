@@ -43,8 +43,13 @@ WINDOW = 512  # sequences
 
 
 _COUNTED = (
-    "documents", "empty_documents", "skipped_documents", "characters", "cut_documents", "cut_tokens"
-)  # fmt: skip
+    "documents",
+    "empty_documents",
+    "skipped_documents",
+    "characters",
+    "cut_documents",
+    "cut_tokens",
+)
 
 
 class _Pieces:

@@ -43,9 +43,12 @@ class Document:
             yield Unit(number, messages=self.messages, tools=self.tools, place=place)
         elif self.completion is not None:
             yield Unit(
-                number, prompt=self.prompt or "", completion=self.completion, tools=self.tools,
+                number,
+                prompt=self.prompt or "",
+                completion=self.completion,
+                tools=self.tools,
                 place=place,
-            )  # fmt: skip
+            )
         else:
             chunks = [self.text or ""] if self.file is None else _decoded(self.file, self.limit)
             pieces = split_text(chunks, piece=piece)

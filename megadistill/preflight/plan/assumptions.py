@@ -44,14 +44,13 @@ class Assumed:
 
 
 METHODS = {
-    "varopt": Assumed(
-        lambda t: 2 / math.sqrt(t.tau), lambda t: math.ceil(1 / t.tau) + 1, 1.8, 2.2
-    ),
+    "varopt": Assumed(lambda t: 2 / math.sqrt(t.tau), lambda t: math.ceil(1 / t.tau) + 1, 1.8, 2.2),
     "multinomial": Assumed(lambda t: 1.9 * math.sqrt(t.draws), lambda t: t.draws, 1.8, 2.0),
     "topk": Assumed(lambda t: t.k + 0.2, lambda t: t.k + 1, 2.1, 4.4),
-    "topp": Assumed(lambda t: 1.7 / (1 - t.p) + 0.2 if t.p < 1 else math.inf,
-                    lambda t: t.k + 1, 2.1, 4.0),
-}  # fmt: skip
+    "topp": Assumed(
+        lambda t: 1.7 / (1 - t.p) + 0.2 if t.p < 1 else math.inf, lambda t: t.k + 1, 2.1, 4.0
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
         *([] if online else _cache_lines(config, part_bytes)),
         *_held_out_lines(config),
         *teacher_lines,
-    ]  # fmt: skip
+    ]
     student = _local_model(config.student, "student.model")
     steps, run = _steps(config, sequences), run_bytes(config, student)
     student_needs = student_memory(config, student, world)

@@ -87,14 +87,18 @@ def _table(rows: list[Row], *, currency: str) -> str:
     head += ["cost", "disk"]
     body = [
         [
-            _tokens(r.tokens), f"{r.sequences:,}", f"{r.blocks:,}",
-            readable_bytes(r.token_store_bytes), readable_bytes(r.cache_bytes),
-            _number(r.hours), _number(r.rank_hours),
+            _tokens(r.tokens),
+            f"{r.sequences:,}",
+            f"{r.blocks:,}",
+            readable_bytes(r.token_store_bytes),
+            readable_bytes(r.cache_bytes),
+            _number(r.hours),
+            _number(r.rank_hours),
             "-" if r.cost is None else f"{_number(r.cost)} {currency}",
             "holds it" if r.fits else "too small",
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [_line(head, widths)]
     for cells, r in zip(body, rows, strict=True):

@@ -90,9 +90,15 @@ def union_entries(z_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> Entri
     tail_C = begin(teacher_CV).logsumexp_C
     norm_C = torch.logaddexp(score_CM.logsumexp(1), tail_C)
     return Entries(
-        row_E, id_E, slot_CM[first_CM], (score_E - norm_C[row_E]).exp(), (tail_C - norm_C).exp(),
-        listed_C, int(listed_C.max()) if C else 0, sampled=False,
-    )  # fmt: skip
+        row_E,
+        id_E,
+        slot_CM[first_CM],
+        (score_E - norm_C[row_E]).exp(),
+        (tail_C - norm_C).exp(),
+        listed_C,
+        int(listed_C.max()) if C else 0,
+        sampled=False,
+    )
 
 
 def _best(values_CV: torch.Tensor, k: int) -> torch.Tensor:

@@ -277,9 +277,13 @@ class _Buffers:
             return None if buffer is None else buffer[part]
 
         return _Buffers(
-            cut(self.logits), cut(self.slopes), cut(self.dense), cut(self.scratch),
-            cut(self.again), cut(self.work),
-        )  # fmt: skip
+            cut(self.logits),
+            cut(self.slopes),
+            cut(self.dense),
+            cut(self.scratch),
+            cut(self.again),
+            cut(self.work),
+        )
 
 
 def _losses(
@@ -296,15 +300,23 @@ def _losses(
     if buffers.again is not None:
         buffers.again.copy_(z_CV)
     losses, top_C = _pass(
-        z_CV, first.targets.rows(rows.start, rows.stop), labels_C, first.terms(terms, first=True),
-        buffers, agreement=chunks.agreement,
-    )  # fmt: skip
+        z_CV,
+        first.targets.rows(rows.start, rows.stop),
+        labels_C,
+        first.terms(terms, first=True),
+        buffers,
+        agreement=chunks.agreement,
+    )
     for teacher in others:
         again_CV = buffers.for_one_more(last=teacher is others[-1])
         more, _ = _pass(
-            again_CV, teacher.targets.rows(rows.start, rows.stop), labels_C,
-            teacher.terms(terms, first=False), buffers, agreement=False,
-        )  # fmt: skip
+            again_CV,
+            teacher.targets.rows(rows.start, rows.stop),
+            labels_C,
+            teacher.terms(terms, first=False),
+            buffers,
+            agreement=False,
+        )
         z_CV.add_(again_CV)
         kd_C = first.share * losses.kd if teacher is others[0] else losses.kd
         losses = dataclasses.replace(losses, kd=kd_C + teacher.share * more.kd)

@@ -19,9 +19,13 @@ def take_rows(targets: SparseTargets, rows: torch.Tensor) -> SparseTargets:
     entries = torch.arange(int(offsets[-1]), device=counts.device)
     entries += torch.repeat_interleave(targets.offsets[:-1][rows] - offsets[:-1], counts)
     return SparseTargets(
-        offsets, targets.ids[entries], targets.weights[entries], targets.tail[rows],
-        targets.method, targets.temperature,
-    )  # fmt: skip
+        offsets,
+        targets.ids[entries],
+        targets.weights[entries],
+        targets.tail[rows],
+        targets.method,
+        targets.temperature,
+    )
 
 
 def tail_on_truth(targets: SparseTargets, labels_N: torch.Tensor) -> SparseTargets:
@@ -51,6 +55,10 @@ def tail_on_truth(targets: SparseTargets, labels_N: torch.Tensor) -> SparseTarge
     )
     weights[place_of_truth] = targets.tail[is_missing_N]
     return dataclasses.replace(
-        targets, offsets=offsets, ids=ids, weights=weights,
-        tail=torch.zeros_like(targets.tail), truth_added=None,
-    )  # fmt: skip
+        targets,
+        offsets=offsets,
+        ids=ids,
+        weights=weights,
+        tail=torch.zeros_like(targets.tail),
+        truth_added=None,
+    )

@@ -51,9 +51,15 @@ class Entries:
         row_E = torch.repeat_interleave(rows, counts, output_size=len(targets.ids))
         slot_E = torch.arange(len(targets.ids), device=counts.device) - targets.offsets[row_E]
         return cls(
-            row_E, targets.ids, slot_E, targets.weights.to(dtype), targets.tail.to(dtype), counts,
-            int(counts.max()) if len(counts) else 0, targets.method in SAMPLED,
-        )  # fmt: skip
+            row_E,
+            targets.ids,
+            slot_E,
+            targets.weights.to(dtype),
+            targets.tail.to(dtype),
+            counts,
+            int(counts.max()) if len(counts) else 0,
+            targets.method in SAMPLED,
+        )
 
     def table(self, value_E: torch.Tensor, fill: float) -> torch.Tensor:
         """[C, K]: a row's values side by side. Sums over it do not depend on scheduling."""

@@ -99,7 +99,10 @@ def kernels_agree(device: torch.device) -> bool:
     except Exception as error:  # noqa: BLE001 - a compiler's, a driver's: anything; torch serves
         log.warning(
             "the Triton kernels of the head are not used on %s (%s: %s): torch's operators are, at "
-            "some cost in time", device, type(error).__name__, str(error).strip().split("\n")[0],
-        )  # fmt: skip
+            "some cost in time",
+            device,
+            type(error).__name__,
+            str(error).strip().split("\n")[0],
+        )
         return False
     return True

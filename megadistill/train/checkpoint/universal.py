@@ -65,11 +65,15 @@ def _convert(source: Path, target: Path) -> None:
             "many ranks as wrote it"
         )
     settings = argparse.Namespace(
-        input_folder=str(source), output_folder=str(target), keep_temp_folder=False, strict=True,
+        input_folder=str(source),
+        output_folder=str(target),
+        keep_temp_folder=False,
+        strict=True,
         inject_missing_state=False,
         # More would fork this process, which has threads and connections.
-        num_extract_workers=1, num_merge_workers=1,
-    )  # fmt: skip
+        num_extract_workers=1,
+        num_merge_workers=1,
+    )
     # It talks to the terminal, bars and all.
     with (
         told("convert a checkpoint", target),

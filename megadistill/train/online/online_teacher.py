@@ -63,9 +63,12 @@ class OnlineTeacher:
         self.tokenizers = Tokenizers(config) if method == "projected" else None
         own = None if self.tokenizers is None else self.tokenizers.teacher_ids
         self.teacher: Teacher = load_teacher(
-            config, mesh, vocab_size=own or sequences.vocab_size, whole_head=self._whole,
+            config,
+            mesh,
+            vocab_size=own or sequences.vocab_size,
+            whole_head=self._whole,
             key=f"{key}.model",
-        )  # fmt: skip
+        )
         self._config, self._mesh, self._sequences = config, mesh, sequences
         self._features = features
         with self.teacher.awake(offload=config.teacher.offload is not None):
@@ -95,9 +98,11 @@ class OnlineTeacher:
         if self.tokenizers is not None:
             settings = self.teacher.engine.module.config.get_text_config()
             tokens_BT, documents, rows_N = self.tokenizers.read(
-                tokens_BT, documents, padding_B,
+                tokens_BT,
+                documents,
+                padding_B,
                 longest=getattr(settings, "max_position_embeddings", None),
-            )  # fmt: skip
+            )
         hidden_NH, features = self._asked(tokens_BT, documents)
         mine = slice(mesh.tp_rank * B * T, (mesh.tp_rank + 1) * B * T)
         if features is not None:
@@ -139,10 +144,12 @@ class OnlineTeacher:
         device = self.teacher.device
         settings = selection(self._config.targets) | {"entropy": False, "nll": False}
         return self.teacher.head.targets(
-            hidden_NH, torch.as_tensor(labels_N, device=device),
+            hidden_NH,
+            torch.as_tensor(labels_N, device=device),
             torch.as_tensor(keys_N2, device=device),
-            temperature=self._config.targets.temperature, **settings,
-        )  # fmt: skip
+            temperature=self._config.targets.temperature,
+            **settings,
+        )
 
 
 def _own(pooled: Features, mesh: Mesh) -> Features:

@@ -17,12 +17,7 @@ import torch
 from megadistill.config import Config
 from megadistill.data.alignment import Alignment
 from megadistill.data.token_bytes import token_bytes
-from megadistill.data.tokenizer import (
-    count_ids,
-    load_tokenizer,
-    open_tokenizer,
-    tokenizer_identity,
-)
+from megadistill.data.tokenizer import count_ids, load_tokenizer, open_tokenizer, tokenizer_identity
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
@@ -40,9 +35,11 @@ class Tokenizers:
         teacher = config.teacher
         self.student = load_tokenizer(config)
         self.teacher = open_tokenizer(
-            teacher.model, key="teacher.model", revision=teacher.revision,
+            teacher.model,
+            key="teacher.model",
+            revision=teacher.revision,
             trust_remote_code=teacher.trust_remote_code,
-        )  # fmt: skip
+        )
         ours, theirs = (
             tokenizer_identity(each)["content"] for each in (self.student, self.teacher)
         )
@@ -88,10 +85,13 @@ class Tokenizers:
             return ids_V, ids_V
         lost = b"\xff\xff"  # which no token is
         ours, theirs = (
-            {data: i for i, data in reversed(list(enumerate(token_bytes(each, key=key, lost=lost))))
-             if data not in (b"", lost)}
+            {
+                data: i
+                for i, data in reversed(list(enumerate(token_bytes(each, key=key, lost=lost))))
+                if data not in (b"", lost)
+            }
             for each, key in ((self.student, "data.tokenizer"), (self.teacher, "teacher.model"))
-        )  # fmt: skip
+        )
         both = [(i, theirs[data]) for data, i in ours.items() if data in theirs]
         student_V, teacher_V = np.array(sorted(both), np.int64).reshape(-1, 2).T
         return student_V, teacher_V

@@ -28,11 +28,23 @@ from megadistill.student.model import Student
 
 # Dense bfloat16, 1e12 operations a second, by a part of the device's name; the first that fits.
 PEAKS = (
-    ("H200 NVL", 835.5), ("H200", 989.4), ("GH200", 989.4), ("H100 PCIe", 756.5),
-    ("H100 NVL", 835.5), ("H100", 989.4), ("H800", 989.4), ("H20", 148.0), ("A100", 311.8),
-    ("A800", 311.8), ("GB200", 2500.0), ("B200", 2250.0), ("B100", 1750.0), ("L40S", 362.1),
-    ("L4", 121.0), ("A10", 125.0),
-)  # fmt: skip
+    ("H200 NVL", 835.5),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("H100 PCIe", 756.5),
+    ("H100 NVL", 835.5),
+    ("H100", 989.4),
+    ("H800", 989.4),
+    ("H20", 148.0),
+    ("A100", 311.8),
+    ("A800", 311.8),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("B100", 1750.0),
+    ("L40S", 362.1),
+    ("L4", 121.0),
+    ("A10", 125.0),
+)
 
 
 def peak_flops(device: str) -> float | None:
@@ -65,9 +77,11 @@ class Flops:
         rows, hidden = _shape(head.weight)
         matrices = sum(share * _elements(p) for p, share in _matrices(student))
         return cls(
-            6.0 * matrices, 6.0 * (head.vocab_size or rows) * hidden, seq_len,
+            6.0 * matrices,
+            6.0 * (head.vocab_size or rows) * hidden,
+            seq_len,
             tuple(_layers(student.config)),
-        )  # fmt: skip
+        )
 
     def step(self, *, tokens: int, labels: float) -> float:
         """Operations of a step, of all ranks together.

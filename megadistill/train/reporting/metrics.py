@@ -28,8 +28,9 @@ def step_line(record: dict[str, Any], steps: int) -> str:
     kd = "" if record["kd_loss"] is None else f"  kd {record['kd_loss']:.4f}"
     learned = "".join(
         f"  {name} {record[f'{name}_loss']:.4f}"
-        for name in ("projector", "hidden", "attention") if f"{name}_loss" in record
-    )  # fmt: skip
+        for name in ("projector", "hidden", "attention")
+        if f"{name}_loss" in record
+    )
     teacher = f"  teacher {record['teacher_s']:.3f} s" if "teacher_s" in record else ""
     return (
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}{kd}  ce {record['ce_loss']:.4f}"
@@ -89,6 +90,11 @@ class Reporter:
         self._trackers.log("eval", record)
         log.info(
             "held out, step %d: loss %.4f  perplexity %.2f  KL to teacher %.4f  top-1 agreement "
-            "%.2f %%  calibration error %.4f", record["step"], record["loss"], record["perplexity"],
-            record["kl"], 100 * record["top1_agreement"], record["calibration_error"],
-        )  # fmt: skip
+            "%.2f %%  calibration error %.4f",
+            record["step"],
+            record["loss"],
+            record["perplexity"],
+            record["kl"],
+            100 * record["top1_agreement"],
+            record["calibration_error"],
+        )

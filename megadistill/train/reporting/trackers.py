@@ -128,9 +128,13 @@ class WandB:
         import wandb
 
         self._run = wandb.init(
-            project=setup.project, name=setup.name, id=setup.id, resume="allow",
-            dir=str(setup.folder), config=setup.settings,
-        )  # fmt: skip
+            project=setup.project,
+            name=setup.name,
+            id=setup.id,
+            resume="allow",
+            dir=str(setup.folder),
+            config=setup.settings,
+        )
 
     def log(self, step: int, figures: Figures) -> None:
         self._run.log(figures, step=step)
@@ -155,10 +159,12 @@ class Trackio:
         import trackio
 
         self._run = trackio.init(
-            project=setup.project, name=setup.name, config=setup.settings,
+            project=setup.project,
+            name=setup.name,
+            config=setup.settings,
             # By name, of which there may be several: that which was begun last is continued.
             resume="allow" if setup.known else "never",
-        )  # fmt: skip
+        )
 
     def log(self, step: int, figures: Figures) -> None:
         self._run.log(figures, step=step)
@@ -235,8 +241,10 @@ class Feed:
         self._lost = True
         log.warning(
             "train.trackers: %s %s: the run goes on without it, and %s has every figure",
-            self.name, how, self._setup.folder,
-        )  # fmt: skip
+            self.name,
+            how,
+            self._setup.folder,
+        )
         leaving = threading.Thread(target=self._leave, daemon=True)
         leaving.start()
         leaving.join(1.0)
@@ -256,9 +264,14 @@ class Trackers:
         for name in train.trackers:
             identifier = known.ids.get(name) or secrets.token_hex(4)
             setup = Setup(
-                folder, train.project, run_name(config), identifier, name in known.ids, done,
+                folder,
+                train.project,
+                run_name(config),
+                identifier,
+                name in known.ids,
+                done,
                 config.model_dump(mode="json"),
-            )  # fmt: skip
+            )
             begun = partial(known.add, name, setup.id)
             kept = given if setup.known and name not in _DRAW_OVER else {}
             self._feeds.append(Feed(name, setup, given=kept, begun=begun))

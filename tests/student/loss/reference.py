@@ -32,11 +32,27 @@ def random_targets(counts, vocab, *, method="varopt", seed=0, temperature=1.0):
 
 
 def dense_terms(
-    hidden_NH, weight_VH, targets, labels_N, *, divergence="forward_kl", beta=0.5, alpha=0.1,
-    head_mass=0.5, temperature=1.0, kd_weight=1.0, ce_weight=0.0, label_smoothing=0.0, z_loss=0.0,
-    ground_truth_residual=False, normalizer=None, bias_V=None, logit_scale=1.0, softcap=None,
+    hidden_NH,
+    weight_VH,
+    targets,
+    labels_N,
+    *,
+    divergence="forward_kl",
+    beta=0.5,
+    alpha=0.1,
+    head_mass=0.5,
+    temperature=1.0,
+    kd_weight=1.0,
+    ce_weight=0.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    ground_truth_residual=False,
+    normalizer=None,
+    bias_V=None,
+    logit_scale=1.0,
+    softcap=None,
     vocab_size=None,
-):  # fmt: skip
+):
     """(loss, kd_sum, ce_sum) in float64, differentiable by autograd."""
     logits = hidden_NH.double() @ weight_VH.double().T
     if bias_V is not None:

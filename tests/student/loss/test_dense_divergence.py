@@ -23,8 +23,10 @@ def case(*, seed=0, vocab=V, teacher_vocab=V, k=None, scale=1.0, dtype=torch.flo
     weight_VH = (scale * torch.randn(vocab, H, generator=g)).to(dtype).requires_grad_()
     head = TeacherHead(
         scale * torch.randn(teacher_vocab, TEACHER_H, generator=g),
-        VocabularySlice(0, teacher_vocab), softcap=20.0, chunk_bytes=4 * teacher_vocab * 3,
-    )  # fmt: skip
+        VocabularySlice(0, teacher_vocab),
+        softcap=20.0,
+        chunk_bytes=4 * teacher_vocab * 3,
+    )
     targets = DenseTargets(torch.randn(N, TEACHER_H, generator=g), head, k)
     labels_N = torch.randint(0, teacher_vocab, (N,), generator=g)
     labels_N[[2, 7]] = -100
@@ -48,10 +50,13 @@ def listed(log_p_NV, ids_of_row, temperature):
     mask_NV = torch.zeros_like(p_NV, dtype=torch.bool)
     mask_NV[rows, ids] = True
     return SparseTargets(
-        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]), ids=ids,
-        weights=p_NV[rows, ids], tail=p_NV.masked_fill(mask_NV, 0).sum(1), method="topk",
+        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        ids=ids,
+        weights=p_NV[rows, ids],
+        tail=p_NV.masked_fill(mask_NV, 0).sum(1),
+        method="topk",
         temperature=temperature,
-    )  # fmt: skip
+    )
 
 
 def unions(z_NV, log_p_NV, k):
@@ -64,9 +69,16 @@ def check(
     targets, reference, hidden_NH, weight_VH, labels_N, *, vocab_size=None, mode=None, **options
 ):
     terms = distillation_terms(
-        hidden_NH, weight_VH, targets, labels_N, chunk_size=4, agreement=True, mode=mode,
-        vocab_size=vocab_size, **options,
-    )  # fmt: skip
+        hidden_NH,
+        weight_VH,
+        targets,
+        labels_N,
+        chunk_size=4,
+        agreement=True,
+        mode=mode,
+        vocab_size=vocab_size,
+        **options,
+    )
     grads = torch.autograd.grad(terms.loss, [hidden_NH, weight_VH])
     expected, kd_sum, ce_sum = dense_terms(
         hidden_NH, weight_VH, reference, labels_N, vocab_size=vocab_size, **options
@@ -91,9 +103,18 @@ def test_a_whole_distribution_is_what_listing_every_id_is(divergence, temperatur
     log_p_NV = log_probs(targets, temperature)
     every = listed(log_p_NV, [list(range(V))] * N, temperature)
     terms = check(
-        targets, every, hidden_NH, weight_VH, labels_N, divergence=divergence,
-        temperature=temperature, ce_weight=0.3, label_smoothing=0.1, z_loss=0.01, mode=mode,
-    )  # fmt: skip
+        targets,
+        every,
+        hidden_NH,
+        weight_VH,
+        labels_N,
+        divergence=divergence,
+        temperature=temperature,
+        ce_weight=0.3,
+        label_smoothing=0.1,
+        z_loss=0.01,
+        mode=mode,
+    )
     z_NV = hidden_NH @ weight_VH.T
     same = (z_NV.argmax(1) == log_p_NV.argmax(1))[labels_N != -100]
     assert terms.agreed == same.sum()
@@ -107,9 +128,15 @@ def test_a_union_is_what_listing_its_ids_is(divergence, k, temperature):
     log_p_NV = log_probs(targets, temperature)
     ids = unions((hidden_NH @ weight_VH.T).detach(), log_p_NV, k)
     check(
-        targets, listed(log_p_NV, ids, temperature), hidden_NH, weight_VH, labels_N,
-        divergence=divergence, temperature=temperature, ce_weight=0.5,
-    )  # fmt: skip
+        targets,
+        listed(log_p_NV, ids, temperature),
+        hidden_NH,
+        weight_VH,
+        labels_N,
+        divergence=divergence,
+        temperature=temperature,
+        ce_weight=0.5,
+    )
 
 
 def test_no_id_is_in_a_union_twice_and_its_weights_are_the_teachers():
@@ -161,9 +188,14 @@ def test_a_student_with_more_rows_gives_them_no_mass_or_learns_that_they_have_no
     z_NV = (hidden_NH @ weight_VH.T).detach()[:, :V]
     ids = [list(range(V))] * N if k is None else unions(z_NV, log_p_NV, k)
     terms = check(
-        targets, listed(log_p_NV, ids, 1.0), hidden_NH, weight_VH, labels_N, vocab_size=V,
+        targets,
+        listed(log_p_NV, ids, 1.0),
+        hidden_NH,
+        weight_VH,
+        labels_N,
+        vocab_size=V,
         divergence="jsd",
-    )  # fmt: skip
+    )
     grad_VH = torch.autograd.grad(
         distillation_terms(hidden_NH, weight_VH, targets, labels_N, vocab_size=V).loss, weight_VH
     )[0]

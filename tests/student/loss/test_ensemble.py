@@ -42,9 +42,16 @@ def answer(targets, *, extra_rows=0, **options):
     """The terms, and the gradients of three times the loss."""
     hidden_NH, weight_VH, bias_V, labels_N = problem(extra_rows)
     terms = distillation_terms(
-        hidden_NH, weight_VH, targets, labels_N, bias_V=bias_V, vocab_size=VOCAB, agreement=True,
-        chunk_size=2, **options,
-    )  # fmt: skip
+        hidden_NH,
+        weight_VH,
+        targets,
+        labels_N,
+        bias_V=bias_V,
+        vocab_size=VOCAB,
+        agreement=True,
+        chunk_size=2,
+        **options,
+    )
     (3 * terms.loss).backward()
     return terms, [hidden_NH.grad, weight_VH.grad, bias_V.grad]
 
@@ -79,9 +86,10 @@ def test_value_and_gradients_are_the_sum_over_teachers(first, second, mode):
     dense = {first, second} & {"exact", "union"}
     counts = [max(1, count) for count in COUNTS] if dense else COUNTS
     # One knows fewer ids than the other.
-    members = [targets_of(first, 1, counts=counts),
-               targets_of(second, 2, counts=[min(c, VOCAB - 2) for c in counts],
-                          taken=VOCAB - 2)]  # fmt: skip
+    members = [
+        targets_of(first, 1, counts=counts),
+        targets_of(second, 2, counts=[min(c, VOCAB - 2) for c in counts], taken=VOCAB - 2),
+    ]
     check_sum(members, [1.0, 3.0], mode=mode, extra_rows=3, softcap=2.0, logit_scale=0.5)
 
 
@@ -125,12 +133,17 @@ def test_lower_precision_agrees_with_the_double_one(dtype):
     results = []
     for chosen in (torch.float64, dtype):
         hidden_NH, weight_VH, bias_V, labels_N = problem()
-        tensors = [t.detach().to(dtype).to(chosen).requires_grad_()
-                   for t in (hidden_NH, weight_VH, bias_V)]  # fmt: skip
+        tensors = [
+            t.detach().to(dtype).to(chosen).requires_grad_() for t in (hidden_NH, weight_VH, bias_V)
+        ]
         loss = fused_linear_distillation(
-            tensors[0], tensors[1], Ensemble.of(members, [1.0] * 4), labels_N, bias_V=tensors[2],
+            tensors[0],
+            tensors[1],
+            Ensemble.of(members, [1.0] * 4),
+            labels_N,
+            bias_V=tensors[2],
             **HARD,
-        )  # fmt: skip
+        )
         loss.backward()
         results.append([loss.double(), *(t.grad.double() for t in tensors)])
     rtol, atol = (5e-4, 1e-5) if dtype == torch.float32 else (5e-2, 5e-3)

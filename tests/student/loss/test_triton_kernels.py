@@ -72,9 +72,12 @@ needs_triton = pytest.mark.skipif(
 
 def said(program: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     return done.stdout or done.stderr
 
 

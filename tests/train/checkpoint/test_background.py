@@ -61,10 +61,12 @@ def test_a_save_that_fails_on_one_rank_stops_all_and_the_one_before_is_there(tmp
 
 @pytest.mark.parametrize(
     ("point", "rank"),
-    [pytest.param("before the background has written", 0, marks=pytest.mark.long),
-     pytest.param("when the background has written", 1, marks=pytest.mark.long),
-     pytest.param("inside the manifest", 0, marks=pytest.mark.long)],
-)  # fmt: skip
+    [
+        pytest.param("before the background has written", 0, marks=pytest.mark.long),
+        pytest.param("when the background has written", 1, marks=pytest.mark.long),
+        pytest.param("inside the manifest", 0, marks=pytest.mark.long),
+    ],
+)
 def test_killed_while_it_is_written_the_run_goes_on_from_the_one_before(tmp_path, point, rank):
     whole = make_run(tmp_path)
     finish(whole, tmp_path / "whole", tmp_path / "notes")

@@ -26,9 +26,10 @@ def unfinished(tmp_path):
     """A run over a cache of blocks 0 and 2 of three, the last of them short."""
     make_store(tmp_path / "whole", sequences=20, seed=1)
     config = make_config(
-        tmp_path, cache={"dir": str(tmp_path / "cache"), "allow_incomplete": True},
+        tmp_path,
+        cache={"dir": str(tmp_path / "cache"), "allow_incomplete": True},
         train={"save_every": 1, "keep": 10, "steps": 4},
-    )  # fmt: skip
+    )
     shutil.rmtree(tmp_path / "cache")
     shutil.copytree(tmp_path / "whole", tmp_path / "cache")
     for name in ("shard.000001.mds", "blocks/000001.json"):

@@ -31,16 +31,31 @@ def trio(tmp_path_factory):
 
 def settings(trio, out="out", **sections):
     keys = {
-        "data": {"files": [str(trio / "text.jsonl")], "dir": str(trio / "tokens"), "seq_len": 24,
-                 "block_size": 8, "workers": 1},
-        "teacher": {"model": str(trio / "teacher"), "dtype": "float32", "mode": "online",
-                    "micro_batch": 3},
+        "data": {
+            "files": [str(trio / "text.jsonl")],
+            "dir": str(trio / "tokens"),
+            "seq_len": 24,
+            "block_size": 8,
+            "workers": 1,
+        },
+        "teacher": {
+            "model": str(trio / "teacher"),
+            "dtype": "float32",
+            "mode": "online",
+            "micro_batch": 3,
+        },
         "cache": {"dir": str(trio / "cache"), "min_free": 0},
         "student": {"model": str(trio / "student")},
         "loss": {"ce_weight": 0.5},
-        "train": {"out_dir": str(trio / out), "steps": STEPS, "global_batch": 8, "micro_batch": 2,
-                  "lr": 1e-3, "warmup_steps": 1},
-    }  # fmt: skip
+        "train": {
+            "out_dir": str(trio / out),
+            "steps": STEPS,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "lr": 1e-3,
+            "warmup_steps": 1,
+        },
+    }
     for section, values in sections.items():
         keys[section] = {**keys.get(section, {}), **values}
     return Config.model_validate(keys)
@@ -61,23 +76,32 @@ def train(config, ranks, tp=1):
 def drawn(trio):
     """The run beside two teachers that draw."""
     teacher = second(trio, micro_batch=5)
-    config = settings(trio, "drawn", teacher=teacher, targets=DRAWN,
-                      train={"save_every": 1, "keep": 9})  # fmt: skip
+    config = settings(
+        trio, "drawn", teacher=teacher, targets=DRAWN, train={"save_every": 1, "keep": 9}
+    )
     return train(config, 2)
 
 
 def test_it_is_the_run_from_the_caches_of_both(trio, drawn):
     for name in ("teacher", "second"):
         made = settings(
-            trio, teacher={"model": str(trio / name), "mode": "cached"}, targets=DRAWN,
+            trio,
+            teacher={"model": str(trio / name), "mode": "cached"},
+            targets=DRAWN,
             cache={"dir": str(trio / f"cache-{name}"), "min_free": 0},
-        )  # fmt: skip
+        )
         run_ranks(2, BUILD, config=made)
     config = settings(
-        trio, "cached", teacher={"mode": "cached"}, targets=DRAWN,
-        cache={"dir": str(trio / "cache-teacher"), "min_free": 0,
-               "ensemble": [{"dir": str(trio / "cache-second"), "weight": 3}]},
-    )  # fmt: skip
+        trio,
+        "cached",
+        teacher={"mode": "cached"},
+        targets=DRAWN,
+        cache={
+            "dir": str(trio / "cache-teacher"),
+            "min_free": 0,
+            "ensemble": [{"dir": str(trio / "cache-second"), "weight": 3}],
+        },
+    )
     found = train(config, 2)
     np.testing.assert_allclose(found, drawn, rtol=1e-5)
 
@@ -86,8 +110,9 @@ def test_exact_is_lists_of_every_id_at_every_layout(trio):
     teacher = second(trio, engine="zero3", offload="cpu")
     exact = train(settings(trio, "exact", teacher=teacher, targets={"method": "exact"}), 2)
     teacher = {"tp": 2, "offload": "cpu", **second(trio)}
-    listed = train(settings(trio, "listed", teacher=teacher,
-                            targets={"method": "topk", "k": VOCAB}), 2, tp=2)  # fmt: skip
+    listed = train(
+        settings(trio, "listed", teacher=teacher, targets={"method": "topk", "k": VOCAB}), 2, tp=2
+    )
     np.testing.assert_allclose(exact, listed, rtol=1e-5)
 
 
@@ -95,8 +120,10 @@ def test_one_teacher_twice_is_that_teacher(trio):
     targets = {"method": "union", "k": 8}
     twice = {"ensemble": [{"model": str(trio / "teacher"), "weight": 2}]}
     loss = {"hidden_weight": 0.1}  # of the first teacher alone
-    runs = [train(settings(trio, name, teacher=teacher, targets=targets, loss=loss), 1)
-            for name, teacher in (("alone", {}), ("twice", twice))]  # fmt: skip
+    runs = [
+        train(settings(trio, name, teacher=teacher, targets=targets, loss=loss), 1)
+        for name, teacher in (("alone", {}), ("twice", twice))
+    ]
     np.testing.assert_allclose(*runs, rtol=1e-6)
     card = (trio / "twice" / "model" / "README.md").read_text()
     teacher = "`teacher` (weight"

@@ -29,17 +29,32 @@ def pair(tmp_path_factory):
 
 def settings(pair, out="out", **sections):
     keys = {
-        "data": {"files": [str(pair / "text.jsonl")], "dir": str(pair / "tokens"), "seq_len": 24,
-                 "block_size": 8, "workers": 1},
-        "teacher": {"model": str(pair / "teacher"), "dtype": "float32", "mode": "online",
-                    "micro_batch": 3},
+        "data": {
+            "files": [str(pair / "text.jsonl")],
+            "dir": str(pair / "tokens"),
+            "seq_len": 24,
+            "block_size": 8,
+            "workers": 1,
+        },
+        "teacher": {
+            "model": str(pair / "teacher"),
+            "dtype": "float32",
+            "mode": "online",
+            "micro_batch": 3,
+        },
         "targets": {"method": "exact"},
         "cache": {"dir": str(pair / "cache"), "min_free": 0},
         "student": {"model": str(pair / "student")},
         "loss": {"ce_weight": 0.5},
-        "train": {"out_dir": str(pair / out), "steps": STEPS, "global_batch": 8, "micro_batch": 2,
-                  "lr": 1e-3, "warmup_steps": 1},
-    }  # fmt: skip
+        "train": {
+            "out_dir": str(pair / out),
+            "steps": STEPS,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "lr": 1e-3,
+            "warmup_steps": 1,
+        },
+    }
     for section, values in sections.items():
         keys[section] = {**keys.get(section, {}), **values}
     return Config.model_validate(keys)
@@ -88,10 +103,13 @@ def test_exact_is_training_on_lists_of_every_id(exact, every_id):
 
 @pytest.mark.parametrize(
     ("ranks", "tp", "engine", "offload"),
-    [(1, 1, "tensor_parallel", None), (2, 2, "tensor_parallel", "cpu"),
-     pytest.param(4, 2, "tensor_parallel", None, marks=pytest.mark.long),
-     (2, 1, "zero3", None)],
-)  # fmt: skip
+    [
+        (1, 1, "tensor_parallel", None),
+        (2, 2, "tensor_parallel", "cpu"),
+        pytest.param(4, 2, "tensor_parallel", None, marks=pytest.mark.long),
+        (2, 1, "zero3", None),
+    ],
+)
 def test_every_layout_of_the_teacher_trains_alike(pair, exact, ranks, tp, engine, offload):
     teacher = {"tp": tp, "engine": engine, "offload": offload}
     config = settings(pair, f"{engine}{ranks}{tp}", teacher=teacher, train={"steps": STEPS})
@@ -123,8 +141,7 @@ def weights_after(mesh, config):
 @pytest.mark.parametrize(("tp", "engine"), [(2, "tensor_parallel"), (1, "zero3")])
 def test_all_ranks_have_equal_weights_after_twenty_steps_beside_a_teacher(pair, tp, engine):
     teacher = {"tp": tp, "engine": engine, "offload": "cpu" if engine == "zero3" else None}
-    config = settings(pair, f"twenty-{engine}", teacher=teacher,
-                      train={"steps": 20, "lr": 1e-2})  # fmt: skip
+    config = settings(pair, f"twenty-{engine}", teacher=teacher, train={"steps": 20, "lr": 1e-2})
     found = run_ranks(4, f"{HERE}:weights_after", tp=tp, config=config)
     for other in found[1:]:
         assert all(np.array_equal(other[name], value) for name, value in found[0].items())
@@ -157,8 +174,9 @@ def test_it_is_what_a_plain_torch_loop_does(pair, exact):
         found = exact[step]
         np.testing.assert_allclose(
             [found["loss"], found["kd_loss"], found["grad_norm"]],
-            [loss.item(), kd.item(), norm.item()], rtol=1e-5,
-        )  # fmt: skip
+            [loss.item(), kd.item(), norm.item()],
+            rtol=1e-5,
+        )
 
 
 def test_through_a_cache_it_is_the_same_within_what_the_codec_rounds(pair, every_id):
@@ -194,22 +212,28 @@ def answered(mesh, config):
 
 
 @pytest.mark.parametrize("method", ["varopt", "multinomial", "topp"])
-@pytest.mark.parametrize(("ranks", "tp", "engine"), [
-    (1, 1, "tensor_parallel"), (2, 2, "tensor_parallel"), (2, 1, "zero3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "tp", "engine"),
+    [(1, 1, "tensor_parallel"), (2, 2, "tensor_parallel"), (2, 1, "zero3")],
+)
 def test_it_draws_what_a_cache_holds(pair, method, ranks, tp, engine):
     from megadistill.cache.build import _equal_rows
     from megadistill.cache.codec import decode_targets, encode_targets
     from megadistill.cache.reader import open_cache
 
     folder = pair / f"cache-{method}"
-    made = settings(pair, teacher={"mode": "cached"}, targets={"method": method},
-                    cache={"dir": str(folder), "min_free": 0})  # fmt: skip
+    made = settings(
+        pair,
+        teacher={"mode": "cached"},
+        targets={"method": method},
+        cache={"dir": str(folder), "min_free": 0},
+    )
     run_ranks(1, "tests.cache.test_build:build", config=made)
     cache = open_cache(folder)
     config = settings(pair, teacher={"tp": tp, "engine": engine}, targets={"method": method})
-    rows = [row for rank in run_ranks(ranks, f"{HERE}:answered", tp=tp, config=config)
-            for row in rank]  # fmt: skip
+    rows = [
+        row for rank in run_ranks(ranks, f"{HERE}:answered", tp=tp, config=config) for row in rank
+    ]
     assert len({i for i, _ in rows}) == len(rows) == 16
     for i, targets in rows:
         shape = {"vocab_size": cache.vocab_size, "codec": cache.codec}
@@ -222,8 +246,9 @@ def test_it_draws_what_a_cache_holds(pair, method, ranks, tp, engine):
 def test_a_union_of_both_sides_trains(pair, loss):
     targets = {"method": "union", "k": 8}
     name = next(iter(loss))
-    config = settings(pair, f"union-{name}", targets=targets, loss={**loss, "ce_weight": 0.0},
-                      train={"lr": 1e-2})  # fmt: skip
+    config = settings(
+        pair, f"union-{name}", targets=targets, loss={**loss, "ce_weight": 0.0}, train={"lr": 1e-2}
+    )
     found = train(config, 2)
     kd = series(found, "kd_loss")[:, 0]
     assert (kd >= 0).all()
@@ -256,8 +281,13 @@ def test_of_a_stream_as_much_is_read_as_the_steps_need(pair, tmp_path):
     order = {"shuffle": "sequential"}
     whole = train(settings(pair, "in_order", order=order), 2)
     tokens = tmp_path / "tokens"
-    streamed = settings(pair, "streamed", order=order, train={"save_every": 3, "keep": 9},
-                        data={"streaming": True, "dir": str(tokens)})  # fmt: skip
+    streamed = settings(
+        pair,
+        "streamed",
+        order=order,
+        train={"save_every": 3, "keep": 9},
+        data={"streaming": True, "dir": str(tokens)},
+    )
     found = train(streamed, 2)
     columns = ("loss", "kd_loss", "grad_norm")
     np.testing.assert_allclose(series(found, *columns), series(whole, *columns), rtol=1e-6)
@@ -280,10 +310,15 @@ def test_a_stream_that_ends_before_the_steps_do_begins_anew(pair, tmp_path):
         "".join((pair / "text.jsonl").read_text().splitlines(keepends=True)[:9])
     )
     config = settings(
-        pair, "short", train={"steps": 4},
-        data={"streaming": True, "dir": str(tmp_path / "tokens"),
-              "files": [str(tmp_path / "text.jsonl")]},
-    )  # fmt: skip
+        pair,
+        "short",
+        train={"steps": 4},
+        data={
+            "streaming": True,
+            "dir": str(tmp_path / "tokens"),
+            "files": [str(tmp_path / "text.jsonl")],
+        },
+    )
     found = train(config, 2)
     store = BlockStore.open(tmp_path / "tokens")
     assert store.complete()
@@ -328,27 +363,47 @@ def largest_allocation(mesh, config):
 @pytest.mark.parametrize("method", ["exact", "union"])
 def test_no_tensor_of_positions_by_vocabulary_exists(pair, method):
     small = {"zero_optimization": {"reduce_bucket_size": 20_000}}
-    config = settings(pair, targets={"method": method, "k": 8}, deepspeed=small,
-                      train={"global_batch": 32, "micro_batch": 32})  # fmt: skip
+    config = settings(
+        pair,
+        targets={"method": method, "k": 8},
+        deepspeed=small,
+        train={"global_batch": 32, "micro_batch": 32},
+    )
     [(largest, operation, count)] = run_ranks(1, f"{HERE}:largest_allocation", config=config)
     # A chunk: a quarter of the positions with labels; one column more for the tail.
     assert largest <= -(-count // 4) * (VOCAB + 1), operation
 
 
-@pytest.mark.parametrize(("sections", "expected"), [
-    ({"teacher": {"mode": "cached"}, "student": None},
-     "targets.method: exact compares whole distributions, which no cache keeps"),
-    ({"student": None}, "teacher.mode: online puts the teacher beside a student"),
-    ({"loss": {"kd_weight": 0.0, "ce_weight": 1.0}}, "teacher.mode: online with loss.kd_weight=0"),
-    ({"targets": {"method": "exact", "temperature": 2.0}},
-     "targets.temperature: 2 with targets.method=exact"),
-    ({"targets": {"method": "union", "positions": "entropy", "min_entropy": 0.5}},
-     "targets.positions: entropy with targets.method=union"),
-    ({"targets": {"method": "varopt"}, "loss": {"divergence": "jsd"}},
-     "jsd cannot be computed from varopt targets"),
-    ({"loss": {"ground_truth_residual": True}},
-     "loss.ground_truth_residual: true with exact targets"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"teacher": {"mode": "cached"}, "student": None},
+            "targets.method: exact compares whole distributions, which no cache keeps",
+        ),
+        ({"student": None}, "teacher.mode: online puts the teacher beside a student"),
+        (
+            {"loss": {"kd_weight": 0.0, "ce_weight": 1.0}},
+            "teacher.mode: online with loss.kd_weight=0",
+        ),
+        (
+            {"targets": {"method": "exact", "temperature": 2.0}},
+            "targets.temperature: 2 with targets.method=exact",
+        ),
+        (
+            {"targets": {"method": "union", "positions": "entropy", "min_entropy": 0.5}},
+            "targets.positions: entropy with targets.method=union",
+        ),
+        (
+            {"targets": {"method": "varopt"}, "loss": {"divergence": "jsd"}},
+            "jsd cannot be computed from varopt targets",
+        ),
+        (
+            {"loss": {"ground_truth_residual": True}},
+            "loss.ground_truth_residual: true with exact targets",
+        ),
+    ],
+)
 def test_what_does_not_go_together_is_refused(pair, sections, expected):
     config = settings(pair)
     keys = config.model_dump(mode="json")

@@ -112,9 +112,11 @@ def test_every_layout_of_the_teacher_trains_alike(pair, projected, ranks, tp, en
 
 def test_in_bfloat16_it_is_about_the_same(pair, projected):
     config = projecting(
-        pair, "bf16", teacher={"dtype": "bfloat16"},
+        pair,
+        "bf16",
+        teacher={"dtype": "bfloat16"},
         deepspeed={"bf16": {"enabled": True}, **PARTITIONED},
-    )  # fmt: skip
+    )
     found = train(config, 2)
     np.testing.assert_allclose(series(found, *COLUMNS), series(projected, *COLUMNS), rtol=0.05)
 
@@ -143,25 +145,40 @@ def test_the_export_is_the_student_alone(pair, projected):
 def test_a_student_that_is_its_teacher_agrees_from_the_start(pair):
     """Of one tokenizer, head and width the projector begins as (nearly) the identity."""
     config = projecting(
-        pair, "itself", data={"tokenizer": None, "dir": str(pair / "tokens-2")},
-        student={"model": str(pair / "teacher")}, train={"steps": 1, "warmup_steps": 0},
+        pair,
+        "itself",
+        data={"tokenizer": None, "dir": str(pair / "tokens-2")},
+        student={"model": str(pair / "teacher")},
+        train={"steps": 1, "warmup_steps": 0},
         loss={"divergence": "jsd", "ce_weight": 0.0},
-    )  # fmt: skip
+    )
     [line] = train(config, 2)
     assert line["kd_loss"] < 1e-4
     assert line["projector_loss"] == pytest.approx(line["ce_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize(("sections", "expected"), [
-    ({"targets": {"method": "exact"}},
-     "teacher.model: the tokenizer of {pair}/teacher turns text into other ids than {pair}/student "
-     "does"),
-    ({"data": {"tokenizer": None}, "targets": {"method": "exact"}},
-     "student.model: {pair}/student has a vocabulary of 320, the tokenizer {pair}/teacher has 512"),
-    ({"loss": {"hidden_weight": 1.0}},
-     "loss.hidden_weight: the teacher {pair}/teacher has another tokenizer than {pair}/student, "
-     "so its layers stand at other positions: set it to 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"targets": {"method": "exact"}},
+            "teacher.model: the tokenizer of {pair}/teacher turns text into other ids than "
+            "{pair}/student "
+            "does",
+        ),
+        (
+            {"data": {"tokenizer": None}, "targets": {"method": "exact"}},
+            "student.model: {pair}/student has a vocabulary of 320, the tokenizer {pair}/teacher "
+            "has 512",
+        ),
+        (
+            {"loss": {"hidden_weight": 1.0}},
+            "loss.hidden_weight: the teacher {pair}/teacher has another tokenizer than "
+            "{pair}/student, "
+            "so its layers stand at other positions: set it to 0",
+        ),
+    ],
+)
 def test_what_needs_the_same_tokens_is_refused_of_others(pair, sections, expected):
     from megadistill.preflight import check_train
 
@@ -172,12 +189,18 @@ def test_what_needs_the_same_tokens_is_refused_of_others(pair, sections, expecte
         assert "targets.method=projected data.tokenizer=(the student's)" in str(raised.value)
 
 
-@pytest.mark.parametrize(("sections", "expected"), [
-    ({"teacher": {"mode": "cached"}, "student": None}, "targets.method: projected"),
-    ({"targets": {"temperature": 2.0}}, "targets.temperature: 2 with targets.method=projected"),
-    ({"teacher": {"ensemble": [{"model": "x"}]}}, "teacher.ensemble: with targets.method=projec"),
-    ({"loss": {"ground_truth_residual": True}}, "true with projected targets"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"teacher": {"mode": "cached"}, "student": None}, "targets.method: projected"),
+        ({"targets": {"temperature": 2.0}}, "targets.temperature: 2 with targets.method=projected"),
+        (
+            {"teacher": {"ensemble": [{"model": "x"}]}},
+            "teacher.ensemble: with targets.method=projec",
+        ),
+        ({"loss": {"ground_truth_residual": True}}, "true with projected targets"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(pair, sections, expected):
     keys = projecting(pair, "none").model_dump(mode="json")
     for name, values in sections.items():
@@ -190,10 +213,12 @@ def test_a_document_longer_than_the_teacher_was_made_for_is_refused(pair):
     tiny_llama(pair / "short", max_position_embeddings=26)
     tiny_tokenizer(pair / "short", vocab_size=257)  # bytes
     config = projecting(
-        pair, "short-run", teacher={"model": str(pair / "short")},
+        pair,
+        "short-run",
+        teacher={"model": str(pair / "short")},
         student={"model": str(pair / "teacher")},
         data={"tokenizer": str(pair / "teacher"), "dir": str(pair / "tokens-3")},
-    )  # fmt: skip
+    )
     kind, text = run_ranks(1, "tests.train.runs:message", config=config)[0]
     assert kind == "TeacherError"
     assert "of the teacher's tokens, expected at most 26, its max_position_embeddings" in text

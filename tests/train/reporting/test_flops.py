@@ -13,9 +13,14 @@ from megadistill.train.reporting.device_stats import Readings, memory, readings_
 from megadistill.train.reporting.flops import Flops, peak_flops
 
 SIZES = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def counted(model, *, sequences, seq_len):
@@ -73,13 +78,22 @@ def test_of_experts_those_count_that_are_chosen():
 @pytest.mark.parametrize(
     ("device", "tera"),
     [
-        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.5), ("NVIDIA H200", 989.4),
-        ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 311.8), ("NVIDIA B200", 2250.0),
-        ("NVIDIA GH200 480GB", 989.4), ("NVIDIA L40S", 362.1), ("NVIDIA L4", 121.0),
-        ("NVIDIA A10", 125.0), ("NVIDIA A10G", None), ("NVIDIA L40", None),
-        ("Tesla V100-SXM2-16GB", None), ("cpu", None),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA A100-SXM4-80GB", 311.8),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("Tesla V100-SXM2-16GB", None),
+        ("cpu", None),
     ],
-)  # fmt: skip
+)
 def test_the_peak_is_that_of_the_very_device_or_none(device, tera):
     assert peak_flops(device) == (None if tera is None else tera * 1e12)
 

@@ -37,9 +37,11 @@ def tracked(folder, *, environment=None, **arguments):
     ]
     place = folder.parent
     environment = {
-        "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(place / "trackio"),
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TRACKIO_DIR": str(place / "trackio"),
         **(environment or {}),
-    }  # fmt: skip
+    }
     # Into a file: what a tracker leaves running would hold a pipe open.
     with open(place / "log.txt", "w") as log:
         child = subprocess.Popen(
@@ -120,8 +122,10 @@ def test_trackio_keeps_the_first_of_steps_that_are_done_again_in_one_run(resumed
 
 
 NO_NETWORK = {
-    "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40,
-}  # fmt: skip
+    "WANDB_MODE": "online",
+    "WANDB_BASE_URL": "http://127.0.0.1:9",
+    "WANDB_API_KEY": "a" * 40,
+}
 
 
 @pytest.mark.parametrize(
@@ -218,9 +222,10 @@ def test_training_shows_rank_0s_figures_and_a_resumed_run_may_have_other_tracker
     run_ranks(2, "tests.train.runs:run_until_told", config=config, lines=1)
     done = len(read_records(tmp_path / "out" / "metrics.jsonl"))
     config = make_run_config(
-        tmp_path, eval={"cache": str(tmp_path / "heldout")},
+        tmp_path,
+        eval={"cache": str(tmp_path / "heldout")},
         train={**common, "trackers": ["tensorboard"]},
-    )  # fmt: skip
+    )
     assert run_ranks(2, "tests.train.runs:run", config=config) == [4, 4]
     figures = tensorboard_figures(tmp_path / "out" / "tensorboard")
     for kind, file in (("train", "metrics.jsonl"), ("eval", "eval.jsonl")):

@@ -29,17 +29,34 @@ def make_config(folder, **train):
 
 def record(step, loss):
     return {
-        "step": step, "loss": loss, "kd_loss": None, "ce_loss": loss, "grad_norm": 1.0, "lr": 1e-3,
-        "sequences": 8 * step, "tokens": 128 * step, "tokens_per_s": 1e3, "data_s": 0.0,
-        "step_s": 0.1, "memory_used": 1 << 30, "memory_total": 8 << 30, "flops": 1e12,
-    }  # fmt: skip
+        "step": step,
+        "loss": loss,
+        "kd_loss": None,
+        "ce_loss": loss,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "sequences": 8 * step,
+        "tokens": 128 * step,
+        "tokens_per_s": 1e3,
+        "data_s": 0.0,
+        "step_s": 0.1,
+        "memory_used": 1 << 30,
+        "memory_total": 8 << 30,
+        "flops": 1e12,
+    }
 
 
 def held_out(step, loss):
     return {
-        "step": step, "loss": loss, "perplexity": 9.0, "kl": 0.5, "top1_agreement": 0.5,
-        "calibration_error": 0.1, "positions": 100, "sequences": 10,
-    }  # fmt: skip
+        "step": step,
+        "loss": loss,
+        "perplexity": 9.0,
+        "kl": 0.5,
+        "top1_agreement": 0.5,
+        "calibration_error": 0.1,
+        "positions": 100,
+        "sequences": 10,
+    }
 
 
 def report(reporter, steps, *, shift=0.0):

@@ -1,4 +1,4 @@
-"""Train a student from a cache, or with the teacher beside it (teacher.mode=online).
+"""Train a student from a cache, or with an online teacher (teacher.mode=online).
 
     deepspeed [--hostfile hosts | --num_gpus N] launch/train.py [--config zero3.yaml] [a.b=c ...]
 

@@ -11,12 +11,12 @@
     python tools/bench.py apart   [--hidden H] [--seq_len T] [--pairs 15]
     python tools/bench.py angle   [--teacher DIR] [--tokens DIR] [--student DIR] [--bytes 13]
 
-storage  bytes a position of varopt and top-64, beside their streams' entropy and other formats
+storage  bytes per token of varopt and top-64, beside their streams' entropy and other formats
 codec    positions a second and core for encoding and decoding, per method
 writer   seconds of generating with the writer on over those with it off, in pairs
 head     seconds and memory of fused distillation and cross-entropy over plain cross-entropy
 step     seconds of a training step from a cache over one on hard labels, in pairs
-online   seconds of a step with the teacher beside the student over one from a cache
+online   seconds of a step with an online teacher over one from a cache
 subset   seconds of other losses on given logits over the union of both sides' most probable ids
 projector  seconds of a teacher's states through its own embeddings over ours through the projector
 apart    seconds of a forward pass with documents apart, for models with a state, over one without

@@ -3,7 +3,7 @@
     python tools/copy_cache.py SOURCE DEST [--verify] [--workers N]
 
 URLs are fsspec's: sftp://host/path, s3://bucket/path, gs://..., hf://datasets/owner/name/path,
-file://... Interrupted, it goes on where it was when it is started again; at a place that holds
+file://... Started again after an interruption, it resumes; at a place that holds
 another store it changes nothing. --verify reads back every shard that lies at DEST.
 Exit code 0: DEST is what SOURCE is. 2: not copied.
 """

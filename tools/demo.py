@@ -60,7 +60,7 @@ def main() -> int:
         build(stages, arguments.seeds)
     except subprocess.CalledProcessError as error:
         log.error("the demo stopped: %s (exit code %d)", shlex_join(error.cmd), error.returncode)
-        log.error("`make demo` goes on from here; `rm -r %s` and it starts anew", RUN)
+        log.error("`make demo` resumes from here; `rm -r %s` and it starts anew", RUN)
         return 1
     report(stages, arguments.seeds)
     log.info("\nall of it took %.0f s; what lies where: %s/", time.monotonic() - started, RUN)
@@ -250,7 +250,7 @@ def report(stages: Stages, seeds: int) -> None:
     log.info("\nheld-out text (nobody trained on it), equal steps, equal start:\n")
     log.info("%s", held_out_table(runs))
     log.info(
-        "\nthe cache: %d positions, %.1f entries and %.1f bytes a position",
+        "\nthe cache: %d positions, %.1f entries and %.1f bytes per token",
         cache["num_positions"],
         cache["entries_per_position"],
         cache["bytes_per_position"],

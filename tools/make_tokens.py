@@ -3,7 +3,7 @@
     python tools/make_tokens.py --config C [a.b=c ...]
 
 generate.py does this by itself where the store is missing; doing it here, on any machine that sees
-the folder, keeps the accelerators from waiting for it. Started again, it goes on where it was.
+the folder, keeps the accelerators from waiting for it. Started again, it resumes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A cache with fewer entries a position, made from a larger one without the teacher.
+"""A cache with fewer entries per token, made from a larger one without the teacher.
 
     python tools/retruncate_cache.py CACHE --out OUT (--tau X | --k K | --p P) [--seed S] [--json]
 
 varopt goes to a larger tau and stays unbiased; topk and topp go to a smaller k or p, what they drop
-joins the tail. A run that was interrupted goes on where it was. Exit code 0: OUT is complete. 1: it
+joins the tail. Resumes an interrupted run. Exit code 0: OUT is complete. 1: it
 is damaged. 2: nothing was made.
 """
 

@@ -16,7 +16,7 @@ demo's own has 4.4 nats, and there a position needs more bytes. `bytes` are thos
 
 Mean degrees over 20 batches of 2,048 positions, at the start, in the middle and at the end:
 
-    varopt            1.7   1.5   2.1   12.7 bytes a position
+    varopt            1.7   1.5   2.1   12.7 bytes per token
     50 draws          2.6   2.5   3.6   15.2 (34 at 3 bytes an entry)
     top-12            5.0  16.8  22.6   23.2
     top-12 with tail  1.7  16.9  20.2   23.2
@@ -125,7 +125,7 @@ class Cached:
     def of(
         self, log_probs_NV: torch.Tensor, first: int, **selection: Any
     ) -> tuple[SparseTargets, float]:
-        """(targets, bytes a position); `first` is the first sequence's number."""
+        """(targets, bytes per token); `first` is the first sequence's number."""
         seq_len = self.teacher.store.recipe["seq_len"]
         rows_N = torch.arange(len(log_probs_NV))
         keys_N2 = torch.stack([first + rows_N // seq_len, rows_N % seq_len], 1)
@@ -241,7 +241,7 @@ class Kind(NamedTuple):
 
     name: str
     targets: SparseTargets
-    size: float  # bytes a position
+    size: float  # bytes per token
 
 
 def _batch(cached: Cached, number: int, tau: float) -> tuple[torch.Tensor, list[Kind]]:

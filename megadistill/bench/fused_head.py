@@ -1,7 +1,7 @@
 """The fused head against plain cross-entropy: seconds and memory, forward and backward.
 
 plain  F.cross_entropy(hidden @ weight.T, labels), then backward
-fused  distillation from K entries a position and cross-entropy in one call, then backward
+fused  distillation from K entries per token and cross-entropy in one call, then backward
 
 Both give the gradients of the hidden states and of the weight, float32. Each round takes
 every side once, beginning with another; ratios are fused over plain of the same round, the median

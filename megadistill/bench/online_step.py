@@ -1,4 +1,4 @@
-"""A step with the teacher beside the student against one from a cache, for the demo's pair.
+"""A step of online distillation against one from a cache, for the demo's pair.
 
 One student's engine, one teacher; the ways to learn take turns. `teacher` is the teacher's share of
 an online step: its forward passes, and making the targets, on this rank. Of methods that compare
@@ -52,7 +52,7 @@ def online_cost(config: Config, mesh: Mesh, *, rounds: int) -> Iterator[dict[str
 
 
 def online(config: Config, method: str) -> Config:
-    """The same run with the teacher beside the student."""
+    """The same run with an online teacher."""
     return config.model_copy(
         update={
             "teacher": config.teacher.model_copy(update={"mode": "online"}),

@@ -1,4 +1,4 @@
-"""Bytes a position: what the codec takes, beside the entropy of its streams and other formats.
+"""Bytes per token: what the codec takes, beside the entropy of its streams and other formats.
 
 varopt at the variance of 50 multinomial draws, against random sampling distillation's 3 bytes for
 each different id; top-64 against float16 + uint16 + a byte through zstd-3, and against ids of
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def storage(distribution: Any, *, seq_len: int) -> tuple[Row, Row]:
-    """(the figures of varopt, those of top-64), bytes a position; sequences of `seq_len`."""
+    """(the figures of varopt, those of top-64), bytes per token; sequences of `seq_len`."""
     variances = Variances(distribution)
     tau = variances.tau(variances.multinomial(DRAWS))
     chosen: dict[str, list[SparseTargets]] = {"varopt": [], "multinomial": [], "topk": []}
@@ -97,7 +97,7 @@ def _coded(t: SparseTargets, seq_len: int, vocab_size: int, codec: Any) -> float
 
 
 def _entropy(t: SparseTargets, seq_len: int, codec: Any) -> float:
-    """Bytes a position by the static entropy of each stream's symbols, and the raw bits."""
+    """Bytes per token by the static entropy of each stream's symbols, and the raw bits."""
     streams: list[list[bytes]] = []
     bits = 0.0
     for part in _sequences(t, seq_len):

@@ -73,9 +73,9 @@ def require_same_recipe(
     found = list(differences(ours, theirs))
     if [each for each in found if each[0] == "kind"]:
         found = [each for each in found if each[0] == "kind"]
-    told = [each for each in found if each[0].partition(".")[0] not in _FOLLOWS] or found
+    shown = [each for each in found if each[0].partition(".")[0] not in _FOLLOWS] or found
     lines: dict[str, str] = {}
-    for field, left, right in told:
+    for field, left, right in shown:
         key = keys.of(field)
         if key in lines:
             continue

@@ -27,7 +27,7 @@ import xxhash
 from megadistill.blocks.columns import Column, decode_record, encode_record, hashed_part
 from megadistill.blocks.padding import padding_problem
 from megadistill.errors import CorruptBlockError, StoreError
-from megadistill.storage.files import open_regular, read_at, told, xxh3_of
+from megadistill.storage.files import named_os_errors, open_regular, read_at, xxh3_of
 from megadistill.storage.records import hex64
 
 SHARD_LIMIT = 1 << 32  # MDS offsets have 32 bits
@@ -194,7 +194,7 @@ def write_shard(
             "set a smaller block_size"
         )
     path = folder / "shard.00000.mds"
-    with told("write", path):
+    with named_os_errors("write", path):
         writer = mds_writer()(
             columns={c.name: c.encoding for c in columns}, out=str(folder), size_limit=None
         )

@@ -60,7 +60,7 @@ from megadistill.blocks.remote.object_store import read_only
 from megadistill.blocks.shard import OpenShards, Shard, write_shard
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.disk import is_url
-from megadistill.storage.files import LOCAL, Files, names_in, told
+from megadistill.storage.files import LOCAL, Files, named_os_errors, names_in
 from megadistill.storage.lock import StoreLock, require_holder, token_of
 from megadistill.storage.records import encode_json
 
@@ -488,7 +488,7 @@ class BlockStore:
     def shard_is_there(self, marker: dict[str, Any]) -> bool:
         """Whether the marker's shard has the size it must have; its bytes are not read."""
         path = self.layout.shard(marker["block"])
-        with told("look at", path):
+        with named_os_errors("look at", path):
             try:
                 status = path.lstat()
             except FileNotFoundError:

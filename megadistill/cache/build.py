@@ -32,7 +32,7 @@ from megadistill.blocks import BlockStore
 from megadistill.blocks.layout import kind_of
 from megadistill.cache.cache_recipe import cache_recipe, made_with
 from megadistill.cache.codec import decode_targets, encode_targets
-from megadistill.cache.disk_guard import FreeBytes, Reserve
+from megadistill.cache.disk_guard import DiskGuard, FreeBytes
 from megadistill.cache.generation_progress import Progress
 from megadistill.cache.ranking import rank_ids
 from megadistill.cache.reader import Cache, open_cache
@@ -89,7 +89,7 @@ def build_cache(
             last_first = [_prepare(c, held, is_held_out=c is not config) for c in wanted[::-1]]
             return last_first[::-1]
 
-        to_do = mesh.first(prepare)
+        to_do = mesh.run_on_rank0(prepare)
         for each, missing in zip(wanted, to_do, strict=True):
             tokens = BlockStore.open(each.data.dir)
             store = BlockStore.open(each.cache.folder)
@@ -98,7 +98,7 @@ def build_cache(
                 if teacher is None:
                     teacher = load_teacher(each, mesh, vocab_size=store.recipe["vocab_size"])
                 _compute(each, mesh, teacher, tokens, store, missing, free_bytes)
-                mesh.first(partial(_finish, store))
+                mesh.run_on_rank0(partial(_finish, store))
                 if validate:
                     _validate(each, mesh, teacher, tokens, store)
             if mesh.rank == 0:
@@ -114,7 +114,7 @@ def caches_to_build(config: Config) -> list[Config]:
     Of several parts the first makes the held-out cache. With the teacher online it is the only one.
     """
     main = [] if config.teacher.mode == "online" else [config]
-    extra = held_out(config) if config.cache.share[0] == 0 else None
+    extra = held_out(config) if config.cache.part_index[0] == 0 else None
     return main + ([] if extra is None else [extra])
 
 
@@ -235,7 +235,7 @@ def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | 
 
 def _to_do(config: Config, store: BlockStore) -> list[int]:
     """The missing blocks of this run's part."""
-    index, parts = config.cache.share
+    index, parts = config.cache.part_index
     return [block for block in store.missing() if block % parts == index]
 
 
@@ -261,16 +261,16 @@ def _compute(
     missing: list[int],
     free_bytes: FreeBytes,
 ) -> None:
-    run = mesh.first(lambda: time.time_ns())
-    reserve = Reserve(
+    run = mesh.run_on_rank0(lambda: time.time_ns())
+    reserve = DiskGuard(
         mesh, store, config.cache, run=run, missing=len(missing), free_bytes=free_bytes
     )
     groups = mesh.world if teacher.lockstep else mesh.dp
-    index, parts = config.cache.share
-    share = len(range(index, store.num_blocks or 0, parts))
+    index, parts = config.cache.part_index
+    part_blocks = len(range(index, store.num_blocks or 0, parts))
     tokens_a_block = count_tokens(tokens) / (tokens.num_blocks or 1) if mesh.rank == 0 else 0
     bar = Progress(
-        mesh, reserve, missing, blocks=share, groups=groups, tokens_a_block=tokens_a_block
+        mesh, reserve, missing, blocks=part_blocks, groups=groups, tokens_a_block=tokens_a_block
     )
     with CacheWriter(
         store,
@@ -283,7 +283,9 @@ def _compute(
         on_error=reserve.ask_to_stop,
     ) as writer:
         for block in _claims(mesh, teacher, missing, run, reserve):
-            samples = [] if block is None else mesh.once_a_group(partial(tokens.block, block))
+            samples = (
+                [] if block is None else mesh.run_once_per_tp_group(partial(tokens.block, block))
+            )
             first = 0 if block is None else block * store.block_size
             targets = score(config, teacher, samples, first=first, block_size=store.block_size)
             if block is not None and mesh.tp_rank == 0:
@@ -294,7 +296,7 @@ def _compute(
 
 
 def _claims(
-    mesh: Mesh, teacher: Teacher, missing: list[int], run: int, reserve: Reserve
+    mesh: Mesh, teacher: Teacher, missing: list[int], run: int, reserve: DiskGuard
 ) -> Iterator[int | None]:
     """The blocks this rank computes; None is a round of padding."""
     if teacher.lockstep:

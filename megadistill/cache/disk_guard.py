@@ -40,7 +40,7 @@ _A_BLOCK, _UNIT = 1 << 43, 16
 FreeBytes = Callable[[Path], int]
 
 
-class Reserve:
+class DiskGuard:
     """Counts what is durable, of all ranks, and stops them together. One for each run and rank.
 
     run         a number that this run alone has, equal on all ranks

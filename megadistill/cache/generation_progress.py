@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from megadistill.cache.disk_guard import Reserve
+from megadistill.cache.disk_guard import DiskGuard
 from megadistill.parallel import Mesh
 from megadistill.storage.disk import readable_bytes
 
@@ -25,7 +25,7 @@ class Progress:
     def __init__(
         self,
         mesh: Mesh,
-        reserve: Reserve,
+        reserve: DiskGuard,
         missing: list[int],
         *,
         blocks: int,

@@ -149,7 +149,7 @@ def retruncate_cache(
 ) -> BlockStore:
     """The complete cache at `path`, retruncated block by block into one at `out`.
 
-    A run that was interrupted goes on where it was. progress is called with each block's number
+    Resumes an interrupted run. progress is called with each block's number
     when it is durable. Raises ConfigError for parameters that do not make the targets smaller,
     StoreError for a source that is not complete, RecipeError where `out` holds another cache.
     """

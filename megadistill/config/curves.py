@@ -57,7 +57,7 @@ def fractions(curve: float | Points) -> tuple[float, ...]:
     return tuple(fraction for fraction, _ in curve) if isinstance(curve, tuple) else ()
 
 
-def told(curve: float | Points) -> str:
+def format_schedule(curve: float | Points) -> str:
     """For people: `0.5`, or `1 to 0.2`."""
     named = values(curve)
     return f"{named[0]:g}" if len(named) == 1 else f"{named[0]:g} to {named[-1]:g}"

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _not_a_truth_value(value: Any) -> Any:
-    # pydantic takes true for 1; a configuration that says `k: true` is a slip.
+    # pydantic takes true for 1; a configuration that says `k: true` is a typo.
     if isinstance(value, bool):
         raise PydanticCustomError("number_type", "expected a number")
     return value

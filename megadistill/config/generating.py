@@ -144,7 +144,7 @@ class DataConfig(Section):
 
 
 class TeacherMember(Section):
-    """Further teacher beside the student. What is not given is as `teacher` says, `tp` always."""
+    """Further online teacher. What is not given is as `teacher` says, `tp` always."""
 
     model: Text = Field(description="a folder or a hub id")
     revision: Text | None = Field(default=None, description="the hub model's branch, tag or commit")
@@ -182,7 +182,7 @@ class TeacherConfig(ModelConfig):
     )
     mode: Literal["cached", "online"] = Field(
         default="cached",
-        description="targets come from a cache, or from the teacher beside the student, which "
+        description="targets come from a cache, or from an online teacher, which "
         "`launch/train.py` then runs on the same ranks over the text of `data`",
     )
     micro_batch: PositiveInt = Field(
@@ -222,7 +222,7 @@ class TargetsConfig(Section):
     tau: Annotated[float, Field(gt=0, le=1), Number] = Field(
         default=0.06,
         description="`varopt`: ids of at least this probability are kept, the rest is sampled in "
-        "steps of it; at most ceil(1/tau) + 1 entries a position",
+        "steps of it; at most ceil(1/tau) + 1 entries per token",
     )
     draws: Annotated[int, Field(gt=0, le=65_535), Number] = Field(
         default=50, description="`multinomial`: draws with replacement at a position"
@@ -326,7 +326,7 @@ class CacheConfig(Section):
     )
 
     @property
-    def share(self) -> tuple[int, int]:
+    def part_index(self) -> tuple[int, int]:
         """(i, n): the blocks b with b mod n = i are to be generated."""
         index, _, parts = (self.part or "0/1").partition("/")
         return int(index), int(parts)

@@ -76,7 +76,7 @@ def _source(config: Config) -> Iterator[Problem]:
             f"{' and '.join(given)} are set, expected one corpus: keep one, for example with "
             f"{others}",
         )
-    if data.streaming and data.max_samples is None and not config.reads_on:
+    if data.streaming and data.max_samples is None and not config.stream_is_unbounded:
         online = config.teacher.mode == "online"
         yield Problem(
             ("data.streaming", "data.max_samples", *(("train.steps",) if online else ())),
@@ -225,8 +225,8 @@ def _online(config: Config) -> Iterator[Problem]:
     if config.student is None:
         yield Problem(
             ("teacher.mode", "student"),
-            "online puts the teacher beside a student, and there is none: set student.model, or "
-            "teacher.mode=cached to generate a cache",
+            "online runs the teacher together with a student, and there is none: set "
+            "student.model, or teacher.mode=cached to generate a cache",
         )
     elif not loss.learns_from_teacher and not loss.aligned:
         yield Problem(

@@ -85,7 +85,7 @@ class Config(Section):
         return {key: self.model_copy(update={"teacher": each}) for key, each in members.items()}
 
     @property
-    def reads_on(self) -> bool:
+    def stream_is_unbounded(self) -> bool:
         """Whether the corpus has no known end, and as much of it is read as training needs."""
         endless = self.data.streaming and self.data.max_samples is None
         return endless and self.teacher.mode == "online" and self.train.steps is not None

@@ -232,7 +232,7 @@ class TrainConfig(Section):
     )
     save_in_background: bool = Field(
         default=False,
-        description="write checkpoints while training goes on, from a copy in host memory: 12 "
+        description="write checkpoints while training continues, from a copy in host memory: 12 "
         "bytes a parameter over all ranks, 16 with `ema`",
     )
     eval_every: PositiveInt | None = Field(

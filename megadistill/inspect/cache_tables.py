@@ -82,16 +82,19 @@ def difference_table(facts: dict[str, Any]) -> str:
     lines = ["EQUAL in content" if facts["equal"] else "DIFFERENT", *_lines(rows)]
     if facts["first"]:
         lines += _first_lines(facts["first"])
-    told = [
+    differences = [
         f"{e['field']}: A {_text(e['left'])}, B {_text(e['right'])} (block {_listed(e['blocks'])})"
         for e in facts["told"][:_SHOWN]
     ]
     if len(facts["told"]) > _SHOWN:
-        told.append(f"and {len(facts['told']) - _SHOWN} more; --json lists all")
-    if not (told or facts["only_left"] or facts["only_right"] or facts["different_blocks"]):
-        told = [f"{n}: should follow from the equal markers" for n in facts["derived"]]
-    if told:
-        lines += ["  differs too, and is no part of the content:", *(f"    {t}" for t in told)]
+        differences.append(f"and {len(facts['told']) - _SHOWN} more; --json lists all")
+    if not (differences or facts["only_left"] or facts["only_right"] or facts["different_blocks"]):
+        differences = [f"{n}: should follow from the equal markers" for n in facts["derived"]]
+    if differences:
+        lines += [
+            "  differs too, and is no part of the content:",
+            *(f"    {t}" for t in differences),
+        ]
     return "\n".join(lines)
 
 

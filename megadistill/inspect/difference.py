@@ -71,14 +71,14 @@ def _blocks(left: BlockStore, right: BlockStore) -> Facts:
         return dict.fromkeys(names) | {"told": []}
     ours, theirs = set(left.present()), set(right.present())
     different: list[int] = []
-    told: dict[str, Facts] = {}
+    notes: dict[str, Facts] = {}
     for block in sorted(ours & theirs):
         a, b = left.marker(block), right.marker(block)
         if any(a[key] != b[key] for key in ("sequences", "content_hash")):
             different.append(block)
             continue
         for field, x, y in differences(a, b):
-            entry = told.setdefault(field, {"field": field, "left": x, "right": y, "blocks": []})
+            entry = notes.setdefault(field, {"field": field, "left": x, "right": y, "blocks": []})
             entry["blocks"].append(block)
     return {
         "blocks_in_both": len(ours & theirs),
@@ -86,7 +86,7 @@ def _blocks(left: BlockStore, right: BlockStore) -> Facts:
         "only_right": sorted(theirs - ours),
         "different_blocks": different,
         "first": _first(left, right, different[0]) if different else None,
-        "told": list(told.values()),
+        "told": list(notes.values()),
     }
 
 

@@ -1,7 +1,7 @@
 """Reports of one or several training runs, read from their folders: a table as Markdown.
 
 The folder says it all: run.json the run, metrics.jsonl a line a step, eval.jsonl a line a held-out
-evaluation. It may be looked at while the run goes on. Imports no torch.
+evaluation. It may be looked at while the run continues. Imports no torch.
 """
 
 from __future__ import annotations

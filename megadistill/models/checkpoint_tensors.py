@@ -1,6 +1,6 @@
 """Whether a checkpoint supplies every tensor that its model needs.
 
-transformers initialises what a checkpoint lacks at random and goes on. A teacher or student with
+transformers initialises what a checkpoint lacks at random and continues. A teacher or student with
 one random layer runs, and nothing later can tell. `check_tensors` finds out before anything is
 loaded: transformers' own loader runs on tensors of the meta device that have the names and shapes
 in the checkpoint's headers, so that prefixes, renamed and stacked weights and declared ties follow

@@ -19,7 +19,7 @@ _INSIDE = 1 << 20
 
 
 @contextlib.contextmanager
-def given_back() -> Iterator[None]:
+def return_freed_memory() -> Iterator[None]:
     """Inside, what is freed is no longer this process's. Without glibc nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

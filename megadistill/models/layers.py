@@ -94,12 +94,7 @@ def layer_pairs(
                     f"{key}.{number}: the {who} has {count} layers, found {layer}: expected 1 to "
                     f"{count}, or -1, the last, to {-count}"
                 )
-    return [
-        tuple(
-            n if n > 0 else count + 1 + n for n, count in zip(pair, (teacher, student), strict=True)
-        )
-        for pair in pairs
-    ]  # type: ignore[misc]
+    return [(t if t > 0 else teacher + 1 + t, s if s > 0 else student + 1 + s) for t, s in pairs]
 
 
 def _attention_of(layer: nn.Module) -> nn.Module:

@@ -90,7 +90,7 @@ class Mesh:
         dist.all_gather_object(everyone, value, group=group)
         return everyone
 
-    def once_a_group(self, function: Callable[[], Any]) -> Any:
+    def run_once_per_tp_group(self, function: Callable[[], Any]) -> Any:
         """function() on the first rank of each tp group; what it returned, or raised, on all of it.
 
         Collective over the group, so function() must not take long.
@@ -108,7 +108,7 @@ class Mesh:
             raise failed
         return value
 
-    def first(self, function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
+    def run_on_rank0(self, function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
         """function() on rank 0 alone; what it returned, or raised, on every rank.
 
         The others ask the key-value store, so that rank 0 may take hours: a collective would time

@@ -76,7 +76,7 @@ class Cause:
     code: int
     patience_s: float = 0.0
     lost: bool = False  # whether the rank is no more, and cannot speak
-    told: bool = False  # whether the rank has reported it itself
+    reported: bool = False  # whether the rank has reported it itself
 
 
 class Stop:
@@ -209,7 +209,7 @@ class Watchdog:
         self._leaving = True
         if self.cause is None:
             reason = f"failed: {type(error).__name__}"
-            self._see(Cause(self.rank, reason, FAILED, PATIENCE_S, told=True))
+            self._see(Cause(self.rank, reason, FAILED, PATIENCE_S, reported=True))
 
     def leave(self) -> None:
         """Stop watching. Rank 0 waits for the others, unless it has failed."""
@@ -276,7 +276,7 @@ class Watchdog:
 
     def speak(self) -> None:
         """Log once why the ranks stop. On rank 0; where rank 0 is lost, on all others."""
-        if self.cause is None or self._spoken or self.cause.told:
+        if self.cause is None or self._spoken or self.cause.reported:
             return
         self._spoken = True
         if not self._speaks(self.cause):
@@ -353,9 +353,9 @@ class Watchdog:
                 self._strangers.discard(line)
                 self._lines[rank], self._hosts[rank] = line, str(message.get("host"))
         elif "stop" in message:
-            told = dict(message["stop"])
-            self._hosts[told["rank"]] = told.pop("host")
-            self._see(Cause(**told))
+            reported = dict(message["stop"])
+            self._hosts[reported["rank"]] = reported.pop("host")
+            self._see(Cause(**reported))
         elif "at_once" in message:
             self._end_at_once()
         elif "left" in message:

@@ -36,7 +36,7 @@ _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS
 
 
 @contextlib.contextmanager
-def told(action: str, path: Path) -> Iterator[None]:
+def named_os_errors(action: str, path: Path) -> Iterator[None]:
     """Turn an OSError into one line that says what could not be done, where, and what to do."""
     try:
         yield
@@ -54,7 +54,7 @@ class Files:
 
     def write_new(self, path: Path, data: bytes | memoryview) -> None:
         """Write a file that must not exist yet."""
-        with told("write", path):
+        with named_os_errors("write", path):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 left = memoryview(data)
@@ -65,7 +65,7 @@ class Files:
 
     def allocate(self, path: Path, size: int) -> None:
         """Make a file of so many bytes that must not exist yet, and take the room for them."""
-        with told("write", path):
+        with named_os_errors("write", path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 os.posix_fallocate(handle, 0, size)
@@ -82,12 +82,12 @@ class Files:
 
     def replace(self, source: Path, target: Path) -> None:
         """Rename, atomically taking the place of `target` if there is one."""
-        with told("put in place", target):
+        with named_os_errors("put in place", target):
             os.replace(source, target)
 
     def link(self, source: Path, target: Path) -> None:
         """Give a file a second name where the file system can, else copy it."""
-        with told("copy", target):
+        with named_os_errors("copy", target):
             try:
                 os.link(source, target, follow_symlinks=False)
             except OSError as error:
@@ -97,12 +97,12 @@ class Files:
 
     def unlink(self, path: Path) -> None:
         """Remove a file; one that is not there is no error."""
-        with told("remove", path), contextlib.suppress(FileNotFoundError):
+        with named_os_errors("remove", path), contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
     def mkdir(self, path: Path) -> None:
         """Make a directory and its parents, each durably."""
-        with told("make the directory", path):
+        with named_os_errors("make the directory", path):
             if path.is_dir():
                 return
             self.mkdir(path.parent)
@@ -115,7 +115,7 @@ class Files:
         shutil.rmtree(path, ignore_errors=True)
 
     def _fsync(self, path: Path, flags: int) -> None:
-        with told("write to disk", path):
+        with named_os_errors("write to disk", path):
             handle = os.open(path, flags)
             try:
                 os.fsync(handle)
@@ -150,14 +150,14 @@ def open_regular(path: Path) -> tuple[int, int]:
 
 def names_in(path: Path) -> list[str]:
     """The names in a directory. StoreError where it cannot be listed."""
-    with told("list", path):
+    with named_os_errors("list", path):
         return os.listdir(path)
 
 
 def read_at(handle: int, path: Path, start: int, stop: int) -> bytes:
     """The bytes from `start` to `stop` of an open file; fewer where the file is shorter."""
     parts = []
-    with told("read", path):
+    with named_os_errors("read", path):
         while start < stop and (part := os.pread(handle, min(stop - start, _CHUNK), start)):
             parts.append(part)
             start += len(part)
@@ -179,7 +179,7 @@ def read_file(path: Path, *, limit: int) -> bytes:
     Raises FileNotFoundError, CorruptBlockError, StoreError as `open_regular` does.
     """
     handle, size = open_regular(path)
-    with os.fdopen(handle, "rb") as file, told("read", path):
+    with os.fdopen(handle, "rb") as file, named_os_errors("read", path):
         if size > limit:
             raise CorruptBlockError(str(path), f"at most {limit} bytes", f"{size} bytes")
         return file.read(size)  # a limit may be what a damaged file claims, and far too large

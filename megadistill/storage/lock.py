@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from megadistill.errors import CorruptBlockError, LockedError, StoreError
-from megadistill.storage.files import read_file, told
+from megadistill.storage.files import named_os_errors, read_file
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class StoreLock:
     def __enter__(self) -> StoreLock:
         ours = self.path.with_name(f"{self.path.name}.{self.token}")
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        with told("take the lock", self.path):
+        with named_os_errors("take the lock", self.path):
             try:
                 ours.write_text(json.dumps(_identity() | {"since": since, "nonce": self.token}))
                 self._acquire(ours)

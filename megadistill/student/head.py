@@ -27,7 +27,7 @@ from megadistill.student.loss.fused import (
     choose_mode,
     default_chunk,
 )
-from megadistill.student.loss.ragged_targets import tail_on_truth
+from megadistill.student.loss.ragged_targets import assign_tail_to_label
 from megadistill.student.loss.row_kernel import Terms
 from megadistill.student.projection import ProjectedTargets
 from megadistill.targets import SparseTargets, check_divergence
@@ -185,7 +185,7 @@ def _made_at(member: Member, temperature: float) -> float:
 
 def _with_residual(member: Member, labels_N: torch.Tensor) -> Member:
     assert isinstance(member, SparseTargets)  # check_divergence refuses the others
-    return tail_on_truth(member, labels_N)
+    return assign_tail_to_label(member, labels_N)
 
 
 def _check_shapes(

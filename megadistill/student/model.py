@@ -31,7 +31,7 @@ from megadistill.models.experts import (
     router_loss,
     router_loss_weight,
 )
-from megadistill.models.host_memory import given_back
+from megadistill.models.host_memory import return_freed_memory
 from megadistill.models.layers import watched
 from megadistill.models.precision import restore
 from megadistill.models.pretrained import (
@@ -244,8 +244,8 @@ def load_student(
     if mesh.rank == 0:
         log_attention(config, settings, key="student.model")
     whole: list[nn.Module] = []  # rank 0 only; what `first` returns would travel to every rank
-    with given_back():
-        mesh.first(lambda: whole.append(_whole(config, settings, dtype, seed)))
+    with return_freed_memory():
+        mesh.run_on_rank0(lambda: whole.append(_whole(config, settings, dtype, seed)))
         with _no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
             model: Any = _from_config(config, settings, dtype)
             alignment = None if features is None else FeatureAlignment(features).to(dtype)

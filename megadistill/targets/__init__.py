@@ -18,11 +18,7 @@ from megadistill.errors import ConfigError
 
 METHODS = ("varopt", "multinomial", "topk", "topp")
 SAMPLED = ("varopt", "multinomial")
-DENSE = (
-    "union",
-    "exact",
-    "projected",
-)  # with the teacher beside the student, where nothing has to be kept
+DENSE = ("union", "exact", "projected")  # with an online teacher, where nothing has to be kept
 PARAMETERS = {
     "varopt": ("tau",),
     "multinomial": ("draws",),

@@ -1,6 +1,6 @@
 """Whole distributions, kept as what they are made of: the teacher's hidden states, and its head.
 
-For a student that has the teacher beside it. A position costs the teacher's width instead of its
+For a student with an online teacher. A position costs the teacher's width instead of its
 vocabulary; the distributions are made a chunk at a time where the student's logits of the same
 chunk are (student/loss/fused.py), so that neither side's [N, V] ever exists.
 

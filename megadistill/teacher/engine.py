@@ -50,14 +50,14 @@ from megadistill.models.documents_apart import (
     runs_apart,
 )
 from megadistill.models.experts import gather_experts_together
-from megadistill.models.host_memory import given_back
+from megadistill.models.host_memory import return_freed_memory
 from megadistill.models.layers import listed_layers
 from megadistill.models.precision import restore
 from megadistill.models.pretrained import backbone, load_pretrained, log_attention, model_settings
 from megadistill.parallel import Mesh
 from megadistill.teacher.chunked_head import TeacherHead, check_head
 from megadistill.teacher.expert_sharding import cut_while_loading, shard_experts
-from megadistill.teacher.verification import Verification, named
+from megadistill.teacher.verification import Verification, sharding_errors
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Teacher:
     apart: bool = False
 
     @contextlib.contextmanager
-    def awake(self, *, offload: bool) -> Iterator[None]:
+    def on_device(self, *, offload: bool) -> Iterator[None]:
         """Inside, the weights are on the device; with `offload` they are in host memory outside.
 
         The head stays: whole distributions are made of it when the student steps.
@@ -127,7 +127,7 @@ def load_teacher(
     _check_dtype(config.teacher, key=key)
     zero3 = config.teacher.engine == "zero3"
     build = _zero3 if zero3 else _tensor_parallel
-    with given_back():
+    with return_freed_memory():
         with _quiet():
             # An adapter is merged into whole experts.
             whole = zero3 or find_adapter(config.teacher.model, key=key) is not None
@@ -143,7 +143,7 @@ def load_teacher(
             if zero3:
                 _deal_merged(config.teacher, model, verification.plain, mesh, key=key)
                 restore(model, verification.plain, mesh, dtype=getattr(torch, config.teacher.dtype))
-            with named(model, mesh):
+            with sharding_errors(model, mesh):
                 engine, head = build(config.teacher, mesh, model, vocab_size, whole_head)
         teacher = Teacher(
             engine=engine,
@@ -192,7 +192,7 @@ def _verify(teacher: Teacher, model: Any, verification: Verification, mesh: Mesh
         probe = verification.probe
         alone_TH = packed_TH = None
         if verification.compares or teacher.lockstep:
-            with named(model, mesh):
+            with sharding_errors(model, mesh):
                 alone_TH = teacher.hidden(probe.tokens_T[None], [np.zeros(1, np.int64)])
                 if teacher.pack == "isolate":
                     packed_TH = teacher.hidden(probe.packed_T[None], [probe.starts])

@@ -304,7 +304,7 @@ def _message(
 
 
 @contextlib.contextmanager
-def named(model: Any, mesh: Mesh) -> Iterator[None]:
+def sharding_errors(model: Any, mesh: Mesh) -> Iterator[None]:
     """Raises what sharding `model` dies of as a TeacherError that names the architecture.
 
     Only where it is sharded: at tp = 1 there is no AutoTP to blame, and an error goes its way.

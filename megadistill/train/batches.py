@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from megadistill.blocks import BlockStore
 from megadistill.data.order import Order, rank_rows
 from megadistill.errors import StoreError
-from megadistill.train.training_source import MicroBatch, Sequences, micro_batch
+from megadistill.train.training_source import MicroBatch, TrainingSource, micro_batch
 
 AHEAD = 2  # steps read in advance: one to hide reading behind, one against its variance
 WORKERS = 2
@@ -34,7 +34,7 @@ class Batches:
 
     def __init__(
         self,
-        stores: list[Sequences],
+        stores: list[TrainingSource],
         order: Order,
         *,
         rank: int,
@@ -53,7 +53,7 @@ class Batches:
         self._fetchers = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="downloads")
         # (store, which of its teachers', block) -> the step that asked last
         self._asked: dict[tuple[int, int, int], int] = {}
-        every = [each for s in stores for each in (s, *s.beside)]
+        every = [each for s in stores for each in (s, *s.other_teachers)]
         self._fetch_ahead = FETCH_AHEAD if any(s.store.is_remote for s in every) else 0
 
     def __enter__(self) -> Batches:
@@ -102,7 +102,7 @@ class Batches:
         """Begin to download the shards of a step that were not asked for lately."""
         for k, i in names:
             first = self._stores[k]
-            for teacher, each in enumerate((first, *first.beside)):
+            for teacher, each in enumerate((first, *first.other_teachers)):
                 store, block = each.store, each.number(i) // each.store.block_size
                 place = (k, teacher, block)
                 if store.is_remote and step - self._asked.get(place, -FETCH_AHEAD) >= FETCH_AHEAD:

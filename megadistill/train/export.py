@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from megadistill.config import Config
-from megadistill.config.curves import told, values
+from megadistill.config.curves import format_schedule, values
 from megadistill.data.names import shown_name
 from megadistill.errors import ConfigError
-from megadistill.models.host_memory import given_back
+from megadistill.models.host_memory import return_freed_memory
 from megadistill.models.model_files import has_tokenizer, tokenizer_source
 from megadistill.parallel import Mesh
 from megadistill.storage.files import LOCAL
@@ -47,7 +47,7 @@ A causal language model trained with megadistill {version}.
 - learned from: {learned}
 - loss: {loss}
 - steps: {steps}, of {batch} sequences of {seq_len} tokens
-{figures}"""
+{metrics}"""
 
 
 def gathered(student: Student, mesh: Mesh, *, file: Path | None = None) -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ def gathered(student: Student, mesh: Mesh, *, file: Path | None = None) -> dict[
 
     places = _Places(student, file)
     if file is not None:
-        mesh.first(places.allocate)
+        mesh.run_on_rank0(places.allocate)
     state: dict[str, torch.Tensor] = {}
     for name, parameter in student.model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -118,7 +118,7 @@ def export(
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     weights = folder.with_name(f".{folder.name}.weights")
-    mesh.first(lambda: LOCAL.unlink(weights))  # of a run that died here
+    mesh.run_on_rank0(lambda: LOCAL.unlink(weights))  # of a run that died here
     state: dict[str, torch.Tensor] = {}
 
     def write() -> None:
@@ -142,9 +142,9 @@ def export(
         LOCAL.fsync_dir(folder.parent)
 
     try:
-        with given_back():
+        with return_freed_memory():
             state = gathered(student, mesh, file=weights)
-        mesh.first(write)
+        mesh.run_on_rank0(write)
     finally:
         state.clear()
         if mesh.rank == 0:
@@ -184,14 +184,14 @@ def model_card(
     learned: str,
     made_at: float | None,
     steps: int,
-    figures: dict[str, float] | None,
+    metrics: dict[str, float] | None,
 ) -> str:
     """README.md of the exported model. made_at: the targets' temperature; None: whole ones."""
     from megadistill import __version__
 
     assert config.student is not None
     loss = config.loss
-    temperature = told(loss.temperature)
+    temperature = format_schedule(loss.temperature)
     if made_at is None:
         at = "" if loss.temperature == 1 else f" at temperature {temperature}"
         divergence = f"{loss.divergence}{at}"
@@ -204,9 +204,9 @@ def model_card(
         )
     shown = (
         ""
-        if figures is None
+        if metrics is None
         else "- held out: "
-        + ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         + "\n"
     )
     return CARD.format(
@@ -215,21 +215,23 @@ def model_card(
         student=shown_name(config.student.model),
         init=f"{config.student.init} weights",
         learned=learned,
-        loss=f"{told(loss.kd_weight)} x {divergence} + {told(loss.ce_weight)} x cross-entropy"
-        + _told_features(config)
+        loss=f"{format_schedule(loss.kd_weight)} x {divergence} + "
+        f"{format_schedule(loss.ce_weight)} x cross-entropy"
+        + _feature_terms(config)
         + (f", curriculum {loss.curriculum}" if loss.curriculum else ""),
         steps=steps,
         batch=config.train.global_batch,
         seq_len=config.data.seq_len,
-        figures=shown,
+        metrics=shown,
     )
 
 
-def _told_features(config: Config) -> str:
+def _feature_terms(config: Config) -> str:
     loss = config.loss
     said = {
-        "hidden": f" + {told(loss.hidden_weight)} x hidden states ({config.features.hidden_loss})",
-        "attention": f" + {told(loss.attention_weight)} x attention",
+        "hidden": f" + {format_schedule(loss.hidden_weight)} x hidden states "
+        f"({config.features.hidden_loss})",
+        "attention": f" + {format_schedule(loss.attention_weight)} x attention",
     }
     return "".join(said[name] for name in loss.aligned)
 

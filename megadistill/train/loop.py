@@ -71,7 +71,7 @@ def _trained(config: Config, mesh: Mesh) -> Trained:
     config = run.config
     identity = run_identity(config, run.stores, run.steps)
     with contextlib.ExitStack() as held:  # rank 0 holds the folder's lock to the end
-        claimed = mesh.first(lambda: run.folder.claim(identity, config, held))
+        claimed = mesh.run_on_rank0(lambda: run.folder.claim(identity, config, held))
         if claimed.finished:
             if mesh.rank == 0:
                 log.info("%s: finished already, %d steps", run.folder.path, run.steps)
@@ -88,7 +88,7 @@ def _train(run: Run, mesh: Mesh, found: Checkpoint | None) -> Trained:
             checkpoint.load(trainer, found)
             if mesh.rank == 0:
                 log.info("resumed at step %d of %d from %s", start.step, run.steps, found.path)
-        mesh.first(run.folder.require_lock)  # loading takes minutes
+        mesh.run_on_rank0(run.folder.require_lock)  # loading takes minutes
         reporter = None
         if mesh.rank == 0:
             reporter = Reporter(run.folder.path, run.config, done=start.step, steps=run.steps)
@@ -105,7 +105,7 @@ def _train(run: Run, mesh: Mesh, found: Checkpoint | None) -> Trained:
             ):
                 end = run_steps(run, trainer, mesh, start, reporter, saving, stop)
             if end.complete:
-                finish(run, trainer, mesh, end.figures)
+                finish(run, trainer, mesh, end.metrics)
             else:
                 code = max(mesh.gather(stop.code))
     step = end.position.step
@@ -116,7 +116,7 @@ class Ended(NamedTuple):
     """Where the steps ended."""
 
     position: Position
-    figures: dict[str, float] | None  # of the last evaluation
+    metrics: dict[str, float] | None  # of the last evaluation
     complete: bool  # False where a stop was requested before
 
 
@@ -133,10 +133,12 @@ def run_steps(
 
     An evaluation that a stop cut short is done first, where the run resumes.
     """
-    position, figures, complete = start, None, True
+    position, metrics, complete = start, None, True
     policy = NonFinite(run.config.train, mesh, run.stores, skipped=start.skipped)
-    lowest = mesh.first(lambda: checkpoint.lowest_loss(run.folder.checkpoints))
-    owed = run.evaluates_after(start.step) and not mesh.first(lambda: _is_evaluated(run, start))
+    lowest = mesh.run_on_rank0(lambda: checkpoint.lowest_loss(run.folder.checkpoints))
+    owed = run.evaluates_after(start.step) and not mesh.run_on_rank0(
+        lambda: _is_evaluated(run, start)
+    )
     with run.batches(mesh, first=start.step) as batches:
         while complete and (owed or position.step < run.steps):
             asked = False
@@ -153,14 +155,14 @@ def run_steps(
                 evaluated = evaluate(run, trainer, position, reporter, stop)
                 complete = evaluated is not None
             if evaluated is not None:
-                figures = evaluated
-                best = run.config.train.keep_best and figures["loss"] < lowest
-                lowest = min(lowest, figures["loss"])
+                metrics = evaluated
+                best = run.config.train.keep_best and metrics["loss"] < lowest
+                lowest = min(lowest, metrics["loss"])
             if best or (not owed and complete and saving.due(position.step, asked=asked)):
                 saving.save(position, evaluated)
             owed = False
     saving.finish(position, stop, complete=complete)
-    return Ended(position, figures, complete)
+    return Ended(position, metrics, complete)
 
 
 def _is_evaluated(run: Run, start: Position) -> bool:
@@ -184,33 +186,34 @@ def run_step(
     """
     asked = Flags(*trainer.mesh.sum(torch.tensor(flags, dtype=torch.float64)).tolist())
     if asked.lost:
-        trainer.mesh.first(run.folder.require_lock)
+        trainer.mesh.run_on_rank0(run.folder.require_lock)
     if asked.stop:
         return None
     started = time.monotonic()
-    share = next(batches)
+    micro_batches = next(batches)
     data_s, teacher_s = time.monotonic() - started, {}
     if trainer.teacher is not None:
-        share = trainer.teacher.answer(share)
+        micro_batches = trainer.teacher.answer(micro_batches)
         teacher_s = {"teacher_s": time.monotonic() - started - data_s}
     counts = [
-        sum(getattr(b, name) for b in share) for name in ("kd_count", "ce_count", "num_tokens")
+        sum(getattr(b, name) for b in micro_batches)
+        for name in ("kd_count", "ce_count", "num_tokens")
     ]
     totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
     kd_count, ce_count, num_tokens = totals
     lr = learning_rate(position.step, run.steps, run.config.train)
     loss = run.config.loss.at(position.step / run.steps)
     sums = [
-        _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is share[-1])
-        for batch in share
+        _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is micro_batches[-1])
+        for batch in micro_batches
     ]
     total = Sums(*trainer.mesh.sum(torch.stack(sums).sum(0)).tolist())
     grad_norm = trainer.step(lr)
     counted = math.isfinite(sum(total))
     applied = counted and math.isfinite(grad_norm)
     if not applied and not (counted and trainer.scales_losses):
-        suspects = [b for b, s in zip(share, sums, strict=True) if not s.isfinite().all()]
-        policy.met(position.step + 1, share, suspects)
+        suspects = [b for b, s in zip(micro_batches, sums, strict=True) if not s.isfinite().all()]
+        policy.handle(position.step + 1, micro_batches, suspects)
     batch_size = run.config.train.global_batch
     tokens = int(num_tokens)
     position = Position(
@@ -244,16 +247,16 @@ def evaluate(
 ) -> dict[str, float] | None:
     """The held-out figures of the student as it stands; None after a stop. Collective."""
     assert run.evaluation is not None
-    with trainer.judged():
-        figures = run.evaluation.run(
+    with trainer.evaluation_weights():
+        metrics = run.evaluation.run(
             trainer,
             micro_batch_size=run.config.train.micro_batch,
             pack=run.config.data.pack,
             stop_requested=lambda: stop.requested,
         )
-    if figures is not None and reporter is not None and run.folder.is_ours():
-        reporter.evaluation({"step": position.step, **figures})
-    return figures
+    if metrics is not None and reporter is not None and run.folder.is_ours():
+        reporter.evaluation({"step": position.step, **metrics})
+    return metrics
 
 
 class Sums(NamedTuple):

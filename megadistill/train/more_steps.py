@@ -23,7 +23,7 @@ def reason_against_growth(
     train, loss = config.train, config.loss
     if new < old:
         return "a run may become longer, not shorter"
-    if config.reads_on and others:
+    if config.stream_is_unbounded and others:
         # More steps read more text, and the order deals out all that is read.
         return "with teacher.mode=online the order of the sequences depends on it"
     if loss.curriculum is not None:

@@ -20,7 +20,7 @@ import logging
 from megadistill.config import TrainConfig
 from megadistill.errors import TrainError
 from megadistill.parallel import Mesh
-from megadistill.train.training_source import MicroBatch, Sequences
+from megadistill.train.training_source import MicroBatch, TrainingSource
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +29,20 @@ class NonFinite:
     """The policy, and how often it had to skip."""
 
     def __init__(
-        self, config: TrainConfig, mesh: Mesh, stores: list[Sequences], *, skipped: int
+        self, config: TrainConfig, mesh: Mesh, stores: list[TrainingSource], *, skipped: int
     ) -> None:
         self._config, self._mesh, self._stores = config, mesh, stores
         self.skipped = skipped
 
-    def met(self, step: int, share: list[MicroBatch], suspects: list[MicroBatch]) -> None:
+    def handle(
+        self, step: int, micro_batches: list[MicroBatch], suspects: list[MicroBatch]
+    ) -> None:
         """Step number `step`, from 1, had a loss or gradient that is not finite. Collective.
 
         share: this rank's micro-batches; suspects: those of them with a loss that is not finite.
         TrainError where the policy, or its budget, says so.
         """
-        everyone = self._mesh.gather([_names(share), _names(suspects)])
+        everyone = self._mesh.gather([_names(micro_batches), _names(suspects)])
         of_losses = [name for _, names in everyone for name in names]
         what = "a loss is not finite" if of_losses else "the gradient is not finite"
         where = self._named(of_losses or [name for names, _ in everyone for name in names])

@@ -43,13 +43,13 @@ from megadistill.train.run_folder import RunFolder
 from megadistill.train.student_engine import Trainer, deepspeed_config
 from megadistill.train.teachers import (
     check_divergences,
-    learned_from,
+    describe_teachers,
     load_online,
     with_caches,
     with_models,
 )
 from megadistill.train.training_source import (
-    Sequences,
+    TrainingSource,
     blocks_there,
     local_copies,
     open_sources,
@@ -64,13 +64,13 @@ class Run:
     """Holds what is settled before a model is loaded."""
 
     config: Config
-    stores: list[Sequences]
+    stores: list[TrainingSource]
     order: Order
     evaluation: Evaluation | None
     folder: RunFolder
     steps: int
     vocab_size: int  # of data, teachers and the student's tokenizer; its rows above are padding
-    features: FeaturePlan | None = None  # to be aligned with a teacher beside the student
+    features: FeaturePlan | None = None  # to be aligned with an online teacher
     projected_width: int | None = None  # of a teacher whose hidden states are projected
 
     def evaluates_after(self, step: int) -> bool:
@@ -97,7 +97,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     """Everything that can be found wrong without a model, found. Writes nothing."""
     if config.student is None:
         raise ConfigError("student: there is nothing to train: set student.model")
-    mesh.first(lambda: check_trackers(config, load=True))
+    mesh.run_on_rank0(lambda: check_trackers(config, load=True))
     deepspeed_config(config, mesh.world)
     check_machine(config)
     section = "activation_checkpointing"
@@ -113,14 +113,14 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         stores = with_models(config, open_online(config, mesh), mesh)
     else:
         # One rank looks: a cache that is being made may grow between two looks.
-        stores = open_sources(config, mesh.first(lambda: _blocks(config, folder)))
+        stores = open_sources(config, mesh.run_on_rank0(lambda: _blocks(config, folder)))
         config = _with_known(config, stores, mesh)
         stores = with_caches(config, stores)
     store = stores[0]
     for each in stores:
         if each.has_targets:
             check_divergences(config, each)
-    mesh.first(lambda: require_targets(config, stores))
+    mesh.run_on_rank0(lambda: require_targets(config, stores))
     if config.loss.curriculum and mesh.rank == 0:
         log.info(
             "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
@@ -141,8 +141,8 @@ def prepare(config: Config, mesh: Mesh) -> Run:
             "generate it again with this run's data.tokenizer"
         )
     if evaluation:
-        mesh.first(lambda: _check_evaluation(config, evaluation, stores))
-    own = mesh.first(lambda: check_tokenizer(config, store.tokenizer, store=store.name))
+        mesh.run_on_rank0(lambda: _check_evaluation(config, evaluation, stores))
+    own = mesh.run_on_rank0(lambda: check_tokenizer(config, store.tokenizer, store=store.name))
     stored = [s.vocab_size for s in (store, evaluation and evaluation.sequences) if s]
     vocab_size = max(own, *stored)  # tokens that were added to the student's are tokens, too
     assert config.student is not None
@@ -185,7 +185,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     )
 
 
-def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[Sequences]) -> None:
+def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[TrainingSource]) -> None:
     """ConfigError where the student would read the held-out text otherwise than its teacher did.
 
     DataError for a text without a label. Warns of blocks that are trained on as well. For rank 0.
@@ -222,7 +222,7 @@ def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> N
         raise ConfigError(f"{held.key}: {held.name}: {error}") from None
 
 
-def _with_known(config: Config, stores: list[Sequences], mesh: Mesh) -> Config:
+def _with_known(config: Config, stores: list[TrainingSource], mesh: Mesh) -> Config:
     """The configuration with what the caches know; contradictions are refused. Collective."""
 
     def check() -> None:
@@ -232,7 +232,7 @@ def _with_known(config: Config, stores: list[Sequences], mesh: Mesh) -> Config:
             if line:
                 log.info("%s", line)
 
-    mesh.first(check)
+    mesh.run_on_rank0(check)
     return with_known(config, stores[0].store)
 
 
@@ -247,7 +247,7 @@ def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] |
 
 
 def build(run: Run, mesh: Mesh) -> Trainer:
-    """The student in its engine, and what only a loaded model can tell; then the teacher beside it.
+    """The student in its engine, and what only a loaded model can tell; then the online teacher.
 
     Collective.
     """
@@ -290,9 +290,9 @@ def build(run: Run, mesh: Mesh) -> Trainer:
     return trainer
 
 
-def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | None) -> None:
+def finish(run: Run, trainer: Trainer, mesh: Mesh, metrics: dict[str, float] | None) -> None:
     """Export the model, and the best one; with that the run is finished. Collective."""
-    mesh.first(run.folder.require_lock)
+    mesh.run_on_rank0(run.folder.require_lock)
     if run.config.train.keep_best:
         _export_best(run, trainer, mesh)
     _export(
@@ -301,7 +301,7 @@ def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | N
         mesh,
         run.folder.model,
         steps=run.steps,
-        figures=figures or _last_evaluation(run.folder.path / "eval.jsonl"),
+        metrics=metrics or _last_evaluation(run.folder.path / "eval.jsonl"),
     )
     if mesh.rank == 0:
         log.info(
@@ -311,20 +311,20 @@ def finish(run: Run, trainer: Trainer, mesh: Mesh, figures: dict[str, float] | N
 
 def _export_best(run: Run, trainer: Trainer, mesh: Mesh) -> None:
     """The model of the lowest held-out loss; the trainer then stands at its end again."""
-    best = mesh.first(lambda: checkpoint.best(run.folder.checkpoints))
+    best = mesh.run_on_rank0(lambda: checkpoint.best(run.folder.checkpoints))
     if best is None:
         return
-    last = mesh.first(lambda: checkpoint.latest(run.folder.checkpoints))
+    last = mesh.run_on_rank0(lambda: checkpoint.latest(run.folder.checkpoints))
     if best.path != last.path:
         checkpoint.load(trainer, best)
-    _export(run, trainer, mesh, run.folder.best, steps=best.position.step, figures=best.figures)
+    _export(run, trainer, mesh, run.folder.best, steps=best.position.step, metrics=best.metrics)
     if best.path != last.path:
         checkpoint.load(trainer, last)
     if mesh.rank == 0:
         log.info(
             "%s: the lowest held-out loss, %.4f, is that of step %d",
             run.folder.best,
-            best.figures["loss"],
+            best.metrics["loss"],
             best.position.step,
         )
 
@@ -336,16 +336,16 @@ def _export(
     folder: Path,
     *,
     steps: int,
-    figures: dict[str, float] | None,
+    metrics: dict[str, float] | None,
 ) -> None:
-    learned, config = learned_from(run.config, run.stores), run.config
+    learned, config = describe_teachers(run.config, run.stores), run.config
     recipe = run.stores[0].recipe
     made_at = recipe.get("temperature", config.loss.at(0).temperature)
     if recipe.get("method") in DENSE:
         made_at = None
     assert config.student is not None
     tokenizer = student_tokenizer(config) if mesh.rank == 0 else None
-    with trainer.judged():
+    with trainer.evaluation_weights():
         export(
             trainer.student,
             mesh,
@@ -353,7 +353,7 @@ def _export(
             tokenizer=tokenizer,
             own=functools.partial(own_files, config.student, tokenizer=tokenizer),
             card=lambda: model_card(
-                config, learned=learned, steps=steps, figures=figures, made_at=made_at
+                config, learned=learned, steps=steps, metrics=metrics, made_at=made_at
             ),
         )
 

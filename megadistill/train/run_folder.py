@@ -36,7 +36,7 @@ from megadistill.train.checkpoint import Checkpoint
 from megadistill.train.more_steps import STEPS, reason_against_growth
 from megadistill.train.reporting.jsonl_log import JOURNALS, read_records
 from megadistill.train.run_keys import run_keys, without_followers
-from megadistill.train.training_source import Sequences
+from megadistill.train.training_source import TrainingSource
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class RunFolder:
         return [_numbers(stores[str(i)].get("blocks")) for i in range(len(stores))]
 
 
-def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[str, Any]:
+def run_identity(config: Config, stores: list[TrainingSource], steps: int) -> dict[str, Any]:
     """Everything the trained weights depend on and that the configuration decides."""
     assert config.student is not None
     free = {*_FREE, "steps", "epochs", *(() if config.train.ema else _EMA)}
@@ -258,13 +258,13 @@ def run_identity(config: Config, stores: list[Sequences], steps: int) -> dict[st
     }
 
 
-def _ensemble(store: Sequences) -> dict[str, Any]:
+def _ensemble(store: TrainingSource) -> dict[str, Any]:
     """Returns the recipes and weights of the other teachers; empty where there are none."""
-    beside = {
+    other_teachers = {
         str(i): {"recipe": other.recipe, "weight": other.teacher_weight}
-        for i, other in enumerate(store.beside)
+        for i, other in enumerate(store.other_teachers)
     }
-    return {"ensemble": beside} if beside else {}
+    return {"ensemble": other_teachers} if other_teachers else {}
 
 
 def _ranges(blocks: tuple[int, ...]) -> str:

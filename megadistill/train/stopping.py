@@ -96,7 +96,7 @@ class Saving:
         by_steps = train.save_every is not None and step % train.save_every == 0
         return asked or by_steps or step == self._run.steps
 
-    def save(self, position: Position, figures: dict[str, float] | None) -> None:
+    def save(self, position: Position, metrics: dict[str, float] | None) -> None:
         """Write a checkpoint of this step, with its evaluation if there was one."""
         train, background = self._run.config.train, self._trainer.background
         began = self._clock()
@@ -106,7 +106,7 @@ class Saving:
             position,
             keep=train.keep,
             keep_best=train.keep_best,
-            figures=figures,
+            metrics=metrics,
             guard=self._run.folder.require_lock,
         )
         self._saved_at = self._clock()
@@ -121,7 +121,7 @@ class Saving:
         mesh, background = self._trainer.mesh, self._trainer.background
         if not complete:
             stop.wait(2.0)  # it may have been asked of another rank, and come here in a moment
-        if self._newest < position.step and mesh.first(lambda: self._fits(stop)):
+        if self._newest < position.step and mesh.run_on_rank0(lambda: self._fits(stop)):
             self.save(position, None)
         if background is not None:
             background.wait()

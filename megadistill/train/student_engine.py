@@ -26,7 +26,7 @@ from megadistill.student.head import LossTerms
 from megadistill.student.model import Student
 from megadistill.train.checkpoint.background import Background
 from megadistill.train.ema import Ema
-from megadistill.train.reporting.device_stats import Readings
+from megadistill.train.reporting.device_stats import DeviceStats
 from megadistill.train.reporting.flops import Flops
 
 if TYPE_CHECKING:
@@ -48,18 +48,18 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
             f"deepspeed.zero_optimization.stage: {zero['stage']}, expected 3: the student is "
             "trained with ZeRO-3; leave the key out"
         )
-    share, rest = divmod(train.global_batch, world * train.micro_batch)
+    grad_accum_steps, rest = divmod(train.global_batch, world * train.micro_batch)
     if rest:
         raise ConfigError(
             f"train.global_batch: {train.global_batch} is not a multiple of {world} rank(s) x "
-            f"train.micro_batch {train.micro_batch}: set it to {(share + 1) * world}"
-            f" x {train.micro_batch} = {(share + 1) * world * train.micro_batch}, or set "
-            "train.micro_batch to a divisor of each rank's share"
+            f"train.micro_batch {train.micro_batch}: set it to {(grad_accum_steps + 1) * world}"
+            f" x {train.micro_batch} = {(grad_accum_steps + 1) * world * train.micro_batch}, or "
+            "set train.micro_batch to a divisor of each rank's share"
         )
     settings |= {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": share,
+        "gradient_accumulation_steps": grad_accum_steps,
         # 1.0 unless it is set; 0 clips nothing.
         "gradient_clipping": train.grad_clip,
         "zero_force_ds_cpu_optimizer": False,
@@ -112,7 +112,7 @@ class Trainer:
         # Beside the student; loaded after it.
         self.teacher: OnlineTeacher | OnlineEnsemble | None = None
         self.background = Background(self.engine, mesh) if train.save_in_background else None
-        self.readings = Readings(
+        self.readings = DeviceStats(
             Flops.of(student, seq_len=seq_len),
             device=mesh.device,
             world=mesh.world,
@@ -136,12 +136,12 @@ class Trainer:
         """
         features = ("hidden_weight", "attention_weight")
         options = loss.model_dump(exclude={"curriculum", *features}) | {"normalizer": normalizer}
-        share = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
+        grad_accum_steps = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
         terms = self.engine(
             batch.labels_N,
             batch.targets,
             options,
-            router_share=share,
+            router_share=grad_accum_steps,
             router_mask_BT=self._router_mask(batch),
             features=batch.features,
             feature_weights=tuple(getattr(loss, name) for name in features),
@@ -184,7 +184,7 @@ class Trainer:
         """Whether a loss scaler (float16) tries out which gradients overflow."""
         return bool(self.engine.fp16_enabled() and self.engine.optimizer.dynamic_loss_scale)
 
-    def judged(self) -> contextlib.AbstractContextManager[None]:
+    def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the engine has the weights to evaluate and export: the average where asked for.
 
         Collective.

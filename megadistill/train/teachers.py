@@ -1,4 +1,4 @@
-"""Several teachers of one student: their caches read side by side, or all of them beside it.
+"""Several teachers of one student: their caches read side by side, or all of them online.
 
 Sequence i of every cache must be the same text. The caches' blocks are compared when they are
 opened, by the hashes of their token ids in blocks.bin: 8 bytes a block, and no shard is read.
@@ -24,10 +24,15 @@ from megadistill.parallel import Mesh
 from megadistill.student.features import FeaturePlan
 from megadistill.student.loss.ensemble import Ensemble
 from megadistill.train.online.online_teacher import OnlineTeacher, online_recipe
-from megadistill.train.training_source import MicroBatch, Sequences, local_copies, open_sequences
+from megadistill.train.training_source import (
+    MicroBatch,
+    TrainingSource,
+    local_copies,
+    open_sequences,
+)
 
 
-def with_caches(config: Config, stores: list[Sequences]) -> list[Sequences]:
+def with_caches(config: Config, stores: list[TrainingSource]) -> list[TrainingSource]:
     """The stores, with cache.ensemble's beside the only one where there are some.
 
     ConfigError, StoreError, naming the key, for a cache of other tokens, or that is not there.
@@ -35,17 +40,17 @@ def with_caches(config: Config, stores: list[Sequences]) -> list[Sequences]:
     if not config.cache.ensemble:
         return stores
     (first,) = stores
-    beside = []
+    other_teachers = []
     for number, source in enumerate(config.cache.ensemble):
         key = f"cache.ensemble.{number}.dir"
         store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
         _require_same_tokens(first, store, key=key)
-        beside.append(replace(store, key=key, teacher_weight=source.weight))
-    return [replace(first, beside=tuple(beside))]
+        other_teachers.append(replace(store, key=key, teacher_weight=source.weight))
+    return [replace(first, other_teachers=tuple(other_teachers))]
 
 
-def with_models(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Sequences]:
-    """The stores, with the recipes of teacher.ensemble's answers beside the only one. Collective.
+def with_models(config: Config, stores: list[TrainingSource], mesh: Mesh) -> list[TrainingSource]:
+    """The stores, with the recipes of teacher.ensemble's answers added to the only one. Collective.
 
     For they are part of what the run is.
     """
@@ -53,7 +58,7 @@ def with_models(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Seq
         return stores
     (first,) = stores
     _, *others = config.of_each_teacher.items()
-    beside = tuple(
+    other_teachers = tuple(
         replace(
             first,
             online=online_recipe(each, mesh, first, key=key),
@@ -62,14 +67,14 @@ def with_models(config: Config, stores: list[Sequences], mesh: Mesh) -> list[Seq
         )
         for (key, each), member in zip(others, config.teacher.ensemble, strict=True)
     )
-    return [replace(first, beside=beside)]
+    return [replace(first, other_teachers=other_teachers)]
 
 
 class OnlineEnsemble:
     """Several teachers of a run, each an `OnlineTeacher`."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, store: Sequences, *, features: FeaturePlan | None
+        self, config: Config, mesh: Mesh, store: TrainingSource, *, features: FeaturePlan | None
     ) -> None:
         """Loads one after the other. Collective. features: to be kept of the first."""
         self._teachers = [
@@ -78,11 +83,11 @@ class OnlineEnsemble:
             )
             for key, each in config.of_each_teacher.items()
         ]
-        self._weights = [s.teacher_weight for s in (store, *store.beside)]
+        self._weights = [s.teacher_weight for s in (store, *store.other_teachers)]
 
-    def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
+    def answer(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with the targets of all. Collective. As `OnlineTeacher.answer`."""
-        answers = [teacher.answer(share) for teacher in self._teachers]
+        answers = [teacher.answer(micro_batches) for teacher in self._teachers]
         return [
             replace(batches[0], targets=Ensemble.of([b.targets for b in batches], self._weights))
             for batches in zip(*answers, strict=True)
@@ -90,27 +95,27 @@ class OnlineEnsemble:
 
 
 def load_online(
-    config: Config, mesh: Mesh, store: Sequences, *, features: FeaturePlan | None = None
+    config: Config, mesh: Mesh, store: TrainingSource, *, features: FeaturePlan | None = None
 ) -> OnlineTeacher | OnlineEnsemble:
-    """The teacher, or teachers, beside the student. Collective."""
+    """The online teacher or teachers. Collective."""
     kind = OnlineEnsemble if config.teacher.ensemble else OnlineTeacher
     return kind(config, mesh, store, features=features)
 
 
-def check_divergences(config: Config, store: Sequences) -> None:
+def check_divergences(config: Config, store: TrainingSource) -> None:
     """ConfigError where a teacher's targets cannot serve the loss at any time of the run."""
-    for taught in (store, *store.beside):
+    for taught in (store, *store.other_teachers):
         check_targets(config, taught.recipe, name=taught.name, key=taught.key)
 
 
-def learned_from(config: Config, stores: list[Sequences]) -> str:
+def describe_teachers(config: Config, stores: list[TrainingSource]) -> str:
     """Returns the names of teachers and text for the model card: no path, no host."""
     if config.teacher.mode == "online":
         text = " and ".join(data_names(config.data).values()) or shown_name(stores[0].name)
         return f"{_models_named(config)} ({config.targets.method}), on the text of {text}"
-    if not stores[0].beside:
+    if not stores[0].other_teachers:
         return ", ".join(dict.fromkeys(f"{_taught_by(s)}{_said(s)}{_text_of(s)}" for s in stores))
-    members = (stores[0], *stores[0].beside)
+    members = (stores[0], *stores[0].other_teachers)
     named = " and ".join(
         f"{_taught_by(s)} (weight {s.teacher_weight:g}{_made(s)})" for s in members
     )
@@ -127,28 +132,28 @@ def _models_named(config: Config) -> str:
     return " and ".join(f"`{model}` (weight {weight:g})" for model, weight in weights)
 
 
-def _taught_by(store: Sequences) -> str:
+def _taught_by(store: TrainingSource) -> str:
     """The teacher's name where the cache has one, else the store's."""
     name = store.store.names.get("teacher.model") if store.has_targets else None
     return f"`{name}`" if name else shown_name(store.name)
 
 
-def _text_of(store: Sequences) -> str:
+def _text_of(store: TrainingSource) -> str:
     names = store.store.names
     text = next((names[key] for key in CORPUS_KEYS if key in names), None)
     return f", on the text of {text}" if text else ""
 
 
-def _made(store: Sequences) -> str:
+def _made(store: TrainingSource) -> str:
     at = store.recipe["temperature"]
     return f", {store.recipe['method']}" + ("" if at == 1 else f" at temperature {at:g}")
 
 
-def _said(store: Sequences) -> str:
+def _said(store: TrainingSource) -> str:
     return f" ({_made(store)[2:]})" if store.has_targets else ""
 
 
-def _require_same_tokens(first: Sequences, other: Sequences, *, key: str) -> None:
+def _require_same_tokens(first: TrainingSource, other: TrainingSource, *, key: str) -> None:
     for what, ours, theirs in (
         ("the tokenizer", first.tokenizer["content"][:16], other.tokenizer["content"][:16]),
         ("seq_len", first.seq_len, other.seq_len),

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sequences:
+class TrainingSource:
     """A store to train or evaluate on. `sequences[i]` is a sequence's columns, verified.
 
     Of an unfinished store the sequences of some blocks, numbered without a gap.
@@ -47,8 +47,8 @@ class Sequences:
     has_targets: bool
     weight: float = 1.0  # passes over it in an epoch
     blocks: tuple[int, ...] | None = None  # of an unfinished store, ascending
-    online: dict[str, Any] | None = None  # the recipe of targets that the teacher gives beside it
-    beside: tuple[Sequences, ...] = ()  # what other teachers say of the same sequences
+    online: dict[str, Any] | None = None  # the recipe of targets that the online teacher gives
+    other_teachers: tuple[TrainingSource, ...] = ()  # what other teachers say of the same sequences
     teacher_weight: float = 1.0  # of its teacher, where there are several
     key: str = "cache.dir"  # where the configuration names it
 
@@ -98,7 +98,7 @@ class Sequences:
     def vocab_size(self) -> int:
         """Ids that may occur: the teachers', or without one the tokenizer's."""
         own = int(self.recipe.get("vocab_size") or self.tokenizer["vocab_size"])
-        return max([own, *(other.vocab_size for other in self.beside)])
+        return max([own, *(other.vocab_size for other in self.other_teachers)])
 
 
 def open_sequences(
@@ -109,7 +109,7 @@ def open_sequences(
     weight: float = 1.0,
     local: LocalCopies | None = None,
     blocks: tuple[int, ...] | None = None,
-) -> Sequences:
+) -> TrainingSource:
     """The complete store at `path`. `key`: the configuration key, for messages.
 
     `local`: see BlockStore.open. `blocks`: of an unfinished store, those to read. Raises
@@ -134,7 +134,7 @@ def open_sequences(
         )
     has_targets = store.kind == "cache"
     source = Cache(store) if has_targets else store
-    return Sequences(source, store, has_targets, weight, blocks)
+    return TrainingSource(source, store, has_targets, weight, blocks)
 
 
 def _incomplete(store: BlockStore, key: str) -> str:
@@ -165,7 +165,7 @@ def _extent(store: BlockStore, count: int) -> str:
 
 def open_sources(
     config: Config, blocks: list[tuple[int, ...] | None] | None = None
-) -> list[Sequences]:
+) -> list[TrainingSource]:
     """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both.
 
     blocks: those to read of each, None for a store that must be complete.
@@ -187,7 +187,7 @@ def open_sources(
     return stores
 
 
-def require_targets(config: Config, stores: list[Sequences]) -> None:
+def require_targets(config: Config, stores: list[TrainingSource]) -> None:
     """DataError where no position of any store has a label, or one that the loss learns from."""
     alone = config.loss.learns_from_teacher and not any(values(config.loss.ce_weight))
     for store in stores:
@@ -212,7 +212,7 @@ def _learns(sample: dict[str, Any], *, with_targets: bool) -> bool:
     return bool(((sample_labels(sample) != IGNORED) & (sample["targets"].counts > 0)).any())
 
 
-def _warn_of_few(store: Sequences) -> None:
+def _warn_of_few(store: TrainingSource) -> None:
     if store.is_remote or store.recipe.get("positions") != "loss_mask":
         return
     markers = (store.store.marker(block) for block in store.store.committed())
@@ -248,7 +248,7 @@ def local_copies(config: Config) -> LocalCopies:
     )
 
 
-def _require_mixable(first: Sequences, other: Sequences) -> None:
+def _require_mixable(first: TrainingSource, other: TrainingSource) -> None:
     packs = pack_of(first.recipe), pack_of(other.recipe)
     for what, ours, theirs in (
         ("tokenizer", first.tokenizer["content"], other.tokenizer["content"]),
@@ -273,7 +273,7 @@ class MicroBatch:
     """Sequences of one forward pass; arrays until `on` brings them to a device.
 
     names: (store, sequence) of each row. padding_B: int64, tokens of padding at each row's end.
-    kd_count, ce_count: positions in each term. features: of a teacher beside the student, on its
+    kd_count, ce_count: positions in each term. features: of an online teacher, on its
     device.
     """
 
@@ -305,7 +305,7 @@ class MicroBatch:
             self,
             inputs=inputs,
             labels_N=torch.as_tensor(self.labels_N, device=device),
-            # What a teacher beside the student gave is on its device already.
+            # What an online teacher gave is on its device already.
             targets=self.targets.torch(device)
             if isinstance(self.targets, SparseTargets | Ensemble)
             else self.targets,
@@ -313,7 +313,11 @@ class MicroBatch:
 
 
 def micro_batch(
-    stores: list[Sequences], names: list[tuple[int, int]], *, with_targets: bool, empty: int = 0
+    stores: list[TrainingSource],
+    names: list[tuple[int, int]],
+    *,
+    with_targets: bool,
+    empty: int = 0,
 ) -> MicroBatch:
     """Read the named sequences. The last `empty` of them are there for their shape only."""
     samples = [stores[store][sequence] for store, sequence in names]
@@ -325,7 +329,7 @@ def micro_batch(
     targets: Targets | None = None
     if with_targets:
         targets = joined([s["targets"] for s in samples])
-        if stores[0].beside:
+        if stores[0].other_teachers:
             assert isinstance(targets, SparseTargets)
             targets = _of_all_teachers(stores[0], targets, names, valid_N)
     return MicroBatch(
@@ -379,11 +383,11 @@ def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
 
 
 def _of_all_teachers(
-    store: Sequences, targets: SparseTargets, names: list[tuple[int, int]], valid_N: np.ndarray
+    store: TrainingSource, targets: SparseTargets, names: list[tuple[int, int]], valid_N: np.ndarray
 ) -> Ensemble:
     """With the targets of the same sequences that lie beside. StoreError where they do not fit."""
     members = [targets]
-    for other in store.beside:
+    for other in store.other_teachers:
         theirs = concatenate([_without_notes(other[i]["targets"]) for _, i in names])
         if (valid_N & (has_targets(theirs) != has_targets(targets))).any():
             raise StoreError(
@@ -392,7 +396,7 @@ def _of_all_teachers(
                 "both from one token store (data.dir), with the same targets.positions"
             )
         members.append(theirs)
-    return Ensemble.of(members, [s.teacher_weight for s in (store, *store.beside)])
+    return Ensemble.of(members, [s.teacher_weight for s in (store, *store.other_teachers)])
 
 
 def _without_notes(targets: SparseTargets) -> SparseTargets:

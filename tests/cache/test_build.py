@@ -168,9 +168,9 @@ def cannot_read(mesh) -> str:
     def read():
         raise CorruptBlockError("a", "b", "c")
 
-    assert mesh.once_a_group(lambda: mesh.rank) == 0
+    assert mesh.run_once_per_tp_group(lambda: mesh.rank) == 0
     try:
-        mesh.once_a_group(read)
+        mesh.run_once_per_tp_group(read)
     except CorruptBlockError as error:
         return str(error).partition(":")[0] + str(error)[1 : len("a: expected b, found c")]
     return "no error"

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from megadistill.blocks import BlockStore
-from megadistill.cache.disk_guard import Reserve, block_bytes
+from megadistill.cache.disk_guard import DiskGuard, block_bytes
 from megadistill.config import CacheConfig, Config
 from megadistill.errors import MegadistillError, StoreError
 from tests.cache.caches import fill_cache
@@ -190,7 +190,7 @@ def said_at_a_commit(mesh, cache: Path) -> list[str]:
 
     told = SimpleNamespace(store=Told(), rank=mesh.rank)
     store, settings = BlockStore.open(cache), CacheConfig(min_free=0)
-    reserve = Reserve(told, store, settings, run=time.time_ns(), missing=1000)
+    reserve = DiskGuard(told, store, settings, run=time.time_ns(), missing=1000)
     said.clear()
     reserve.committed(0)
     return said
@@ -204,14 +204,15 @@ def test_the_bytes_are_those_of_the_blocks_that_are_counted_whenever_they_are_re
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     asked: list[int] = []
 
-    def ranks(count: int) -> list[Reserve]:
+    def ranks(count: int) -> list[DiskGuard]:
         clients = [dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(count)]
         store, settings = BlockStore.open(whole("two copies")), CacheConfig(min_free=0)
         return [
-            Reserve(SimpleNamespace(store=c), store, settings, run=0, missing=4001) for c in clients
+            DiskGuard(SimpleNamespace(store=c), store, settings, run=0, missing=4001)
+            for c in clients
         ]
 
-    def note(reserve: Reserve) -> None:
+    def note(reserve: DiskGuard) -> None:
         monkeypatch.setattr(reserve, "_too_little", lambda to_come: asked.append(to_come))
         for block in range(1000):
             reserve.committed(block)
@@ -237,7 +238,7 @@ def test_a_writer_that_fails_after_rank_zero_has_gone_says_nothing_more(tmp_path
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
     mesh = SimpleNamespace(store=client)
-    reserve = Reserve(mesh, fill_cache(tmp_path / "cache"), CacheConfig(), run=0, missing=1)
+    reserve = DiskGuard(mesh, fill_cache(tmp_path / "cache"), CacheConfig(), run=0, missing=1)
     del server
     reserve.ask_to_stop(StoreError("the lock is lost"))
     with pytest.raises(dist.DistError) as gone:

@@ -1,4 +1,4 @@
-"""Fuzzed caches: 500 in the suite, 50,000 in the long run, which goes on where it was stopped."""
+"""Fuzzed caches: 500 in the suite, 50,000 in the long run, which resumes where it was stopped."""
 
 from __future__ import annotations
 

@@ -282,8 +282,8 @@ def test_overrides_reach_deep_and_take_yaml_values(folder):
 
 
 def test_a_part_of_the_cache_is_a_share_of_its_blocks(folder):
-    assert load(GOOD, "cache.part=1/3").cache.share == (1, 3)
-    assert load(GOOD).cache.share == (0, 1)
+    assert load(GOOD, "cache.part=1/3").cache.part_index == (1, 3)
+    assert load(GOOD).cache.part_index == (0, 1)
 
 
 def test_the_student_can_be_left_out_and_taken_out(folder):

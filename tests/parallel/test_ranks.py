@@ -48,7 +48,7 @@ def rank_zero_decides(mesh, error=None):
         return "decided"
 
     try:
-        return mesh.first(work)
+        return mesh.run_on_rank0(work)
     except Exception as raised:  # noqa: BLE001 - what it is is what is tested
         return type(raised).__name__, str(raised)
 

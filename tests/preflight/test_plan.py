@@ -271,7 +271,7 @@ def test_generating_prints_the_plan_without_the_student(place, caplog):
         "cache",
         "teacher",
     ]
-    assert "bytes a position estimated" in caplog.text
+    assert "bytes per token estimated" in caplog.text
 
 
 def test_a_part_of_a_cache_needs_room_for_its_own_blocks(place):
@@ -286,7 +286,7 @@ def test_a_part_of_a_cache_needs_room_for_its_own_blocks(place):
 @pytest.mark.parametrize(
     ("settings", "measured"),
     [
-        # At 128,256 ids and 1.6 nats: entries, bytes a position.
+        # At 128,256 ids and 1.6 nats: entries, bytes per token.
         ({"tau": 0.2}, (3.48, 8.42)),
         ({"tau": 0.06}, (6.29, 13.58)),
         ({"tau": 0.02}, (11.18, 22.33)),
@@ -304,7 +304,7 @@ def test_bytes_follow_from_the_entries_as_the_codec_was_measured(settings, measu
     entries, size = measured
     assert 0.95 < estimate.entries / entries < 1.8
     assumed = METHODS[settings.get("method", "varopt")]
-    assert assumed.bytes_a_position + assumed.bytes_an_entry * entries == pytest.approx(
+    assert assumed.bytes_per_position + assumed.bytes_an_entry * entries == pytest.approx(
         size, rel=0.06
     )
 

@@ -97,7 +97,7 @@ def test_every_copy_scores_the_blocks_and_all_ranks_know_the_sum(
         assert dataclasses.replace(m, load_s=0) == dataclasses.replace(found[0], load_s=0)
         assert (m.ranks, m.blocks) == (ranks, 3 * copies)
         assert m.tokens_per_s > 100
-        assert 1 < m.entries_a_position < 12
+        assert 1 < m.entries_per_position < 12
         assert 4 < m.token_store_bytes_a_token < m.cache_bytes_a_token
     assert files() == before
 

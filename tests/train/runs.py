@@ -172,7 +172,7 @@ def optimizer_loaded(mesh, config):
     """After resuming: weight decay of each group; step, and where it lies, of each sub-group."""
     run = prepare(config, mesh)
     trainer = build(run, mesh)
-    checkpoint.load(trainer, mesh.first(lambda: latest(run.folder.checkpoints)))
+    checkpoint.load(trainer, mesh.run_on_rank0(lambda: latest(run.folder.checkpoints)))
     optimizer = trainer.engine.optimizer.optimizer
     steps = [state["step"] for state in optimizer.state.values()]
     decays = [group["weight_decay"] for group in optimizer.param_groups]
@@ -278,13 +278,13 @@ def claimed(mesh, config):
 
 
 def error_with_the_average(mesh, config):
-    """How often this rank deals weights anew, which is collective, after an error in `judged`."""
+    """How often this rank deals weights anew (collective) after `evaluation_weights` fails."""
     trainer = build(prepare(config, mesh), mesh)
     optimizer, dealt = trainer.engine.optimizer, []
     deal = optimizer.checkpoint_event_epilogue
     optimizer.checkpoint_event_epilogue = lambda: (dealt.append(1), deal())
     try:
-        with trainer.judged():
+        with trainer.evaluation_weights():
             dealt.clear()
             raise SystemExit(143)
     except SystemExit:
@@ -354,7 +354,7 @@ def half_precision(mesh, config, steps, *, resume=False):
         del accelerator.is_fp16_supported
     position = checkpoint.Position(0, 0, 0)
     if resume:
-        found = mesh.first(lambda: latest(run.folder.checkpoints))
+        found = mesh.run_on_rank0(lambda: latest(run.folder.checkpoints))
         checkpoint.load(trainer, found)
         position = found.position
     seen, pairs = [], 2 // mesh.world  # four sequences a step, two at a time

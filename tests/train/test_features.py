@@ -1,4 +1,4 @@
-"""Hidden states and attention of the teacher beside the student, aligned."""
+"""Hidden states and attention of the online teacher, aligned."""
 
 from pathlib import Path
 

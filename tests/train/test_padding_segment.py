@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from megadistill.blocks import BlockStore
 from megadistill.models.attention import forward_inputs
 from megadistill.models.packed_sequences import sample_labels
-from megadistill.train.training_source import Sequences, micro_batch
+from megadistill.train.training_source import TrainingSource, micro_batch
 from tests.data.packing import slow_packing
 from tests.models.made import tiny_llama
 
@@ -70,7 +70,7 @@ def test_the_loss_of_packed_sequences_is_the_sum_over_documents_alone(packed, mo
                 alone += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
                 positions += ids.shape[1] - 1
     batch = micro_batch(
-        [Sequences(store, store, has_targets=False)],
+        [TrainingSource(store, store, has_targets=False)],
         [(0, i) for i in range(len(rows))],
         with_targets=False,
     )

@@ -136,7 +136,7 @@ def test_caches_that_do_not_belong_together_are_refused_naming_the_key(
 def test_lists_of_another_temperature_go_with_it(place, tmp_path):
     make_store(tmp_path / "other", seed=1, method="topk", temperature=2.0)
     (store,) = opened(two(place, ensemble=[str(tmp_path / "other")]))
-    assert [other.recipe["temperature"] for other in store.beside] == [2.0]
+    assert [other.recipe["temperature"] for other in store.other_teachers] == [2.0]
 
 
 def test_positions_that_a_teacher_chose_by_itself_are_refused(tmp_path):
@@ -172,10 +172,10 @@ def test_targets_at_other_positions_are_found_when_they_are_read(place):
     batch = micro_batch([store], names, with_targets=True)
     assert len(batch.targets) == 2 * SEQ_LEN
     assert batch.kd_count == 2 * (SEQ_LEN - 2)
-    (other,) = store.beside
+    (other,) = store.other_teachers
     wrong = replace(other, source=WithoutTheFirst(other.source))
     with pytest.raises(StoreError, match=r"ensemble\.0\.dir: .*third has .* sequences 1, 2: "):
-        micro_batch([replace(store, beside=(wrong,))], names, with_targets=True)
+        micro_batch([replace(store, other_teachers=(wrong,))], names, with_targets=True)
 
 
 def opened(config):

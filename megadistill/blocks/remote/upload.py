@@ -2,7 +2,7 @@
 
 At a URL there is no rename, so object names are final and the order makes up for it: header and
 plan, then of each block the shard and after it the marker, the derived files last. A copy that was
-interrupted goes on: a block whose marker is there, byte for byte, with a shard of the right size
+interrupted resumes: a block whose marker is there, byte for byte, with a shard of the right size
 beside it, was sent whole, and is not sent again. `verify` reads back what is there as well, and
 sends again what has another xxh3.
 """

@@ -14,7 +14,7 @@ multinomial ids and weights come back exactly
 varopt      weights are rounded to multiples of 1/128 at random and without bias; an entry that is
             rounded to 0 is not kept
 
-Bytes a position at 2,048 positions a sequence, without entropy and nll (tools/bench.py storage):
+Bytes per token at 2,048 positions a sequence, without entropy and nll (tools/bench.py storage):
 varopt at the variance of 50 multinomial draws 9.1 (a teacher of 1.9 nats, 4,096 ids) to 10.1
 (262,144 ids), where random sampling distillation takes 36 and 29; top-64 106 to 139. Each is within
 1.5 % of the static entropy of its streams.

@@ -49,7 +49,7 @@ def with_tools(config: DataConfig) -> DataConfig:
 def source_identity(config: DataConfig) -> dict[str, Any]:
     """Returns the identity of the corpus, for the recipe: by content or revision, not by path.
 
-    Which documents and in which order, but not how many: raising `data.max_samples` goes on with
+    Which documents and in which order, but not how many: raising `data.max_samples` continues with
     the same corpus.
     """
     return _reader(config).identity(resolved(config))

@@ -3,7 +3,7 @@
 text         3.5 bytes a token at a vocabulary below 10,000 (measured: the standard library at
              4,096), 4.2 above
 documents    1,000 tokens each where only their number is known (FineWeb-Edu: about 1,030)
-varopt       2 / sqrt(tau) entries a position: a teacher of 2 nats mean entropy. Measured, as
+varopt       2 / sqrt(tau) entries per token: a teacher of 2 nats mean entropy. Measured, as
              multiples of 1 / sqrt(tau) at tau = 0.06 (with tau between 0.02 and 0.2 they move by
              a sixth up to 2 nats, by half at 4.4):
 
@@ -40,7 +40,7 @@ class Assumed:
     entries: Callable[[Any], float]
     most: Callable[[Any], float]
     bytes_an_entry: float  # what the codec takes, ids and weights together, at 128,000 ids
-    bytes_a_position: float  # and besides: counts, what is left over, streams, entropy, nll
+    bytes_per_position: float  # and besides: counts, what is left over, streams, entropy, nll
 
 
 METHODS = {
@@ -72,7 +72,7 @@ def position(targets: Any, *, vocab_size: int | None) -> Position:
     return Position(
         entries=entries,
         most_entries=most,
-        bytes=assumed.bytes_a_position + assumed.bytes_an_entry * entries,
+        bytes=assumed.bytes_per_position + assumed.bytes_an_entry * entries,
         most_bytes=8 + most * (an_id + 4),
     )
 

@@ -36,7 +36,7 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
         planned = None if online else BlockStore.open(config.cache.folder).num_sequences
         if planned is not None and not os.path.isdir(data.dir):
             return planned, f"known: {config.cache.folder} is planned"
-    if config.reads_on:
+    if config.stream_is_unbounded:
         whole = -(-config.sequences_needed // data.block_size) * data.block_size
         return whole, "as many as train.steps need"
     tokens, how = _tokens(config, vocab_size)

@@ -88,7 +88,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
             )
         )
     )
-    index, parts = config.cache.share
+    index, parts = config.cache.part_index
     part_blocks = None if blocks is None else len(range(index, blocks, parts))
     part_bytes = (
         None
@@ -147,10 +147,10 @@ def _steps(config: Config, sequences: int | None) -> int | None:
 
 def _targets_line(config: Config, a_position: assumptions.Position | None) -> str:
     if a_position is None:
-        return f"{config.targets.method}, from the teacher beside the student; nothing is kept"
+        return f"{config.targets.method}, from the online teacher; nothing is kept"
     return (
-        f"{config.targets.method}, {a_position.entries:.1f} entries a position estimated, "
-        f"{a_position.most_entries:.0f} at most; {a_position.bytes:.1f} bytes a position "
+        f"{config.targets.method}, {a_position.entries:.1f} entries per token estimated, "
+        f"{a_position.most_entries:.0f} at most; {a_position.bytes:.1f} bytes per token "
         f"estimated, {a_position.most_bytes:.1f} at most"
     )
 

@@ -45,8 +45,8 @@ class Measured:
     block_sequences: int
     tokens_per_s: float
     load_s: float
-    entries_a_position: float
-    bytes_a_position: float  # the targets column, over positions that have targets
+    entries_per_position: float
+    bytes_per_position: float  # the targets column, over positions that have targets
     cache_bytes_a_token: float
     token_store_bytes_a_token: float
 
@@ -88,8 +88,8 @@ def measure(config: Config, mesh: Mesh, *, blocks: int = 2) -> Measured:
         block_sequences=len(sample.blocks[0]),
         tokens_per_s=pace,
         load_s=load_s,
-        entries_a_position=entries / max(1, positions),
-        bytes_a_position=targets / max(1, positions),
+        entries_per_position=entries / max(1, positions),
+        bytes_per_position=targets / max(1, positions),
         cache_bytes_a_token=size / tokens,
         token_store_bytes_a_token=sample.bytes_a_token,
     )
@@ -110,7 +110,7 @@ def _sampled_together(config: Config, mesh: Mesh, blocks: int) -> _Sample:
     """Returns rank 0's sample on every rank."""
     found: list[_Sample] = []
     # Waiting for rank 0 may take long, and what it found is too large for the key-value store.
-    mesh.first(lambda: found.append(_sample(config, blocks)))
+    mesh.run_on_rank0(lambda: found.append(_sample(config, blocks)))
     return mesh.broadcast(found[0] if found else None)
 
 

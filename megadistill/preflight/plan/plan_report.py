@@ -77,8 +77,8 @@ class Report:
             f"{self.config.data.seq_len} tokens:\n"
             f"  {m.tokens_per_s:,.0f} tokens/s on all ranks together, "
             f"{m.tokens_per_s / m.ranks:,.0f} a rank\n"
-            f"  {self.config.targets.method}: {m.entries_a_position:.2f} entries and "
-            f"{m.bytes_a_position:.2f} bytes a position\n  {a_token}"
+            f"  {self.config.targets.method}: {m.entries_per_position:.2f} entries and "
+            f"{m.bytes_per_position:.2f} bytes per token\n  {a_token}"
         )
 
 

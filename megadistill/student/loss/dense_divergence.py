@@ -20,7 +20,7 @@ import torch
 
 from megadistill.student.loss.divergences import Buckets, Divergence, divergence_terms
 from megadistill.student.loss.row_kernel import Entries, RowLosses, Terms, distill_rows
-from megadistill.student.loss.softmax import begin
+from megadistill.student.loss.softmax import softmax_stats
 from megadistill.teacher.distributions import BLOCK
 
 TILE = {False: 2**17, True: 2**24}  # elements, on a CPU and on a GPU
@@ -87,7 +87,7 @@ def union_entries(z_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> Entri
     # Each once, and the rest by a log-sum-exp of its own: one minus the listed may be below zero.
     score_CM = torch.full_like(both_CM, -torch.inf, dtype=teacher_CV.dtype)
     score_CM[first_CM] = score_E
-    tail_C = begin(teacher_CV).logsumexp_C
+    tail_C = softmax_stats(teacher_CV).logsumexp_C
     norm_C = torch.logaddexp(score_CM.logsumexp(1), tail_C)
     return Entries(
         row_E,

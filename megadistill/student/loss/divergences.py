@@ -95,17 +95,17 @@ def divergence_terms(kind: Divergence, buckets: Buckets, *, has_tail: bool = Tru
             value, slope = _reverse(buckets)
         case "jsd":
             beta, d = kind.beta, buckets.gap
-            m, log_m_p = beta * p + (1 - beta) * q, mixture(d, beta)
-            log_m_q = mixture(-d, 1 - beta)
-            value = beta * excess(p, m, log_m_p) + (1 - beta) * excess(q, m, log_m_q)
+            m, log_m_p = beta * p + (1 - beta) * q, log_mixture_ratio(d, beta)
+            log_m_q = log_mixture_ratio(-d, 1 - beta)
+            value = beta * kl_terms(p, m, log_m_p) + (1 - beta) * kl_terms(q, m, log_m_q)
             slope = (beta - 1) * _times(q, log_m_q)
         case "skewed_kl":
-            log_m_p = mixture(buckets.gap, kind.alpha)
-            value = excess(p, kind.alpha * p + (1 - kind.alpha) * q, log_m_p)
+            log_m_p = log_mixture_ratio(buckets.gap, kind.alpha)
+            value = kl_terms(p, kind.alpha * p + (1 - kind.alpha) * q, log_m_p)
             slope = (kind.alpha - 1) * _times(q, torch.expm1(-log_m_p))
         case "skewed_reverse_kl":
-            log_m_q = mixture(-buckets.gap, kind.alpha)
-            value = excess(q, kind.alpha * q + (1 - kind.alpha) * p, log_m_q)
+            log_m_q = log_mixture_ratio(-buckets.gap, kind.alpha)
+            value = kl_terms(q, kind.alpha * q + (1 - kind.alpha) * p, log_m_q)
             slope = -_times(q, log_m_q + kind.alpha * torch.expm1(-log_m_q))
         case "tvd":
             value, slope = (q - p).abs() / 2, q * (q - p).sign() / 2
@@ -131,13 +131,13 @@ def head_weight(buckets: Buckets, head_mass: float, *, has_tail: bool = True) ->
     return torch.where(total_C1 > 0, gap_C1 / total_C1, 0.5).clamp_max(1.0)
 
 
-def mixture(d: torch.Tensor, share: float) -> torch.Tensor:
+def log_mixture_ratio(d: torch.Tensor, share: float) -> torch.Tensor:
     """log(share + (1 - share) e^d), exact near d = 0 and at any size of d."""
     above = d + torch.log1p(share * torch.expm1(-d))
     return torch.where(d > 0, above, torch.log1p((1 - share) * torch.expm1(d)))
 
 
-def excess(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+def kl_terms(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """a * (exp(d) - 1 - d) with d = log b - log a: never negative; b where a is 0.
 
     Summed over the buckets of two distributions it is KL(a || b).
@@ -151,12 +151,12 @@ def excess(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
 
 def _forward(buckets: Buckets) -> Terms:
     p, q = buckets.p, buckets.q
-    return excess(p, q, buckets.gap), q - p
+    return kl_terms(p, q, buckets.gap), q - p
 
 
 def _reverse(buckets: Buckets) -> Terms:
     d = buckets.gap
-    return excess(buckets.q, buckets.p, -d), _times(buckets.q, d)
+    return kl_terms(buckets.q, buckets.p, -d), _times(buckets.q, d)
 
 
 def _times(q: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Ensemble:
         return replace(self, members=tuple(_taken(m, rows) for m in self.members))
 
     def torch(self, device: Any = "cpu") -> Ensemble:
-        """The same on `device`; what a teacher beside the student gave is there already."""
+        """The same on `device`; what an online teacher gave is there already."""
         return replace(
             self,
             members=tuple(

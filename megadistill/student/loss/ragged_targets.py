@@ -28,7 +28,7 @@ def take_rows(targets: SparseTargets, rows: torch.Tensor) -> SparseTargets:
     )
 
 
-def tail_on_truth(targets: SparseTargets, labels_N: torch.Tensor) -> SparseTargets:
+def assign_tail_to_label(targets: SparseTargets, labels_N: torch.Tensor) -> SparseTargets:
     """The mass that each row leaves out, given to its true token: the ground-truth residual.
 
     labels_N: int64, the true next tokens of all rows. What stays unlisted then has no mass. A row

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from megadistill.student.loss.divergences import Buckets, Divergence, divergence_terms
-from megadistill.student.loss.softmax import Norm, begin, finish
+from megadistill.student.loss.softmax import Norm, softmax_scale, softmax_stats
 from megadistill.targets import SAMPLED, SparseTargets
 
 FORWARD_KL = Divergence()
@@ -128,15 +128,15 @@ def distill_rows(
     mean_C = z_CV.mean(1) if smoothing else truth_C
 
     if entries is None:
-        norm = begin(z_CV)
+        norm = softmax_stats(z_CV)
         kd_C = torch.zeros_like(truth_C)
-        finish(z_CV, norm, terms.hard(norm))
+        softmax_scale(z_CV, norm, terms.hard(norm))
     elif terms.made_at == 1:
         kd_C, norm = _distil(z_CV, entries, terms, terms.kd, hard=True)
     else:
         assert scratch_CV is not None
-        norm = begin(scratch_CV.copy_(z_CV))
-        finish(scratch_CV, norm, terms.hard(norm))
+        norm = softmax_stats(scratch_CV.copy_(z_CV))
+        softmax_scale(scratch_CV, norm, terms.hard(norm))
         z_CV.div_(terms.made_at)
         kd_C, _ = _distil(z_CV, entries, terms, terms.kd / terms.made_at, hard=False)
         z_CV.add_(scratch_CV)
@@ -165,7 +165,7 @@ def _distil(
     cells = (entries.row_E, entries.id_E)
     z_CK = entries.table(z_CV[cells], -torch.inf)
     z_CV[cells] = -torch.inf
-    unlisted = begin(z_CV)
+    unlisted = softmax_stats(z_CV)
     # Relative to the row's maximum, where float32 is finest.
     top_C = torch.maximum(unlisted.top_C, z_CK.amax(1)) if entries.width else unlisted.top_C
     tail_C = (unlisted.top_C - top_C) + unlisted.total_C.log()
@@ -184,7 +184,7 @@ def _distil(
     gradient_CB = torch.where(has_targets_C1, kd * power * gradient_CB, 0.0)
     if hard:
         gradient_CB = gradient_CB + terms.hard(norm)[:, None] * student.q
-    finish(z_CV, unlisted, gradient_CB[:, -1])
+    softmax_scale(z_CV, unlisted, gradient_CB[:, -1])
     z_CV[cells] = gradient_CB[entries.row_E, entries.slot_E]
     return torch.where(has_targets_C1, value_CB, 0.0).sum(1), norm
 
@@ -194,12 +194,12 @@ def _sampled(
 ) -> tuple[torch.Tensor, Norm]:
     cells, weight_E = (entries.row_E, entries.id_E), entries.weight_E
     z_E = z_CV[cells]
-    norm = begin(z_CV)
+    norm = softmax_stats(z_CV)
     log_q_E = z_E - norm.top_C[entries.row_E] - norm.total_C.log()[entries.row_E]
     kd_C = -entries.sum(torch.where(weight_E > 0, weight_E * log_q_E, 0.0))
     softmax_C = kd * entries.sum(weight_E)
     if hard:
         softmax_C = softmax_C + terms.hard(norm)
-    finish(z_CV, norm, softmax_C)
+    softmax_scale(z_CV, norm, softmax_C)
     z_CV[cells] = z_CV[cells] - kd * weight_E
     return kd_C, norm

@@ -37,7 +37,7 @@ class Norm(NamedTuple):
         return (z_C - self.top_C) - self.total_C.log()
 
 
-def begin(z_CV: torch.Tensor) -> Norm:
+def softmax_stats(z_CV: torch.Tensor) -> Norm:
     """The norm of each row's softmax; of a row of nothing but -inf: -inf and 0. Overwrites z."""
     if _by_kernels(z_CV):
         from megadistill.student.loss import triton_kernels
@@ -46,8 +46,8 @@ def begin(z_CV: torch.Tensor) -> Norm:
     return _softmax(z_CV)
 
 
-def finish(z_CV: torch.Tensor, norm: Norm, multiplier_C: torch.Tensor) -> None:
-    """Make z, as `begin` left it, multiplier * softmax; 0 in a row of nothing but -inf."""
+def softmax_scale(z_CV: torch.Tensor, norm: Norm, multiplier_C: torch.Tensor) -> None:
+    """Make z, as `softmax_stats` left it, multiplier * softmax; 0 in a row of nothing but -inf."""
     if _by_kernels(z_CV):
         from megadistill.student.loss import triton_kernels
 

@@ -61,7 +61,7 @@ class Checkpoint:
     path: Path
     position: Position
     world: int  # ranks that wrote it
-    figures: dict[str, float] | None  # of the held-out evaluation of its step
+    metrics: dict[str, float] | None  # of the held-out evaluation of its step
 
 
 def save(
@@ -71,7 +71,7 @@ def save(
     *,
     keep: int,
     keep_best: bool = False,
-    figures: dict[str, float] | None = None,
+    metrics: dict[str, float] | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective.
@@ -94,7 +94,7 @@ def save(
         # What a killed save left there would otherwise be listed as part of this one.
         LOCAL.remove_tree(path)
 
-    mesh.first(clear)
+    mesh.run_on_rank0(clear)
     trainer.engine.save_checkpoint(str(folder), tag=path.name, save_latest=False)
     write(_random_states(), path / f"random-{mesh.rank:05d}.pt")
     if trainer.ema is not None:
@@ -102,7 +102,7 @@ def save(
     mesh.barrier()
 
     def seal() -> None:
-        _seal(path, position, mesh.world, figures)
+        _seal(path, position, mesh.world, metrics)
         guard()
         _remove(target)  # a damaged one, that was passed over
         LOCAL.replace(path, target)
@@ -112,7 +112,7 @@ def save(
     if background is not None:
         background.start(seal)
     else:
-        mesh.first(seal)
+        mesh.run_on_rank0(seal)
     return target
 
 
@@ -210,13 +210,13 @@ def verified(path: Path) -> Checkpoint:
     )
 
 
-def _seal(path: Path, position: Position, world: int, figures: dict[str, float] | None) -> None:
+def _seal(path: Path, position: Position, world: int, metrics: dict[str, float] | None) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         LOCAL.fsync(file)
     for directory in sorted({file.parent for file in files} | {path, path.parent}):
         LOCAL.fsync_dir(directory)
-    finite = {name: value for name, value in (figures or {}).items() if math.isfinite(value)}
+    finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
     manifest = {
         "figures": finite or None,
         "files": {file.relative_to(path).as_posix(): _entry(file) for file in files},
@@ -242,9 +242,9 @@ def _losses(folder: Path) -> dict[Path, float]:
     losses = {}
     for _, path in checkpoints(folder):
         with contextlib.suppress(FileNotFoundError, CorruptBlockError, StoreError):
-            figures = read_json(path / MANIFEST).get("figures") or {}
-            if "loss" in figures:
-                losses[path] = float(figures["loss"])
+            metrics = read_json(path / MANIFEST).get("figures") or {}
+            if "loss" in metrics:
+                losses[path] = float(metrics["loss"])
     return losses
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on.
+"""Checkpoints that are written while training continues.
 
 A save first makes each file in host memory, as DeepSpeed lays it out: from then on nothing that
 training does can change it, and the next step begins. A thread writes the files; when those of all
@@ -73,7 +73,7 @@ class Background:
             return
         self._thread.join()
         self._thread = None
-        self._mesh.first(self._raise)
+        self._mesh.run_on_rank0(self._raise)
 
     def __enter__(self) -> Background:
         return self

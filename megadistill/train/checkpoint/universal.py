@@ -26,7 +26,7 @@ from typing import Any
 from megadistill.errors import TrainError
 from megadistill.parallel import Mesh
 from megadistill.storage.disk import free_bytes, readable_bytes
-from megadistill.storage.files import LOCAL, told
+from megadistill.storage.files import LOCAL, named_os_errors
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ def load_universal(engine: Any, mesh: Mesh, path: Path, *, written_by: int) -> N
     folder = path.parent / FOLDER
     if mesh.rank == 0:
         log.info("%s: written by %d rank(s), %d here: converting", path, written_by, mesh.world)
-    mesh.first(lambda: _convert(path, folder / path.name))
+    mesh.run_on_rank0(lambda: _convert(path, folder / path.name))
     with _universal(engine), _own_hyperparameters(engine.optimizer.optimizer):
         loaded, _ = engine.load_checkpoint(str(folder), tag=path.name)
     if loaded is None:
         raise TrainError(f"{path}: DeepSpeed cannot load it converted, although it is as written")
     mesh.barrier()
-    mesh.first(lambda: LOCAL.remove_tree(folder))
+    mesh.run_on_rank0(lambda: LOCAL.remove_tree(folder))
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -76,7 +76,7 @@ def _convert(source: Path, target: Path) -> None:
     )
     # It talks to the terminal, bars and all.
     with (
-        told("convert a checkpoint", target),
+        named_os_errors("convert a checkpoint", target),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):

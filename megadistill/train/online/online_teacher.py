@@ -1,4 +1,4 @@
-"""The teacher beside the student: it answers a step's micro-batches before the student sees them.
+"""The online teacher: it answers a step's micro-batches before the student sees them.
 
 Teacher and student stand on the same ranks. Every rank has micro-batches of its own, and the ranks
 of a tensor-parallel group hold one teacher together: so they pool their micro-batches, the teacher
@@ -35,7 +35,7 @@ from megadistill.teacher.dense import DenseTargets
 from megadistill.teacher.engine import Teacher, load_teacher
 from megadistill.teacher.select import selection
 from megadistill.train.online.projected_teacher import Tokenizers, projected
-from megadistill.train.training_source import MicroBatch, Sequences, open_sequences
+from megadistill.train.training_source import MicroBatch, TrainingSource, open_sequences
 
 # Of a cache's recipe: what changes a cache's bytes at most by rounding, and notes of the teacher's.
 _FREE = ("attention", "engine", "entropy", "micro_batch", "nll", "tp")
@@ -48,7 +48,7 @@ class OnlineTeacher:
         self,
         config: Config,
         mesh: Mesh,
-        sequences: Sequences,
+        sequences: TrainingSource,
         *,
         features: FeaturePlan | None = None,
         key: str = "teacher",
@@ -71,16 +71,16 @@ class OnlineTeacher:
         )
         self._config, self._mesh, self._sequences = config, mesh, sequences
         self._features = features
-        with self.teacher.awake(offload=config.teacher.offload is not None):
+        with self.teacher.on_device(offload=config.teacher.offload is not None):
             pass  # asleep from the start, where another one is to be loaded
 
-    def answer(self, share: list[MicroBatch]) -> list[MicroBatch]:
+    def answer(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with targets, and their kd_count. Collective over all ranks.
 
         TeacherError, naming the sequence, where the teacher says what is no distribution.
         """
-        with self.teacher.awake(offload=self._config.teacher.offload is not None):
-            return [self._answered(batch) for batch in share]
+        with self.teacher.on_device(offload=self._config.teacher.offload is not None):
+            return [self._answered(batch) for batch in micro_batches]
 
     @torch.no_grad()
     def _answered(self, batch: MicroBatch) -> MicroBatch:
@@ -171,17 +171,17 @@ def tokenise(config: Config, mesh: Mesh) -> None:
     def work() -> None:
         build_tokens(config, blocks=_blocks_needed(config))
 
-    mesh.first(work)
+    mesh.run_on_rank0(work)
 
 
 def _blocks_needed(config: Config) -> int | None:
     """Blocks to read of a corpus without a known end; None for all there are."""
-    if not config.reads_on:
+    if not config.stream_is_unbounded:
         return None
     return math.ceil(config.sequences_needed / config.data.block_size)
 
 
-def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
+def open_online(config: Config, mesh: Mesh) -> list[TrainingSource]:
     """The token store, as sequences whose targets the teacher gives when they are needed.
 
     Collective; rank 0 reads the teacher's files, since what it is, is part of what the run is.
@@ -195,7 +195,7 @@ def open_online(config: Config, mesh: Mesh) -> list[Sequences]:
 
 
 def online_recipe(
-    config: Config, mesh: Mesh, store: Sequences, *, key: str = "teacher"
+    config: Config, mesh: Mesh, store: TrainingSource, *, key: str = "teacher"
 ) -> dict[str, Any]:
     """Returns what the targets of `config`'s teacher depend on. Collective; rank 0 reads files."""
 
@@ -205,4 +205,4 @@ def online_recipe(
             recipe["teacher_tokenizer"] = Tokenizers(config).teacher_content
         return recipe
 
-    return {name: value for name, value in mesh.first(known).items() if name not in _FREE}
+    return {name: value for name, value in mesh.run_on_rank0(known).items() if name not in _FREE}

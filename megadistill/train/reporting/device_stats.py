@@ -20,7 +20,7 @@ import torch
 from megadistill.train.reporting.flops import Flops, peak_flops
 
 
-class Readings:
+class DeviceStats:
     """Takes them, on rank 0."""
 
     def __init__(

@@ -46,8 +46,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line + "\n", record
 
 
-class Journal:
-    """A journal that is written, cut back to the step that a resumed run goes on from."""
+class JsonlLog:
+    """A journal that is written, cut back to the step that a resumed run continues from."""
 
     def __init__(self, path: Path, *, done: int) -> None:
         lines = list(_lines(path))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megadistill.config import Config
 from megadistill.train.reporting.device_stats import readings_line
-from megadistill.train.reporting.jsonl_log import Journal
+from megadistill.train.reporting.jsonl_log import JsonlLog
 from megadistill.train.reporting.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, config: Config, *, done: int, steps: int) -> None:
-        self.metrics = Journal(folder / "metrics.jsonl", done=done)
-        self.evaluations = Journal(folder / "eval.jsonl", done=done)
+        self.metrics = JsonlLog(folder / "metrics.jsonl", done=done)
+        self.evaluations = JsonlLog(folder / "eval.jsonl", done=done)
         given = {"train": self.metrics.reached, "eval": self.evaluations.reached}
         self._trackers = Trackers(config, folder, done=done, given=given)
         self._done, self._steps, self._spoke = done, steps, 0.0

@@ -5,7 +5,7 @@
 
 A tracker must not hold up or end a run: rank 0 only puts figures into a queue, a thread for each
 tracker takes them out, and what its library raises, or never comes back from, is said once, and
-the run goes on without it. The journals hold everything in any case.
+the run continues without it. The journals hold everything in any case.
 
 A resumed run continues the same curve. Of the steps that are done again
     tensorboard  draws the new ones over the old ones: events from the resumed step on are purged
@@ -43,7 +43,7 @@ QUEUED = 1000  # records that a tracker may be behind
 PATIENCE_S = 60.0  # for what is queued when a run is finished
 HURRY_S = 5.0  # when it was stopped, or failed
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 _IMPORTED = {"tensorboard": "torch.utils.tensorboard"}  # what brings the rest; else the package
 
 
@@ -88,7 +88,7 @@ class Setup:
 class Tracker(Protocol):
     """Interface to each tracker's library. May raise anything, or hang."""
 
-    def log(self, step: int, figures: Figures) -> None: ...
+    def log(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self, *, failed: bool) -> None: ...
 
@@ -109,8 +109,8 @@ class TensorBoard:
         if not setup.done:
             self._writer.add_text("configuration", _as_markdown(setup.settings))
 
-    def log(self, step: int, figures: Figures) -> None:
-        for name, value in figures.items():
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self, *, failed: bool) -> None:
@@ -136,8 +136,8 @@ class WandB:
             config=setup.settings,
         )
 
-    def log(self, step: int, figures: Figures) -> None:
-        self._run.log(figures, step=step)
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(metrics, step=step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -166,8 +166,8 @@ class Trackio:
             resume="allow" if setup.known else "never",
         )
 
-    def log(self, step: int, figures: Figures) -> None:
-        self._run.log(figures, step=step)
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(metrics, step=step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish()
@@ -193,17 +193,17 @@ class Feed:
     ) -> None:
         """given: by kind of figures, the last step that the tracker has. begun: called once."""
         self.name, self._setup, self._given, self._begun = name, setup, given, begun
-        self._queue: queue.Queue[tuple[int, Figures] | None] = queue.Queue(QUEUED)
+        self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(QUEUED)
         self._failed = False  # the run, not the tracker
         self._lost = False
         self._thread = threading.Thread(target=self._serve, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, kind: str, step: int, figures: Figures) -> None:
+    def put(self, kind: str, step: int, metrics: Metrics) -> None:
         if self._lost or step <= self._given.get(kind, 0):
             return
         try:
-            self._queue.put_nowait((step, figures))
+            self._queue.put_nowait((step, metrics))
         except queue.Full:
             self._lose(f"takes nothing since {QUEUED} figures, at step {step}")
 
@@ -225,11 +225,11 @@ class Feed:
         try:
             tracker: Tracker | None = None
             while (item := self._queue.get()) is not None and not self._lost:
-                step, figures = item
+                step, metrics = item
                 if tracker is None:  # until there are figures, there is nothing to show
                     tracker = TRACKERS[self.name](self._setup)
                     self._begun()
-                tracker.log(step, figures)
+                tracker.log(step, metrics)
             if tracker is not None:
                 tracker.close(failed=self._failed)
         except BaseException as error:  # noqa: BLE001 - nothing of a tracker's ends a run
@@ -240,7 +240,7 @@ class Feed:
             return
         self._lost = True
         log.warning(
-            "train.trackers: %s %s: the run goes on without it, and %s has every figure",
+            "train.trackers: %s %s: the run continues without it, and %s has every figure",
             self.name,
             how,
             self._setup.folder,
@@ -278,13 +278,13 @@ class Trackers:
 
     def log(self, kind: str, record: dict[str, Any]) -> None:
         """kind: train or eval. record: of a journal; what is no number of it is left out."""
-        figures = {
+        metrics = {
             f"{kind}/{key}": float(value)
             for key, value in record.items()
             if key != "step" and isinstance(value, int | float) and math.isfinite(value)
         }
         for feed in self._feeds:
-            feed.put(kind, record["step"], figures)
+            feed.put(kind, record["step"], metrics)
 
     def close(self, *, finished: bool, failed: bool) -> None:
         for feed in self._feeds:

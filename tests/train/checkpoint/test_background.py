@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: whole or not there, and of the step they name."""
+"""Checkpoints written while training continues: whole or not there, and of the step they name."""
 
 import shutil
 from pathlib import Path

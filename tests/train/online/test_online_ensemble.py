@@ -1,4 +1,4 @@
-"""Several teachers beside the student: what their caches would give, at any layout."""
+"""Several online teachers: what their caches would give, at any layout."""
 
 import json
 import shutil

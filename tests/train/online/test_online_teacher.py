@@ -1,4 +1,4 @@
-"""The teacher beside the student answers what a cache would hold, at every layout."""
+"""The online teacher answers what a cache would hold, at every layout."""
 
 import dataclasses
 import itertools
@@ -130,7 +130,7 @@ def weights_after(mesh, config):
 
     tokenise(config, mesh)
     run = prepare(config, mesh)
-    mesh.first(lambda: run.folder.path.mkdir(parents=True))
+    mesh.run_on_rank0(lambda: run.folder.path.mkdir(parents=True))
     trainer = build(run, mesh)
     end, _ = run_steps(run, trainer, mesh, Position(0, 0, 0), None, told=threading.Event())
     assert end.step == config.train.steps
@@ -381,7 +381,7 @@ def test_no_tensor_of_positions_by_vocabulary_exists(pair, method):
             {"teacher": {"mode": "cached"}, "student": None},
             "targets.method: exact compares whole distributions, which no cache keeps",
         ),
-        ({"student": None}, "teacher.mode: online puts the teacher beside a student"),
+        ({"student": None}, "teacher.mode: online runs the teacher together with a student"),
         (
             {"loss": {"kd_weight": 0.0, "ce_weight": 1.0}},
             "teacher.mode: online with loss.kd_weight=0",
@@ -435,7 +435,7 @@ def test_the_plan_says_that_nothing_is_kept(pair):
     assert said["sequences"] == "80 of 24 tokens, as many as train.steps need"
     plan = make_plan(settings(pair), world=2)
     said = dict(plan.lines)
-    assert said["targets"] == "exact, from the teacher beside the student; nothing is kept"
+    assert said["targets"] == "exact, from the online teacher; nothing is kept"
     assert "cache" not in said
     assert plan.cache_bytes is None
     assert dataclasses.is_dataclass(plan)

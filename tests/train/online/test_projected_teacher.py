@@ -1,4 +1,4 @@
-"""A teacher of another tokenizer beside the student: its hidden states, projected."""
+"""An online teacher with another tokenizer: its hidden states, projected."""
 
 import json
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megadistill.student.model import Student
-from megadistill.train.reporting.device_stats import Readings, memory, readings_line
+from megadistill.train.reporting.device_stats import DeviceStats, memory, readings_line
 from megadistill.train.reporting.flops import Flops, peak_flops
 
 SIZES = {
@@ -115,7 +115,7 @@ def test_on_a_cpu_memory_is_the_processs_and_there_is_no_utilisation():
         assert abs(used - before - len(held)) < 64 << 20
     assert used < total
     flops = Flops.of(Student(LlamaForCausalLM(LlamaConfig(**SIZES))), seq_len=48)
-    readings = Readings(flops, device=torch.device("cpu"), world=1, dtype=torch.bfloat16)
+    readings = DeviceStats(flops, device=torch.device("cpu"), world=1, dtype=torch.bfloat16)
     found = readings.step(tokens=4 * 48, labels=100, seconds=2.0)
     assert found.keys() == {"memory_used", "memory_total", "flops"}
     assert found["flops"] == flops.step(tokens=4 * 48, labels=100)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megadistill.errors import TrainError
-from megadistill.train.reporting.jsonl_log import Journal, read_records
+from megadistill.train.reporting.jsonl_log import JsonlLog, read_records
 
 
 def lines(*steps):
@@ -13,7 +13,7 @@ def lines(*steps):
 
 
 def test_what_is_written_is_read(tmp_path):
-    journal = Journal(tmp_path / "metrics.jsonl", done=0)
+    journal = JsonlLog(tmp_path / "metrics.jsonl", done=0)
     journal.write({"step": 1, "loss": 0.1, "note": "a\u2028b"})
     assert read_records(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 0.1, "note": "a\u2028b"}
@@ -38,7 +38,7 @@ def test_a_character_cut_in_two_by_a_kill_is_half_a_line_too(tmp_path):
 def test_a_resumed_run_drops_what_it_does_again_and_knows_how_far_it_had_been(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(lines(1, 2, 3, 4, 5) + '{"st')
-    journal = Journal(file, done=3)
+    journal = JsonlLog(file, done=3)
     journal.write({"step": 4})
     journal.close()
     assert [record["step"] for record in read_records(file)] == [1, 2, 3, 4]
@@ -49,7 +49,7 @@ def test_a_resumed_run_drops_what_it_does_again_and_knows_how_far_it_had_been(tm
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_text(lines(1) + line + "\n" + lines(3))
-    for read in (read_records, lambda path: Journal(path, done=9)):
+    for read in (read_records, lambda path: JsonlLog(path, done=9)):
         with pytest.raises(TrainError, match=r"metrics\.jsonl: line 2 is no record of a step"):
             read(file)
     assert file.read_text() == lines(1) + line + "\n" + lines(3)  # left as it was

@@ -152,7 +152,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     lines = tracked(folder, environment=environment, trackers=[tracker], until=19, hurt=hurt)
     warnings = [line for line in lines if "WARNING" in line]
     assert len(warnings) == 1
-    assert re.search(f"train.trackers: {said}.*: the run goes on without it, and ", warnings[0])
+    assert re.search(f"train.trackers: {said}.*: the run continues without it, and ", warnings[0])
     assert [r["step"] for r in read_records(folder / "metrics.jsonl")] == list(range(1, 20))
     assert [r["step"] for r in read_records(folder / "eval.jsonl")] == [4, 8, 12, 16]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.config import load_config
 from megadistill.config.find import find_config
 from tests.train.stores import make_store
@@ -72,6 +72,6 @@ def test_the_lines_that_read_a_store_with_streaming_read_one(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    expected = [12, *(int(sample["tokens"].sum()) for sample in BlockStore.open(path))]
+    expected = [12, *(int(sample["tokens"].sum()) for sample in open_store(path))]
     assert run.returncode == 0, run.stderr
     assert [int(word) for word in run.stdout.split()] == expected

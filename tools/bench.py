@@ -129,10 +129,10 @@ def codec(args: argparse.Namespace) -> list[dict[str, Any]]:
 def writer(args: argparse.Namespace) -> list[dict[str, Any]]:
     from megadistill import parallel
     from megadistill.bench.writing_cost import writer_cost
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
     from megadistill.config import load_config
 
-    tokens = BlockStore.open(args.tokens)
+    tokens = open_store(args.tokens)
     config = load_config(
         "demo.yaml",
         [

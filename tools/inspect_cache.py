@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cli.command_line import count, run
 from megadistill.errors import ConfigError
 from megadistill.inspect.cache_tables import difference_table, table
@@ -109,7 +109,7 @@ def configured(args: argparse.Namespace) -> Config:
 
 def inspect(path: str, args: argparse.Namespace) -> int:
     if args.verify:
-        with BlockProgress("verifying", total=len(BlockStore.open(path).present())) as bar:
+        with BlockProgress("verifying", total=len(open_store(path).present())) as bar:
             facts = inspect_store(path, verify=True, workers=args.workers, progress=bar.add)
     else:
         facts = inspect_store(path)

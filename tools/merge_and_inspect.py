@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.maintenance.merge import Merged, merge_stores
 from megadistill.blocks.maintenance.repair import Repaired, repair_store
 from megadistill.blocks.maintenance.split import split_store
@@ -88,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def merge(args: argparse.Namespace) -> int:
-    parts = [BlockStore.open(path) for path in args.caches]
+    parts = [open_store(path) for path in args.caches]
     keys = keys_of(None, kind=parts[0].kind)
     merged = merge_stores(
         args.out, parts, prefer=args.prefer, workers=args.workers, keys=keys, **WATCHED
@@ -108,7 +108,7 @@ def merge(args: argparse.Namespace) -> int:
 def merge_held_out(args: argparse.Namespace) -> str | None:
     """Take the held-out caches beside the parts along, to where training looks for them."""
     beside = [path.rstrip("/") + SUFFIX for path in args.caches if not is_url(path)]
-    parts = [BlockStore.open(path) for path in beside if os.path.isdir(path)]
+    parts = [open_store(path) for path in beside if os.path.isdir(path)]
     if not parts:
         return None
     out = args.out.rstrip("/") + SUFFIX
@@ -159,7 +159,7 @@ def said(repaired: Repaired, done: str) -> list[str]:
 
 
 def split(args: argparse.Namespace) -> int:
-    store = BlockStore.open(args.caches[0])
+    store = open_store(args.caches[0])
     parts = split_store(store, args.out, args.split, workers=args.workers, **WATCHED)
     facts = {"parts": {str(part.path): len(part.committed()) for part in parts}}
     lines = [f"{path}: {count:,} block(s)" for path, count in facts["parts"].items()]

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from megadistill.bench.log_probs import mean_entropy, temperature_of
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.ranking import IdRanking, rank_ids
 from megadistill.config import TeacherConfig
@@ -71,7 +71,7 @@ class Teacher:
     """A model in a folder over the sequences of a token store, sharpened."""
 
     def __init__(self, model: str, tokens: str, plan: Plan) -> None:
-        self.store = BlockStore.open(tokens)
+        self.store = open_store(tokens)
         if len(self.store) < (plan.batches + 1) * plan.batch:
             raise StoreError(
                 f"{tokens}: holds {len(self.store)} sequences, expected at least "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.ranking import IdRanking, rank_ids
 from megadistill.config import TeacherConfig
 from megadistill.errors import StoreError
@@ -81,7 +81,7 @@ def trained(model: str, tokens: str, *, positions: int, entropy: float) -> Train
     entropy: the mean in nats that its logits are scaled to; 0 leaves them as they are.
     Raises StoreError or ConfigError where one of them is not there.
     """
-    store = BlockStore.open(tokens)
+    store = open_store(tokens)
     teacher = load_pretrained(TeacherConfig(model=model), key="--teacher", dtype=torch.float32)
     seq_len = store.recipe["seq_len"]
     if len(store) * seq_len < positions:

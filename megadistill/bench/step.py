@@ -32,7 +32,7 @@ import torch
 
 from megadistill.bench.log_probs import Synthetic
 from megadistill.bench.rounds import ratio
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
 from megadistill.data.order import Order
@@ -196,14 +196,14 @@ def _made(sizes: StepSizes) -> str:
         }
         for _ in range(sequences)
     ]
-    tokens = BlockStore.create(
+    tokens = BlockWriter.create(
         folder / "tokens",
         kind="tokens",
         header={"recipe": recipe},
         columns=columns,
         block_size=BLOCK,
     )
-    cache = BlockStore.create(
+    cache = BlockWriter.create(
         folder / "cache",
         kind="cache",
         header={"recipe": recipe},

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.bench.rounds import ratio
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.build import create_store, score
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
@@ -31,7 +31,7 @@ def writer_cost(config: Config, mesh: Mesh, *, pairs: int, blocks: int) -> dict[
     Writes to a folder beside `cache.dir`'s name in the temporary folder (TMPDIR), and removes it.
     Raises StoreError where the token store has fewer blocks.
     """
-    tokens = BlockStore.open(config.data.dir)
+    tokens = open_store(config.data.dir)
     if len(tokens.committed()) < blocks:
         raise StoreError(
             f"{tokens.path}: holds {len(tokens.committed())} blocks, expected at least {blocks}: "

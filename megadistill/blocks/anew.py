@@ -9,16 +9,13 @@ written: a crash in between leaves a folder that can become a store.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megadistill.blocks.install import temporary_folder
 from megadistill.blocks.layout import Layout, same_bytes
 from megadistill.blocks.recipe import differences, shown_differences
 from megadistill.storage.files import Files
 from megadistill.storage.records import encode_json, put_file
-
-if TYPE_CHECKING:
-    from megadistill.blocks.store import BlockStore
 
 log = logging.getLogger(__name__)
 
@@ -45,32 +42,32 @@ def write_header(
         files.remove_tree(temporary)
 
 
-def begin_anew(
-    store: BlockStore, files: Files, header: dict[str, Any], ids_bin: bytes | None
+def must_begin_anew(
+    layout: Layout, held: dict[str, Any], header: dict[str, Any], ids_bin: bytes | None
 ) -> bool:
-    """Replace the header of a store without blocks by another one; whether that was done.
-
-    LockedError while another run writes the store.
-    """
-    layout = store.layout
-    different = list(differences(shape_of(store.header), shape_of(header)))
+    """Whether a store with the header `held` is not the one that `header` and ids.bin announce."""
     damaged = ids_bin is not None and not same_bytes(layout.ids_bin, ids_bin)
-    if not (different or damaged) or store.present():
-        return False
-    with store.lock():
-        if store.present():  # committed since by a run that has ended
-            return False
-        store.clean()
-        for path in (layout.plan, layout.blocks_bin, layout.index):
-            files.unlink(path)
-        files.fsync_dir(layout.path)  # before the header is gone: a plan alone is no store
-        files.unlink(layout.header(store.kind))
-        files.fsync_dir(layout.path)
-        write_header(files, layout, store.kind, header, ids_bin)
+    return damaged or any(differences(shape_of(held), shape_of(header)))
+
+
+def replace_header(
+    files: Files, layout: Layout, kind: str, header: dict[str, Any], ids_bin: bytes | None
+) -> None:
+    """Give a store without blocks another header. The caller holds the store's lock."""
+    for path in (layout.plan, layout.blocks_bin, layout.index):
+        files.unlink(path)
+    files.fsync_dir(layout.path)  # before the header is gone: a plan alone is no store
+    files.unlink(layout.header(kind))
+    files.fsync_dir(layout.path)
+    write_header(files, layout, kind, header, ids_bin)
+
+
+def log_begun_anew(layout: Layout, held: dict[str, Any], header: dict[str, Any]) -> None:
+    """Log the settings in which a new header differs from the one it replaced."""
+    different = list(differences(shape_of(held), shape_of(header)))
     if different:
         log.warning(
             "%s: holds no block yet: begun anew with other settings: %s",
-            store.path,
+            layout.path,
             shown_differences(different),
         )
-    return True

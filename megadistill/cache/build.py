@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, BlockWriter, open_store
 from megadistill.blocks.layout import kind_of
 from megadistill.cache.cache_recipe import cache_recipe, made_with
 from megadistill.cache.codec import decode_targets, encode_targets
@@ -91,8 +91,8 @@ def build_cache(
 
         to_do = mesh.run_on_rank0(prepare)
         for each, missing in zip(wanted, to_do, strict=True):
-            tokens = BlockStore.open(each.data.dir)
-            store = BlockStore.open(each.cache.folder)
+            tokens = open_store(each.data.dir)
+            store = BlockWriter.open(each.cache.folder)
             each = _with_positions(each, store)
             if missing:
                 if teacher is None:
@@ -118,12 +118,12 @@ def caches_to_build(config: Config) -> list[Config]:
     return main + ([] if extra is None else [extra])
 
 
-def _finish(store: BlockStore) -> None:
+def _finish(store: BlockWriter) -> None:
     store.finish()
     _require_positions(store)
 
 
-def _require_positions(store: BlockStore) -> None:
+def _require_positions(store: BlockReader) -> None:
     """DataError for a whole cache without a target: a threshold of entropy may leave none."""
     if store.missing():
         return  # the other parts'
@@ -139,7 +139,7 @@ def _account(config: Config) -> str:
     """Returns a line about the committed blocks, for a run that is stopped."""
     for path, kind in ((config.cache.folder, "cache"), (config.data.dir, "tokens")):
         with contextlib.suppress(MegadistillError, OSError):
-            store = BlockStore.open(path)
+            store = open_store(path)
             blocks = "" if store.num_blocks is None else f" of {store.num_blocks}"
             if kind == "tokens" or store.present():
                 return (
@@ -149,7 +149,7 @@ def _account(config: Config) -> str:
     return "no block is committed yet; the same command begins anew"
 
 
-def _with_positions(config: Config, store: BlockStore) -> Config:
+def _with_positions(config: Config, store: BlockReader) -> Config:
     """The configuration with the positions that the cache was begun with."""
     targets = config.targets.model_copy(update={"positions": store.recipe["positions"]})
     return config.model_copy(update={"targets": targets})
@@ -185,7 +185,7 @@ def _prepare(config: Config, held: contextlib.ExitStack, *, is_held_out: bool = 
     return missing
 
 
-def _outdated(store: BlockStore, tokens: BlockStore) -> list[int]:
+def _outdated(store: BlockReader, tokens: BlockReader) -> list[int]:
     """The blocks whose token ids are others in the token store, which has grown since.
 
     The last sequences of a token store are padded, or fewer than a block, until more documents
@@ -196,7 +196,7 @@ def _outdated(store: BlockStore, tokens: BlockStore) -> list[int]:
     return [block for block, found in then if now.get(block) != found]
 
 
-def require_shards(store: BlockStore) -> None:
+def require_shards(store: BlockReader) -> None:
     """StoreError, before a teacher is loaded, where shards of committed blocks are gone."""
     lost = store.lost_shards()
     if lost:
@@ -207,13 +207,13 @@ def require_shards(store: BlockStore) -> None:
         )
 
 
-def create_store(config: Config, tokens: BlockStore) -> BlockStore:
+def create_store(config: Config, tokens: BlockReader) -> BlockWriter:
     """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
     recipe = cache_recipe(config, tokens)
     called = store_names(config) | {k: v for k, v in tokens.names.items() if k != "teacher.model"}
     names = ("tokens", "documents", "loss_mask", "padding")
     columns = {name: tokens.columns[name] for name in names if name in tokens.columns}
-    return BlockStore.create(
+    return BlockWriter.create(
         config.cache.folder,
         kind="cache",
         header={"recipe": recipe, "names": called},
@@ -224,22 +224,22 @@ def create_store(config: Config, tokens: BlockStore) -> BlockStore:
     )
 
 
-def _ids_bin(config: Config, tokens: BlockStore, *, vocab_size: int) -> bytes | None:
+def _ids_bin(config: Config, tokens: BlockReader, *, vocab_size: int) -> bytes | None:
     """The ranking of ids: that of the cache's blocks, whatever tokens have joined since."""
     if kind_of(Path(config.cache.folder)) == "cache":
-        store = BlockStore.open(config.cache.folder)
+        store = open_store(config.cache.folder)
         if store.present():
             return store.ids_bin()
     return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
 
 
-def _to_do(config: Config, store: BlockStore) -> list[int]:
+def _to_do(config: Config, store: BlockReader) -> list[int]:
     """The missing blocks of this run's part."""
     index, parts = config.cache.part_index
     return [block for block in store.missing() if block % parts == index]
 
 
-def _tell(config: Config, store: BlockStore, *, computed: int) -> None:
+def _tell(config: Config, store: BlockReader, *, computed: int) -> None:
     if store.missing():  # the other parts'
         log.info(
             "%s: part %s is complete; when the others are, merge them: "
@@ -256,8 +256,8 @@ def _compute(
     config: Config,
     mesh: Mesh,
     teacher: Teacher,
-    tokens: BlockStore,
-    store: BlockStore,
+    tokens: BlockReader,
+    store: BlockWriter,
     missing: list[int],
     free_bytes: FreeBytes,
 ) -> None:
@@ -363,7 +363,7 @@ def _targets(
 
 
 def _validate(
-    config: Config, mesh: Mesh, teacher: Teacher, tokens: BlockStore, store: BlockStore
+    config: Config, mesh: Mesh, teacher: Teacher, tokens: BlockReader, store: BlockReader
 ) -> None:
     """Score a few sequences again and compare with what the cache says. Collective.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.layout import kind_of
 from megadistill.config import Config
 from megadistill.errors import ConfigError, first_line
@@ -31,7 +31,7 @@ _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", 
 
 
 def cache_recipe(
-    config: Config, tokens: BlockStore, *, key: str = "teacher.model"
+    config: Config, tokens: BlockReader, *, key: str = "teacher.model"
 ) -> dict[str, Any]:
     """The recipe of the cache that `config` asks for, over a token store.
 
@@ -66,7 +66,7 @@ def cache_recipe(
     }
 
 
-def chosen_positions(config: Config, tokens: BlockStore) -> str:
+def chosen_positions(config: Config, tokens: BlockReader) -> str:
     """`targets.positions`, or where it is not set what the data suggests.
 
     A cache that was begun keeps to its own. ConfigError for `loss_mask` without a loss mask.
@@ -92,7 +92,7 @@ def _begun(config: Config) -> Any:
     cache = config.cache
     if not cache.is_folder or kind_of(Path(cache.folder)) != "cache":
         return None
-    store = BlockStore.open(cache.folder)
+    store = open_store(cache.folder)
     return store.recipe.get("positions") if store.present() else None
 
 

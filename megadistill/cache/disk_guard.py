@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader
 from megadistill.config import CacheConfig
 from megadistill.errors import MegadistillError, StoreError
 from megadistill.parallel import Mesh
@@ -51,7 +51,7 @@ class DiskGuard:
     def __init__(
         self,
         mesh: Mesh,
-        store: BlockStore,
+        store: BlockReader,
         config: CacheConfig,
         *,
         run: int,
@@ -130,6 +130,6 @@ def _both(counter: int) -> tuple[int, int]:
     return blocks, units * _UNIT
 
 
-def block_bytes(store: BlockStore, block: int) -> int:
+def block_bytes(store: BlockReader, block: int) -> int:
     """Bytes that a committed block takes on the disk: its shard and its marker."""
     return sum(p.stat().st_size for p in (store.layout.shard(block), store.layout.marker(block)))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader
 from megadistill.data.counts import token_counts
 from megadistill.errors import CorruptBlockError
 
@@ -70,7 +70,7 @@ class IdRanking:
         return cls(ids)
 
 
-def ranking_of(store: BlockStore, *, vocab_size: int) -> IdRanking | None:
+def ranking_of(store: BlockReader, *, vocab_size: int) -> IdRanking | None:
     """The ranking that a cache was made with; None where it has none. CorruptBlockError."""
     data = store.ids_bin()
     if data is None:
@@ -78,7 +78,7 @@ def ranking_of(store: BlockStore, *, vocab_size: int) -> IdRanking | None:
     return IdRanking.from_bytes(data, vocab_size=vocab_size, file=str(store.layout.ids_bin))
 
 
-def rank_ids(tokens: BlockStore, *, vocab_size: int) -> IdRanking:
+def rank_ids(tokens: BlockReader, *, vocab_size: int) -> IdRanking:
     """The ranking for a teacher of `vocab_size` ids over this text."""
     blocks = tokens.committed()
     step = -(-len(blocks) // _COUNTED_BLOCKS)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.cache.codec import decode_targets
 from megadistill.cache.content_hash import content_hash
@@ -28,7 +29,7 @@ class Cache:
                given: the packed bytes travel to it, and are taken apart there
     """
 
-    def __init__(self, store: BlockStore, *, device: Any = None) -> None:
+    def __init__(self, store: BlockReader, *, device: Any = None) -> None:
         if store.kind != "cache":
             raise StoreError(
                 f"{store.path}: is a store of kind {store.kind}, expected a cache: generate one "
@@ -72,7 +73,7 @@ class Cache:
         return self.store.num_sequences
 
     def complete(self) -> bool:
-        """Whether every block is there. See BlockStore.complete."""
+        """Whether every block is there. See BlockReader.complete."""
         return self.store.complete()
 
     def block(self, block: int) -> list[Sample]:
@@ -88,7 +89,7 @@ class Cache:
         self, *, workers: int = 1, progress: Callable[[int], object] | None = None
     ) -> list[str]:
         """Check every byte, decode every target, recompute every statistic; what is wrong."""
-        return self.store.verify(workers=workers, progress=progress, check=self.check)
+        return verify_store(self.store, workers=workers, progress=progress, check=self.check)
 
     def check(self, samples: list[Sample], marker: dict[str, Any]) -> list[str]:
         """Returns the errors in a block's content, targets or statistics, a line each."""
@@ -135,6 +136,6 @@ def open_cache(path: str | Path, *, device: Any = None, local: LocalCopies | Non
     """The cache in a folder or at a URL. StoreError, CorruptBlockError.
 
     device  torch's: where the targets are wanted; None: numpy arrays
-    local   where shards of a remote store are kept, see BlockStore.open
+    local   where shards of a remote store are kept, see open_store
     """
-    return Cache(BlockStore.open(path, local=local), device=device)
+    return Cache(open_store(path, local=local), device=device)

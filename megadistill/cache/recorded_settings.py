@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.cache.cache_recipe import adapter_folder, config_hash, model_identity
 from megadistill.config import Config
 from megadistill.config.curves import values
@@ -37,7 +37,7 @@ _TARGETS = ("temperature", "positions", "min_entropy", "seed", "entropy", "nll")
 _WAY_OUT = "or name the cache that is meant in cache.dir"
 
 
-def with_known(config: Config, store: BlockStore) -> Config:
+def with_known(config: Config, store: BlockReader) -> Config:
     """The configuration with what the store knows in place of defaults and of other `targets`."""
     recipe = store.recipe
     data: dict[str, Any] = {"seq_len": int(recipe["seq_len"])}
@@ -67,18 +67,18 @@ def with_local_known(config: Config) -> Config:
     return config if store is None else with_known(config, store)
 
 
-def local_store(config: Config) -> BlockStore | None:
+def local_store(config: Config) -> BlockReader | None:
     """The first store of `cache.dir`; None for a URL, one that is not there, or online."""
     path = config.cache.sources[0].dir
     if config.student is None or config.teacher.mode == "online" or is_url(path):
         return None
     try:
-        return BlockStore.open(path)
+        return open_store(path)
     except MegadistillError:  # which the check of the folder reports
         return None
 
 
-def check_known(config: Config, stores: list[BlockStore], *, contents: bool = True) -> None:
+def check_known(config: Config, stores: list[BlockReader], *, contents: bool = True) -> None:
     """ConfigError, a line each, for set keys that contradict the stores of `cache.dir`.
 
     contents: whether to read the teacher's weights, which takes seconds a GB on a slow disk.
@@ -109,7 +109,7 @@ def check_targets(config: Config, recipe: dict[str, Any], *, name: str, key: str
         raise ConfigError(f"{place}{error} ({name} holds {recipe['method']} targets)") from None
 
 
-def other_targets(config: Config, store: BlockStore) -> str | None:
+def other_targets(config: Config, store: BlockReader) -> str | None:
     """A line about `targets` of the configuration that do not hold for the cache; None without."""
     recipe, targets = store.recipe, config.targets
     method = recipe.get("method")
@@ -133,7 +133,7 @@ def other_targets(config: Config, store: BlockStore) -> str | None:
     return f"{store.name} was made with {holds}, which holds here; {said} is for generating"
 
 
-def _contradictions(config: Config, store: BlockStore) -> Iterator[str]:
+def _contradictions(config: Config, store: BlockReader) -> Iterator[str]:
     data, recipe = config.data, store.recipe
     seq_len = int(recipe["seq_len"])
     if "seq_len" in data.model_fields_set and data.seq_len != seq_len:
@@ -174,7 +174,7 @@ def _content(config: Config) -> Any:
     return tokenizer_identity(tokenizer)["content"]
 
 
-def _other_teacher(config: Config, store: BlockStore, *, contents: bool) -> Iterator[str]:
+def _other_teacher(config: Config, store: BlockReader, *, contents: bool) -> Iterator[str]:
     """A line where teacher.model is another model than the one that made the cache."""
     name, made_by = config.teacher.model, store.recipe.get("teacher")
     if name is None or not isinstance(made_by, dict):

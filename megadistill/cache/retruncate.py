@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, BlockWriter
 from megadistill.blocks.recipe import Keys
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
@@ -146,7 +146,7 @@ def retruncate_cache(
     p: float | None = None,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
-) -> BlockStore:
+) -> BlockReader:
     """The complete cache at `path`, retruncated block by block into one at `out`.
 
     Resumes an interrupted run. progress is called with each block's number
@@ -161,7 +161,7 @@ def retruncate_cache(
             f"{path}: is not complete, and its missing blocks would be missing in {out}: finish it "
             "with launch/generate.py, or merge its parts, first"
         )
-    store = BlockStore.create_like(
+    store = BlockWriter.create_like(
         out,
         source.store,
         header=source.header | {"recipe": recipe},

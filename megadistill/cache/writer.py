@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.cache.codec import NonFiniteError, decode_targets, encode_targets
 from megadistill.cache.content_hash import content_hash
 from megadistill.cache.ranking import ranking_of
@@ -39,7 +39,7 @@ class CacheWriter:
 
     def __init__(
         self,
-        store: BlockStore,
+        store: BlockWriter,
         *,
         made_with: dict[str, Any] | None = None,
         depth: int = 1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, BlockWriter
 from megadistill.config import DataConfig
 from megadistill.data.packing.stream import Cursor
 from megadistill.errors import RecipeError
@@ -18,7 +18,7 @@ from megadistill.errors import RecipeError
 log = logging.getLogger(__name__)
 
 
-def covers(store: BlockStore, data: DataConfig) -> bool:
+def covers(store: BlockReader, data: DataConfig) -> bool:
     """Whether all blocks are there for as many documents as are asked for."""
     blocks = store.committed()
     if not blocks or blocks[-1] != len(blocks) - 1:
@@ -37,7 +37,7 @@ def _lasts(end: dict[str, Any], data: DataConfig) -> bool:
     return read == data.max_samples or (end["exhausted"] and read < data.max_samples)
 
 
-def lasting_blocks(store: BlockStore, data: DataConfig) -> list[int]:
+def lasting_blocks(store: BlockReader, data: DataConfig) -> list[int]:
     """The committed blocks that stay: not those that an earlier end of the corpus has closed."""
     blocks = store.committed()
     while blocks:
@@ -48,7 +48,7 @@ def lasting_blocks(store: BlockStore, data: DataConfig) -> list[int]:
     return blocks
 
 
-def continue_from(store: BlockStore | None, data: DataConfig) -> tuple[int | None, Cursor]:
+def continue_from(store: BlockWriter | None, data: DataConfig) -> tuple[int | None, Cursor]:
     """(the block to go on with, where it begins); (None, ...) where none is missing.
 
     RecipeError where the store holds more documents than are asked for.

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader
 from megadistill.blocks.padding import without_padding
 
 
-def token_counts(store: BlockStore, blocks: list[int] | None = None) -> np.ndarray:
+def token_counts(store: BlockReader, blocks: list[int] | None = None) -> np.ndarray:
     """int64 [V]: how often each id occurs in the blocks, by default all. Reads them once."""
     vocab_size = store.recipe["tokenizer"]["vocab_size"]
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -20,7 +20,7 @@ def token_counts(store: BlockStore, blocks: list[int] | None = None) -> np.ndarr
     return counts
 
 
-def count_tokens(store: BlockStore) -> int:
+def count_tokens(store: BlockReader) -> int:
     """Tokens of all blocks, without padding. Reads the markers of a store with padding."""
     total = len(store) * store.recipe["seq_len"]
     if "padding" not in store.columns:
@@ -29,7 +29,7 @@ def count_tokens(store: BlockStore) -> int:
     return total - sum(marker["statistics"]["padding_tokens"] for marker in markers)
 
 
-def statistics(store: BlockStore) -> dict[str, int]:
+def statistics(store: BlockReader) -> dict[str, int]:
     """The counts of all blocks together, and how the corpus ended."""
     total = {"sequences": len(store), "tokens": count_tokens(store)}
     end: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader
 from megadistill.data.counts import count_tokens
 from megadistill.errors import DataError
 from megadistill.models.packed_sequences import IGNORED, sample_labels
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 FEW = 0.01  # of all tokens; below it a warning
 
 
-def require_learned(store: BlockStore, *, key: str) -> None:
+def require_learned(store: BlockReader, *, key: str) -> None:
     """DataError for a store without one label; a warning where less than 1 % of it is learned.
 
     key: where the configuration names the store, for messages.
@@ -46,7 +46,7 @@ def warn_of_few(learned: int, tokens: int, *, name: str, key: str) -> None:
         )
 
 
-def nothing_learned(store: BlockStore, *, key: str) -> str:
+def nothing_learned(store: BlockReader, *, key: str) -> str:
     """The message for a store without a label."""
     return (
         f"{key}: {store.name}: there is nothing to learn, no token of {len(store)} sequence(s) is "
@@ -55,7 +55,7 @@ def nothing_learned(store: BlockStore, *, key: str) -> str:
     )
 
 
-def learned_tokens(store: BlockStore) -> int | None:
+def learned_tokens(store: BlockReader) -> int | None:
     """Tokens that the loss mask keeps, from the markers; None where they do not count them."""
     total = 0
     for block in store.committed():

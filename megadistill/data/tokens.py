@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, BlockWriter, open_store
 from megadistill.blocks.layout import kind_of
 from megadistill.config import Config, DataConfig
 from megadistill.data.chat.encoder import ChatSpec
@@ -59,7 +59,7 @@ LITTLE = 0.01  # learned tokens of all tokens, below which the log says so
 
 def build_tokens(
     config: Config, *, blocks: int | None = None, progress: bool | None = None
-) -> BlockStore:
+) -> BlockReader:
     """The token store of `config.data`, made or continued as far as needed.
 
     A complete store is returned as it is. `blocks`: so many are enough, of a corpus whose end is
@@ -84,7 +84,7 @@ def build_tokens(
     with ExitStack() as stack:
         store = None
         if _occupied(data.dir):
-            store = BlockStore.create(data.dir, **settings)
+            store = BlockWriter.create(data.dir, **settings)
             if covers(store, data) and store.complete():
                 return store
             if blocks is not None and set(range(blocks)) <= set(lasting_blocks(store, data)):
@@ -98,7 +98,7 @@ def build_tokens(
             ahead = set() if store is None else {b for b in store.committed() if b > number}
             for block in run.blocks(workers):
                 if store is None:  # not before there is something to write
-                    store = BlockStore.create(data.dir, **settings)
+                    store = BlockWriter.create(data.dir, **settings)
                     _lock(store, stack)
                 _commit(store, block)
                 run.skipped.write()
@@ -119,7 +119,7 @@ def build_tokens(
 def store_settings(
     config: Config, tokenizer: Any, chat: ChatSpec | None, *, packing: str | None
 ) -> dict[str, Any]:
-    """The arguments of BlockStore.create: the recipe and the columns.
+    """The arguments of BlockWriter.create: the recipe and the columns.
 
     packing: "best_fit", "in_order", or None: in order, and no continuation begins with a BOS. So
     all stores without the field in their recipe were packed.
@@ -150,7 +150,7 @@ def _packing(data: DataConfig, spec: EncoderSpec) -> str | None:
     """The recipe's packing: that of the store which is there, unless another one is asked for."""
     if data.pack == "concat":
         return None
-    store = BlockStore.open(data.dir) if kind_of(Path(data.dir)) == "tokens" else None
+    store = open_store(data.dir) if kind_of(Path(data.dir)) == "tokens" else None
     if store is not None and store.present():  # one without blocks begins anew
         found = store.recipe.get("packing")
         if data.packing is None or data.packing == (found or "in_order"):
@@ -245,12 +245,12 @@ def _cores(data: DataConfig) -> int:
     return data.workers or min(16, len(os.sched_getaffinity(0)))
 
 
-def _lock(store: BlockStore, stack: ExitStack) -> None:
+def _lock(store: BlockWriter, stack: ExitStack) -> None:
     stack.enter_context(store.lock())
     store.clean()
 
 
-def _commit(store: BlockStore, block: Block) -> None:
+def _commit(store: BlockWriter, block: Block) -> None:
     vocab_size = store.recipe["tokenizer"]["vocab_size"]
     highest = max(int(s.tokens.max()) for s in block.sequences)
     if highest >= vocab_size:
@@ -268,7 +268,7 @@ def _sample(sequence: Sequence) -> dict[str, Any]:
     return sample
 
 
-def _check_learned(store: BlockStore) -> None:
+def _check_learned(store: BlockReader) -> None:
     """DataError where the loss mask leaves nothing to learn; a warning where it leaves little."""
     counted = statistics(store)
     learned, tokens = counted.get("learned_tokens"), counted["tokens"]
@@ -294,7 +294,7 @@ def _too_short(data: DataConfig, run: _Run) -> str:
     )
 
 
-def _report(store: BlockStore) -> None:
+def _report(store: BlockReader) -> None:
     s = statistics(store)
     documents, tokens = max(1, s["documents"]), max(1, s["tokens"])
     padding = s.get("padding_tokens", 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.statistics import summary
 from megadistill.errors import StoreError
 from megadistill.inspect.pictures import count_along_x, new_figure, plain, save_figure
@@ -26,7 +26,7 @@ def plot_store(path: str | Path, folder: str | Path) -> list[Path]:
     Lines are means; where there are quantiles, the band goes from 5 to 95 percent. StoreError for
     a token store, which has nothing to show, and for an empty one.
     """
-    store = BlockStore.open(path)
+    store = open_store(path)
     if store.kind != "cache":
         raise StoreError(f"{path}: is a token store, and has no targets to plot")
     blocks = store.committed()

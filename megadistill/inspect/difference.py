@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.recipe import NAMES, differences
 from megadistill.cache.reader import Cache
 from megadistill.errors import StoreError
@@ -36,7 +36,7 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
     Derived files of a store at a URL are not compared: its local copy holds what is read.
     Raises StoreError for stores of two kinds and what cannot be read, CorruptBlockError.
     """
-    left, right = BlockStore.open(left_path), BlockStore.open(right_path)
+    left, right = open_store(left_path), open_store(right_path)
     if left.kind != right.kind:
         raise StoreError(
             f"{left_path}: is a store of kind {left.kind}, {right_path} of kind {right.kind}: "
@@ -60,12 +60,12 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
     return {"equal": not any(facts[name] for name in counted), **facts}
 
 
-def _compared(store: BlockStore) -> Facts:
+def _compared(store: BlockReader) -> Facts:
     """The header without names, which say nothing about the content."""
     return {key: value for key, value in store.header.items() if key != NAMES}
 
 
-def _blocks(left: BlockStore, right: BlockStore) -> Facts:
+def _blocks(left: BlockReader, right: BlockReader) -> Facts:
     if left.block_size != right.block_size:
         names = ("blocks_in_both", "only_left", "only_right", "different_blocks", "first")
         return dict.fromkeys(names) | {"told": []}
@@ -90,7 +90,7 @@ def _blocks(left: BlockStore, right: BlockStore) -> Facts:
     }
 
 
-def _first(left: BlockStore, right: BlockStore, block: int) -> Facts:
+def _first(left: BlockReader, right: BlockReader, block: int) -> Facts:
     """Where two copies of a block part: the first sequence and position, and both sides of it."""
     ours, theirs = _samples(left, block), _samples(right, block)
     place: Facts = {"block": block, "sequence": None, "position": None, "left": None, "right": None}
@@ -107,7 +107,7 @@ def _first(left: BlockStore, right: BlockStore, block: int) -> Facts:
     return place
 
 
-def _samples(store: BlockStore, block: int) -> list[dict[str, Any]]:
+def _samples(store: BlockReader, block: int) -> list[dict[str, Any]]:
     return Cache(store).block(block) if store.kind == "cache" else store.block(block)
 
 
@@ -130,7 +130,7 @@ def _positions(sample: dict[str, Any]) -> list[Facts]:
     return facts
 
 
-def _derived(left: BlockStore, right: BlockStore) -> list[str]:
+def _derived(left: BlockReader, right: BlockReader) -> list[str]:
     if is_url(left.name) or is_url(right.name):
         return []
     return [n for n in _DERIVED if _bytes(left.path / n) != _bytes(right.path / n)]

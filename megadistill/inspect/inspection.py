@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.derived import RECORD, combined_hash, record_of
-from megadistill.blocks.maintenance.verify import Check, read_markers
+from megadistill.blocks.maintenance.verify import Check, read_markers, verify_store
 from megadistill.blocks.recipe import differences
 from megadistill.cache.reader import Cache
 from megadistill.cache.statistics import combine, summary
@@ -20,12 +20,12 @@ from megadistill.errors import StoreError
 _PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "min_entropy", "seed")
 
 
-def block_check(store: BlockStore) -> Check | None:
+def block_check(store: BlockReader) -> Check | None:
     """Returns a cache's check of a block: targets decoded, statistics recomputed; else None."""
     return Cache(store).check if store.kind == "cache" else None
 
 
-def require_sum(whole: BlockStore, taken: dict[int, BlockStore]) -> None:
+def require_sum(whole: BlockReader, taken: dict[int, BlockReader]) -> None:
     """StoreError unless the statistics of a merged store are the sum of those of its blocks.
 
     taken  block -> the store it came from, where `block_check` has recomputed its statistics
@@ -53,12 +53,12 @@ def inspect_store(
     with neither damage nor missing blocks from being complete. Raises StoreError where the folder
     holds no store, or the header cannot be believed.
     """
-    store = BlockStore.open(path)
+    store = open_store(path)
     check = block_check(store)
     markers, findings = read_markers(store)
     planned = [m for m in markers if store.num_blocks is None or m["block"] < store.num_blocks]
     if verify:
-        findings = store.verify(workers=workers, progress=progress, check=check)
+        findings = verify_store(store, workers=workers, progress=progress, check=check)
     else:
         findings += [
             f"{store.layout.shard(m['block'])}: expected {m['shard']['size']} bytes, found others"
@@ -87,14 +87,14 @@ def inspect_store(
     return facts | _recipe(store) | _targets(store, planned, facts)
 
 
-def _missing(store: BlockStore, markers: list[dict[str, Any]]) -> list[int]:
+def _missing(store: BlockReader, markers: list[dict[str, Any]]) -> list[int]:
     """The planned blocks without a marker that fits the plan."""
     total, size = store.num_sequences or 0, store.block_size
     held = {m["block"]: m["sequences"] for m in markers}
     return [b for b in range(store.num_blocks or 0) if held.get(b) != min(size, total - b * size)]
 
 
-def _why_incomplete(store: BlockStore) -> str:
+def _why_incomplete(store: BlockReader) -> str:
     if store.num_sequences is None:
         return f"{store.layout.plan}: not there yet: the run that writes this store has not ended"
     return (
@@ -103,7 +103,7 @@ def _why_incomplete(store: BlockStore) -> str:
     )
 
 
-def _recipe(store: BlockStore) -> dict[str, Any]:
+def _recipe(store: BlockReader) -> dict[str, Any]:
     recipe, names = store.recipe, store.names
     columns = store.columns.get("tokens", "").rpartition(":")[2]
     return {
@@ -125,7 +125,7 @@ def _with_name(recorded: Any, name: str | None) -> Any:
 
 
 def _targets(
-    store: BlockStore, markers: list[dict[str, Any]], facts: dict[str, Any]
+    store: BlockReader, markers: list[dict[str, Any]], facts: dict[str, Any]
 ) -> dict[str, Any]:
     statistics = combine([_numbers(m["statistics"]) for m in markers])
     made_with: list[Any] = []
@@ -148,7 +148,7 @@ def _targets(
     }
 
 
-def _summary(store: BlockStore, statistics: dict[str, Any]) -> dict[str, Any]:
+def _summary(store: BlockReader, statistics: dict[str, Any]) -> dict[str, Any]:
     try:
         return summary(statistics)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.cache.recorded_settings import check_known, check_targets, local_store, with_known
 from megadistill.config import Config
 from megadistill.errors import ConfigError, MegadistillError
@@ -43,12 +43,12 @@ def _caches(config: Config) -> Iterator[tuple[str, str]]:
         yield f"cache.ensemble.{number}.dir", other.dir
 
 
-def _opened(path: str) -> BlockStore | None:
+def _opened(path: str) -> BlockReader | None:
     """The store in a folder of this machine; None where there is none, or a damaged one."""
     if is_url(path):
         return None
     try:
-        return BlockStore.open(path)
+        return open_store(path)
     except MegadistillError:  # another check reports it
         return None
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader
 from megadistill.data.order import Order, rank_rows
 from megadistill.errors import StoreError
 from megadistill.train.training_source import MicroBatch, TrainingSource, micro_batch
@@ -110,7 +110,7 @@ class Batches:
                     self._fetchers.submit(_fetched, store, block)
 
 
-def _fetched(store: BlockStore, block: int) -> None:
+def _fetched(store: BlockReader, block: int) -> None:
     # What is wrong is found again, and told, by who reads.
     with contextlib.suppress(StoreError), store.shard_file(block):
         pass

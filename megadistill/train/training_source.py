@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.remote.shard_cache import LocalCopies, default_folder
 from megadistill.cache.reader import Cache
 from megadistill.cache.recorded_settings import pack_of
@@ -42,8 +42,8 @@ class TrainingSource:
     Of an unfinished store the sequences of some blocks, numbered without a gap.
     """
 
-    source: Any  # Cache or BlockStore
-    store: BlockStore
+    source: Any  # Cache or BlockReader
+    store: BlockReader
     has_targets: bool
     weight: float = 1.0  # passes over it in an epoch
     blocks: tuple[int, ...] | None = None  # of an unfinished store, ascending
@@ -112,11 +112,11 @@ def open_sequences(
 ) -> TrainingSource:
     """The complete store at `path`. `key`: the configuration key, for messages.
 
-    `local`: see BlockStore.open. `blocks`: of an unfinished store, those to read. Raises
+    `local`: see open_store. `blocks`: of an unfinished store, those to read. Raises
     ConfigError for a token store where targets are needed, StoreError for one that is missing or
     empty, and for an incomplete one, or blocks that it does not have.
     """
-    store = BlockStore.open(path, local=local)
+    store = open_store(path, local=local)
     if with_targets and store.kind != "cache":
         raise ConfigError(
             f"{key}: {store.name} is a token store, without targets: generate a cache from it, or "
@@ -137,7 +137,7 @@ def open_sequences(
     return TrainingSource(source, store, has_targets, weight, blocks)
 
 
-def _incomplete(store: BlockStore, key: str) -> str:
+def _incomplete(store: BlockReader, key: str) -> str:
     """Returns a message that tells what a store lacks, and what completes it."""
     lost = [] if store.is_remote else store.lost_shards()
     if lost:
@@ -159,7 +159,7 @@ def _incomplete(store: BlockStore, key: str) -> str:
     )
 
 
-def _extent(store: BlockStore, count: int) -> str:
+def _extent(store: BlockReader, count: int) -> str:
     return f"{count}{'' if store.num_sequences is None else f' of {store.num_sequences}'} sequences"
 
 
@@ -224,7 +224,7 @@ def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
     """Returns the blocks of each store of cache.dir, or None for a complete store."""
     found: list[tuple[int, ...] | None] = []
     for source in config.cache.sources:
-        store = BlockStore.open(source.dir, local=local_copies(config))
+        store = open_store(source.dir, local=local_copies(config))
         blocks = tuple(store.committed())
         if not blocks or store.complete():
             found.append(None)

@@ -20,7 +20,7 @@ from megadistill.bench.fused_head import Sizes, head_cost
 from megadistill.bench.log_probs import Synthetic, trained
 from megadistill.bench.storage import storage
 from megadistill.bench.variance import Variances
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
@@ -80,7 +80,7 @@ def test_a_trained_teacher_is_left_as_it_is_at_an_entropy_of_0(corpus):
         str(corpus / "teacher"), str(corpus / "tokens"), positions=64, entropy=0.0
     )
     teacher = AutoModelForCausalLM.from_pretrained(corpus / "teacher", dtype=torch.float32)
-    sequences = [BlockStore.open(corpus / "tokens")[i]["tokens"] for i in range(2)]
+    sequences = [open_store(corpus / "tokens")[i]["tokens"] for i in range(2)]
     with torch.inference_mode():
         logits_NV = teacher(torch.tensor(np.stack(sequences).astype(int))).logits.flatten(0, 1)
     torch.testing.assert_close(
@@ -146,7 +146,7 @@ def timed(mesh, config: Config):
         @staticmethod
         def rmtree(path, ignore_errors=False):
             if (Path(path) / "cache.json").exists():
-                committed.append(len(BlockStore.open(path).committed()))
+                committed.append(len(open_store(path).committed()))
             shutil.rmtree(path, ignore_errors=ignore_errors)
 
     writing_cost.shutil, before = Shutil, writing_cost.shutil

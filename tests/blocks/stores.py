@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.errors import StoreError
 from megadistill.storage.records import encode_json, read_json
 
@@ -28,24 +29,24 @@ def make_samples(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def create(path: Path, **changes: Any) -> BlockStore:
+def create(path: Path, **changes: Any) -> BlockWriter:
     settings = {
         "kind": "tokens",
         "header": {"recipe": RECIPE},
         "columns": COLUMNS,
         "block_size": BLOCK_SIZE,
     }
-    return BlockStore.create(path, **(settings | changes))
+    return BlockWriter.create(path, **(settings | changes))
 
 
-def commit(store: BlockStore, block: int, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def commit(store: BlockWriter, block: int, samples: list[dict[str, Any]]) -> dict[str, Any]:
     part = samples[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE]
     return store.commit(block, part, statistics={"documents": len(part)}, cursor={"row": block})
 
 
 def fill(
     path: Path, samples: list[dict[str, Any]], *, order: list[int] | None = None, **changes: Any
-) -> BlockStore:
+) -> BlockWriter:
     """A complete store of the samples, its blocks committed in `order`."""
     store = create(path, **changes)
     store.plan(len(samples))
@@ -70,7 +71,7 @@ def same_sample(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 def read_all(path: Path, samples: list[dict[str, Any]]) -> None:
     """Every sample, compared with what was written. One of our errors, or all is right."""
-    store = BlockStore.open(path)
+    store = open_store(path)
     for index in range(len(store)):
         assert same_sample(store[index], samples[index])
 
@@ -79,7 +80,7 @@ def is_noticed(path: Path, samples: list[dict[str, Any]]) -> bool:
     """Whether verifying tells of damage. Reading may only err, or return the right samples."""
     try:
         read_all(path, samples)
-        return bool(BlockStore.open(path).verify())
+        return bool(verify_store(open_store(path)))
     except StoreError:
         return True
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.errors import LockedError, RecipeError, StoreError
 from tests.blocks.stores import COLUMNS, RECIPE, commit, create, fill, make_samples, tree
 
@@ -77,4 +77,4 @@ def test_of_two_runs_that_begin_in_one_moment_the_first_notices_that_it_was_repl
     create(tmp_path / "store", **OTHER)  # before the first has taken the lock
     with first.lock(), pytest.raises(StoreError, match=r"began it anew .*run the command again"):
         first.clean()
-    assert BlockStore.open(tmp_path / "store").block_size == 5
+    assert open_store(tmp_path / "store").block_size == 5

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
 from megadistill.blocks.layout import kind_of
 from megadistill.blocks.maintenance.merge import merge_stores
 from megadistill.blocks.maintenance.repair import repair_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.errors import CorruptBlockError
 from tests.blocks.disk import BROKEN, Disk, Recorder, Unsynced
 from tests.blocks.stores import commit, create, fill, make_samples, same_sample, tree
@@ -40,7 +41,7 @@ def nothing(root: Path) -> None:
     pass
 
 
-def commit_all(store: BlockStore, total: int, files: Recorder | None = None) -> None:
+def commit_all(store: BlockWriter, total: int, files: Recorder | None = None) -> None:
     """Every block, whether it seems to be there or not."""
     for block in range(-(-total // store.block_size)):
         commit(store, block, SAMPLES[:total])
@@ -66,7 +67,7 @@ def create_fill_and_raise(root: Path, files: Recorder) -> None:
 
 
 def grow_without_a_plan(root: Path, files: Recorder) -> None:
-    store = BlockStore.open(root / "store", files=files)
+    store = BlockWriter.open(root / "store", files=files)
     files.note("taken back", 1)
     store.plan(None)
     commit_all(store, 10, files)
@@ -85,7 +86,7 @@ def filled_and_damaged(root: Path) -> None:
 
 
 def replace_a_damaged_block(root: Path, files: Recorder) -> None:
-    commit_all(BlockStore.open(root / "store", files=files), 10, files)
+    commit_all(BlockWriter.open(root / "store", files=files), 10, files)
 
 
 def repair(root: Path, files: Recorder) -> None:
@@ -103,7 +104,7 @@ def parts(root: Path) -> None:
 
 
 def merge(root: Path, files: Recorder | Unsynced) -> None:
-    merge_stores(root / "store", [BlockStore.open(root / name) for name in "ab"], files=files)
+    merge_stores(root / "store", [open_store(root / name) for name in "ab"], files=files)
     if isinstance(files, Recorder):
         for block in range(3):
             files.report(block)
@@ -170,7 +171,7 @@ def replay(life: Life, work: Path, make: type[Recorder] = Recorder) -> int:
 def check_recovery(life: Life, root: Path, reported: set[int], reference: dict) -> None:
     path = root / "store"
     if path.is_dir() and kind_of(path):
-        store = BlockStore.open(path)
+        store = open_store(path)
         present = set(store.present())
         assert reported <= present, "a block that was reported durable is gone"
         for block in present:
@@ -183,11 +184,11 @@ def check_recovery(life: Life, root: Path, reported: set[int], reference: dict) 
             first = block * store.block_size
             assert all(same_sample(s, SAMPLES[first + i]) for i, s in enumerate(samples))
         expected = STRAYS + tuple(f"shard.{block:06d}.mds: expected" for block in life.damaged)
-        assert [f for f in store.verify() if not any(e in f for e in expected)] == []
+        assert [f for f in verify_store(store) if not any(e in f for e in expected)] == []
     else:
         assert not reported
     life.again(root)
-    assert BlockStore.open(path).complete()
+    assert open_store(path).complete()
     assert tree(path) == reference
 
 

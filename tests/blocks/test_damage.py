@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.errors import CorruptBlockError
 from megadistill.storage.files import xxh3_of
 from tests.blocks.stores import fill, forge, is_noticed, make_samples, read_all, same_sample
@@ -20,11 +21,11 @@ SAMPLES = make_samples(10)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockStore:
+def store(tmp_path: Path) -> BlockWriter:
     return fill(tmp_path / "store", SAMPLES, ids_bin=b"the ranking of ids")
 
 
-def test_2000_flipped_bits_are_found_before_a_wrong_sample_is_returned(store: BlockStore) -> None:
+def test_2000_flipped_bits_are_found_before_a_wrong_sample_is_returned(store: BlockWriter) -> None:
     """Reading finds those of shards, header and plan.
 
     It needs neither index.json nor ids.bin, and markers and blocks.bin say the same thing twice:
@@ -45,10 +46,10 @@ def test_2000_flipped_bits_are_found_before_a_wrong_sample_is_returned(store: Bl
         except CorruptBlockError:  # and no other: checksums come before all meaning
             by_reading[kind] += 1
         else:
-            assert BlockStore.open(store.path).verify() != [], file
+            assert verify_store(open_store(store.path)) != [], file
             by_verifying[kind] += 1
         file.write_bytes(sound)
-    assert BlockStore.open(store.path).verify() == []
+    assert verify_store(open_store(store.path)) == []
     assert sum(by_reading.values()) + sum(by_verifying.values()) == 2000
     assert set(by_reading) == {".mds", "store/tokens.json", "store/plan.json"}
     assert set(by_verifying) == {
@@ -62,7 +63,7 @@ def test_2000_flipped_bits_are_found_before_a_wrong_sample_is_returned(store: Bl
 
 
 def test_a_flipped_bit_of_a_marker_is_found_by_reading_where_blocks_bin_is_gone(
-    store: BlockStore,
+    store: BlockWriter,
 ) -> None:
     (store.path / "blocks.bin").unlink()
     rng = random.Random(0)
@@ -77,7 +78,7 @@ def test_a_flipped_bit_of_a_marker_is_found_by_reading_where_blocks_bin_is_gone(
         marker.write_bytes(sound)
 
 
-def test_a_cut_or_lengthened_file_is_found(store: BlockStore) -> None:
+def test_a_cut_or_lengthened_file_is_found(store: BlockWriter) -> None:
     for file in sorted(p for p in store.path.rglob("*") if p.is_file()):
         sound = file.read_bytes()
         for length in {0, 1, 4, len(sound) // 2, len(sound) - 1}:
@@ -89,7 +90,7 @@ def test_a_cut_or_lengthened_file_is_found(store: BlockStore) -> None:
 
 
 def test_a_shard_cut_at_any_sample_boundary_or_beside_it_is_a_typed_error(
-    store: BlockStore,
+    store: BlockWriter,
 ) -> None:
     cuts = 0
     for block in range(3):
@@ -102,27 +103,27 @@ def test_a_shard_cut_at_any_sample_boundary_or_beside_it_is_a_typed_error(
                     continue
                 shard.write_bytes(sound[:length].ljust(length, b"\0"))
                 with pytest.raises(CorruptBlockError, match=f"{shard.name}: expected {len(sound)}"):
-                    BlockStore.open(store.path)[4 * block]
-                assert any(shard.name in f for f in BlockStore.open(store.path).verify())
+                    open_store(store.path)[4 * block]
+                assert any(shard.name in f for f in verify_store(open_store(store.path)))
                 cuts += 1
         shard.write_bytes(sound)
     assert cuts == 3 * (5 + 5 + 3) - 3
     shard = store.layout.shard(1)
     shard.unlink()
     with pytest.raises(CorruptBlockError, match="no file"):
-        BlockStore.open(store.path)[4]
+        open_store(store.path)[4]
     with pytest.raises(CorruptBlockError, match=r"shard\.000001\.mds"):
         store.finish()
     assert not store.complete()
 
 
-def test_the_error_names_file_expected_and_found(store: BlockStore) -> None:
+def test_the_error_names_file_expected_and_found(store: BlockWriter) -> None:
     shard = store.layout.shard(1)
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CorruptBlockError) as caught:
-        BlockStore.open(store.path)[7]
+        open_store(store.path)[7]
     assert caught.value.file == str(shard)
     assert caught.value.expected == f"xxh3 {store.marker(1)['shard']['xxh3']}"
     assert caught.value.found == xxhash.xxh3_64_hexdigest(data)
@@ -130,7 +131,7 @@ def test_the_error_names_file_expected_and_found(store: BlockStore) -> None:
 
 
 def test_a_shard_is_verified_when_it_is_opened_and_its_samples_at_every_read(
-    store: BlockStore, monkeypatch: pytest.MonkeyPatch
+    store: BlockWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
 
@@ -139,7 +140,7 @@ def test_a_shard_is_verified_when_it_is_opened_and_its_samples_at_every_read(
         return xxh3_of(handle, path)
 
     monkeypatch.setattr("megadistill.blocks.shard.xxh3_of", counted)
-    store = BlockStore.open(store.path)
+    store = open_store(store.path)
     shard = store.layout.shard(1)
     assert same_sample(store[4], SAMPLES[4])
     assert same_sample(store[5], SAMPLES[5])
@@ -170,20 +171,20 @@ def test_shards_in_each_others_place_are_found_by_reading(tmp_path: Path) -> Non
     os.rename(second, first)
     os.rename(tmp_path / "spare", second)
     with pytest.raises(CorruptBlockError, match=r"shard\.000000\.mds: expected xxh3"):
-        BlockStore.open(store.path)[0]
+        open_store(store.path)[0]
     # The records' sums are seeded with the sequence number: a marker that agrees is no way round.
     (store.path / "blocks.bin").unlink()
     theirs = store.marker(1)["shard"]["xxh3"]
     forge(store.layout.marker(0), lambda m: m["shard"].update(xxh3=theirs))
     with pytest.raises(CorruptBlockError, match="sequence 0: expected xxh3"):
-        BlockStore.open(store.path)[0]
+        open_store(store.path)[0]
 
 
-def test_verifying_tells_of_every_damaged_block_and_goes_on(store: BlockStore) -> None:
+def test_verifying_tells_of_every_damaged_block_and_goes_on(store: BlockWriter) -> None:
     for block in (0, 2):
         shard = store.layout.shard(block)
         shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     seen: list[int] = []
-    findings = store.verify(workers=2, progress=seen.append)
+    findings = verify_store(store, workers=2, progress=seen.append)
     assert seen == [0, 1, 2]
     assert [f.split(":")[0][-16:] for f in findings] == ["shard.000000.mds", "shard.000002.mds"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.install import retract_block
 from megadistill.blocks.layout import kind_of
 from megadistill.blocks.maintenance.merge import merge_stores
@@ -92,14 +92,14 @@ def live(root: Path) -> None:
     retract_block(files.LOCAL, store.layout, 2)
     commit(store, 2, SAMPLES)
     store.finish()
-    merge_stores(root / "merged", [BlockStore.open(root / "store")])
+    merge_stores(root / "merged", [open_store(root / "store")])
 
 
 def check_whole(path: Path) -> None:
     """A reader sees whole blocks only; the one that `live` damages may be found damaged."""
     if not (path.is_dir() and kind_of(path)):
         return
-    store = BlockStore.open(path)
+    store = open_store(path)
     for block in store.present():
         try:
             samples = store.block(block)

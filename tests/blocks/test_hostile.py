@@ -16,7 +16,8 @@ import pytest
 import xxhash
 
 import megadistill
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.records import decode_json
 from tests.blocks.stores import fill, forge, make_samples, read_all
@@ -25,7 +26,7 @@ SAMPLES = make_samples(10)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlockStore:
+def store(tmp_path: Path) -> BlockReader:
     return fill(tmp_path / "store", SAMPLES, ids_bin=b"the ranking of ids")
 
 
@@ -108,7 +109,7 @@ def opened() -> Opened:
 
 
 @pytest.fixture
-def hostile(store: BlockStore) -> BlockStore:
+def hostile(store: BlockReader) -> BlockReader:
     """A store with things around and inside that must not be opened."""
     (store.path.parent / "secret").write_bytes(store.layout.shard(0).read_bytes())
     os.mkfifo(store.path / "pipe")
@@ -119,10 +120,10 @@ def hostile(store: BlockStore) -> BlockStore:
 
 def read_and_verify(path: Path) -> None:
     read_all(path, SAMPLES)
-    raise StoreError("; ".join(BlockStore.open(path).verify()))
+    raise StoreError("; ".join(verify_store(open_store(path))))
 
 
-def refuse(store: BlockStore, opened: Opened, match: str) -> None:
+def refuse(store: BlockReader, opened: Opened, match: str) -> None:
     """Reading, or else verifying, refuses the store, and nothing outside it is opened."""
     opened.paths = []
     try:
@@ -138,14 +139,14 @@ def refuse(store: BlockStore, opened: Opened, match: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_marker_that_names_another_file_is_refused(
-    hostile: BlockStore, opened: Opened, name: object
+    hostile: BlockReader, opened: Opened, name: object
 ) -> None:
     (hostile.path / "blocks.bin").unlink()
     forge(hostile.layout.marker(0), lambda m: m["shard"].update(file=name))
     refuse(hostile, opened, r"000000\.json: expected shard: file shard\.000000\.mds")
 
 
-def test_an_index_that_names_another_file_is_refused(hostile: BlockStore, opened: Opened) -> None:
+def test_an_index_that_names_another_file_is_refused(hostile: BlockReader, opened: Opened) -> None:
     for name in NAMES:
         sound = hostile.layout.index.read_bytes()
         forge(hostile.layout.index, lambda i, n=name: i["shards"][0]["raw_data"].update(basename=n))
@@ -160,7 +161,7 @@ def test_an_index_that_names_another_file_is_refused(hostile: BlockStore, opened
 
 
 def test_a_header_with_other_names_or_values_is_refused(
-    hostile: BlockStore, opened: Opened
+    hostile: BlockReader, opened: Opened
 ) -> None:
     header = hostile.layout.header("tokens")
     sound = header.read_bytes()
@@ -178,12 +179,12 @@ def test_a_header_with_other_names_or_values_is_refused(
 
 @pytest.mark.parametrize("size", [1 << 40, 1 << 62, 10**30])
 def test_a_ranking_that_is_announced_to_be_huge_costs_no_memory(
-    hostile: BlockStore, size: int
+    hostile: BlockReader, size: int
 ) -> None:
     header = hostile.layout.header("tokens")
     forge(header, lambda h: h["ids_bin"].update(size=size))
     with pytest.raises(CorruptBlockError, match=rf"ids\.bin: expected {size} bytes, found 18"):
-        BlockStore.open(hostile.path).ids_bin()
+        open_store(hostile.path).ids_bin()
 
 
 ABSURD: dict[str, list] = {
@@ -212,7 +213,7 @@ ABSURD: dict[str, list] = {
 
 @pytest.mark.parametrize("total", [0, -1, True, None, "10", 1.0, 1 << 63, 10**99])
 def test_a_plan_with_absurd_values_is_refused(
-    hostile: BlockStore, opened: Opened, total: object
+    hostile: BlockReader, opened: Opened, total: object
 ) -> None:
     blocks = -(-total // 4) if type(total) is int else 3
     forge(hostile.layout.plan, lambda p: p.update(num_sequences=total, num_blocks=blocks))
@@ -220,7 +221,7 @@ def test_a_plan_with_absurd_values_is_refused(
 
 
 def test_names_that_look_like_a_blocks_are_told_and_never_read(
-    hostile: BlockStore, opened: Opened
+    hostile: BlockReader, opened: Opened
 ) -> None:
     names = [
         "000000.JSON",
@@ -241,10 +242,10 @@ def test_names_that_look_like_a_blocks_are_told_and_never_read(
     (hostile.path / "Tokens.json").write_bytes(b"{}")
     (hostile.path / "SHARD.000003.MDS").write_bytes(b"")
     refuse(hostile, opened, "no part of a store")
-    findings = BlockStore.open(hostile.path).verify()
+    findings = verify_store(open_store(hostile.path))
     assert len(findings) >= len(names) + 2
     assert all(f.isascii() and f.isprintable() for f in findings)
-    assert BlockStore.open(hostile.path).present() == [0, 1, 2]
+    assert open_store(hostile.path).present() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -268,11 +269,11 @@ def test_names_that_look_like_a_blocks_are_told_and_never_read(
         {"shard": {"file": "shard.000000.mds", "size": 470, "xxh3": "0" * 15 + "G"}},
     ],
 )
-def test_a_marker_with_absurd_values_is_refused(store: BlockStore, change: dict) -> None:
+def test_a_marker_with_absurd_values_is_refused(store: BlockReader, change: dict) -> None:
     (store.path / "blocks.bin").unlink()
     forge(store.layout.marker(0), lambda m: m.update(change))
     with pytest.raises(CorruptBlockError, match=r"000000\.json"):
-        BlockStore.open(store.path)[0]
+        open_store(store.path)[0]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,9 @@ def test_a_marker_with_absurd_values_is_refused(store: BlockStore, change: dict)
         "blocks/000000.json",
     ],
 )
-def test_links_pipes_and_folders_are_not_read(store: BlockStore, opened: Opened, name: str) -> None:
+def test_links_pipes_and_folders_are_not_read(
+    store: BlockReader, opened: Opened, name: str
+) -> None:
     file, elsewhere = store.path / name, store.path.parent / "elsewhere"
     if file.parent == store.layout.blocks:
         store.layout.blocks_bin.unlink()  # else the marker need not be read
@@ -303,12 +306,12 @@ def test_links_pipes_and_folders_are_not_read(store: BlockStore, opened: Opened,
         file.rmdir() if kind != "a link" and file.is_dir() else file.unlink()
 
 
-def test_a_folder_of_markers_that_is_a_link_is_refused(store: BlockStore) -> None:
+def test_a_folder_of_markers_that_is_a_link_is_refused(store: BlockReader) -> None:
     moved = store.path.parent / "moved"
     shutil.move(store.layout.blocks, moved)
     store.layout.blocks.symlink_to(moved)
     with pytest.raises(CorruptBlockError, match="a folder"):
-        BlockStore.open(store.path)
+        open_store(store.path)
 
 
 def test_json_that_is_deep_or_doubled_or_not_canonical_is_refused() -> None:
@@ -341,9 +344,9 @@ def test_json_that_is_deep_or_doubled_or_not_canonical_is_refused() -> None:
             decode_json(body + tail, file="made up")
 
 
-def test_entries_that_are_no_part_of_a_store_are_told_and_left_alone(store: BlockStore) -> None:
+def test_entries_that_are_no_part_of_a_store_are_told_and_left_alone(store: BlockReader) -> None:
     (store.path / "notes.txt").write_text("mine")
     (store.layout.blocks / "000001.json.bak").write_text("{")
-    findings = store.verify()
+    findings = verify_store(store)
     assert ["notes.txt" in f or ".bak" in f for f in findings] == [True, True]
     assert (store.path / "notes.txt").read_text() == "mine"

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.blocks.mds import load_streaming
 from megadistill.errors import RecipeError, StoreError
 from megadistill.storage.records import encode_json, read_json
@@ -18,7 +19,7 @@ from tests.blocks.stores import commit, create, fill, make_samples, same_sample,
 def test_what_was_committed_is_read_back(tmp_path: Path) -> None:
     samples = make_samples(10)
     fill(tmp_path / "store", samples)
-    store = BlockStore.open(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     assert store.complete()
     assert len(store) == store.num_sequences == 10
     assert store.num_blocks == 3
@@ -74,7 +75,7 @@ def test_the_bytes_do_not_depend_on_the_order_of_commits(tmp_path: Path) -> None
 
 
 def _commit_some(path: Path, blocks: list[int]) -> None:
-    store = BlockStore.open(path)
+    store = BlockWriter.open(path)
     for block in blocks:
         commit(store, block, make_samples(22))
 
@@ -161,12 +162,12 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path: 
     with pytest.raises(StoreError, match=r"holds thesis\.tex"):
         create(tmp_path / "store")
     with pytest.raises(StoreError, match="not a cache or a token store"):
-        BlockStore.open(tmp_path / "store")
+        open_store(tmp_path / "store")
     assert tree(tmp_path) == {"store/thesis.tex": b"years of work"}
     with pytest.raises(StoreError, match="is a file"):
         create(tmp_path / "store/thesis.tex")
     with pytest.raises(StoreError, match="no such folder"):
-        BlockStore.open(tmp_path / "nowhere")
+        open_store(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_what_this_version_does_not_know_is_refused(
     record = {k: v for k, v in read_json(header).items() if k != "xxh3"}
     header.write_bytes(encode_json(record | change))
     with pytest.raises(StoreError, match=says):
-        BlockStore.open(tmp_path / "store")
+        open_store(tmp_path / "store")
 
 
 def test_raising_the_plan_does_the_short_last_block_again(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_derived_files_are_mended_from_the_markers(tmp_path: Path) -> None:
     whole = tree(tmp_path)
     (tmp_path / "store/blocks.bin").write_bytes(b"nonsense")
     (tmp_path / "store/index.json").unlink()
-    again = BlockStore.open(tmp_path / "store")
+    again = BlockWriter.open(tmp_path / "store")
     assert len(again) == 10
     assert not again.complete()
     again.finish()
@@ -285,8 +286,8 @@ def test_the_content_hash_is_that_of_the_samples_in_block_order(tmp_path: Path) 
 def test_the_ranking_of_ids_is_written_before_the_header_and_verified(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", make_samples(10), ids_bin=b"ranking")
     assert (tmp_path / "store/ids.bin").read_bytes() == b"ranking"
-    assert store.verify() == []
+    assert verify_store(store) == []
     with pytest.raises(RecipeError, match="ids_bin"):
         create(tmp_path / "store", ids_bin=b"another")
     (tmp_path / "store/ids.bin").write_bytes(b"Ranking")
-    assert "ids.bin" in store.verify()[0]
+    assert "ids.bin" in verify_store(store)[0]

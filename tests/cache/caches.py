@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.cache.writer import CacheWriter
 from tests.blocks.stores import BLOCK_SIZE, COLUMNS, SEQ_LEN, make_samples
 from tests.cache.targets import make_targets
@@ -15,8 +15,8 @@ VOCAB_SIZE = 1000
 
 def create_cache(
     path: Path, *, method: str = "varopt", ids_bin: bytes | None = None, **recipe: Any
-) -> BlockStore:
-    return BlockStore.create(
+) -> BlockWriter:
+    return BlockWriter.create(
         path,
         kind="cache",
         header={
@@ -56,7 +56,7 @@ def fill_cache(
     torch: str = "2.13.0",
     ids_bin: bytes | None = None,
     **recipe: Any,
-) -> BlockStore:
+) -> BlockWriter:
     store = create_cache(path, method=method, ids_bin=ids_bin, **recipe)
     store.plan(total)
     with CacheWriter(store, made_with={"torch": torch}) as writer:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.cache.ranking import IdRanking
 from megadistill.cache.writer import CacheWriter
 from megadistill.targets import METHODS, SparseTargets
@@ -86,7 +86,7 @@ def make(folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
-def create_padded_cache(path: Path, method: str, ids_bin: bytes | None) -> BlockStore:
+def create_padded_cache(path: Path, method: str, ids_bin: bytes | None) -> BlockWriter:
     recipe = {
         "method": method,
         "tau": 0.06,
@@ -96,7 +96,7 @@ def create_padded_cache(path: Path, method: str, ids_bin: bytes | None) -> Block
         "tokenizer": {"vocab_size": VOCAB_SIZE, "xxh3": "1a2b"},
         "seq_len": SEQ_LEN,
     }
-    cache = BlockStore.create(
+    cache = BlockWriter.create(
         path,
         kind="cache",
         header={"recipe": recipe},
@@ -109,7 +109,7 @@ def create_padded_cache(path: Path, method: str, ids_bin: bytes | None) -> Block
 
 
 def read_padded(path: Path) -> list[dict[str, Any]]:
-    store = BlockStore.open(path)
+    store = BlockWriter.open(path)
     padding = [{"padding": int(store[i]["padding"])} for i in range(len(store))]
     return [a | b for a, b in zip(read(path), padding, strict=True)]
 

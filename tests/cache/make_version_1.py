@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.ranking import IdRanking
 from megadistill.cache.reader import open_cache
 from megadistill.targets import METHODS
@@ -47,7 +47,7 @@ def make(folder: Path) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """Every sequence of a store in what JSON has: a float32 comes back from its shortest form."""
     if path.name not in METHODS:
-        store = BlockStore.open(path)
+        store = open_store(path)
         return [values(store[i], ("tokens", "documents")) for i in range(len(store))]
     return [
         values(sample, ("tokens", "documents")) | values(vars(sample["targets"]), FIELDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.cache.build import _equal_rows
 from megadistill.cache.disk_guard import block_bytes
 from megadistill.cache.reader import open_cache
@@ -95,7 +95,7 @@ def single(corpus, tmp_path_factory) -> Path:
 
 
 def test_the_cache_is_complete_and_sound(single, corpus):
-    cache, tokens = open_cache(single), BlockStore.open(corpus / "tokens")
+    cache, tokens = open_cache(single), open_store(corpus / "tokens")
     assert cache.complete()
     assert cache.verify() == []
     assert len(cache) == len(tokens) > 2 * BLOCK
@@ -142,7 +142,7 @@ def test_two_tensor_parallel_ranks_write_one_cache(corpus, tmp_path):
 
 def test_the_ranks_of_a_group_read_each_block_of_tokens_once(corpus, tmp_path):
     config = settings(corpus, tmp_path / "cache", teacher={"tp": 2})
-    blocks = BlockStore.open(corpus / "tokens").num_blocks
+    blocks = open_store(corpus / "tokens").num_blocks
     read = run_ranks(2, "tests.cache.test_build:blocks_read", tp=2, config=config)
     assert read == [2 * blocks, 0]  # and once to rank the ids
 
@@ -151,7 +151,7 @@ def blocks_read(mesh, config: Config) -> int:
     from unittest import mock
 
     with mock.patch.object(
-        BlockStore, "block", autospec=True, side_effect=BlockStore.block
+        BlockReader, "block", autospec=True, side_effect=BlockReader.block
     ) as read:
         build(mesh, config)
     return sum(call.args[0].kind == "tokens" for call in read.call_args_list)
@@ -242,7 +242,7 @@ def test_an_interrupted_run_is_finished_by_another_number_of_ranks(single, corpu
     cache = tmp_path / "cache"
     config = settings(corpus, cache)
     run_ranks(1, "tests.cache.test_build:build", config=config, stop_after=2)
-    assert BlockStore.open(cache).committed() == [0, 1]
+    assert open_store(cache).committed() == [0, 1]
     built = run_ranks(2, "tests.cache.test_build:build", config=config)[0]
     assert built.computed_blocks == built.blocks - 2
     assert hashes(cache) == hashes(single)
@@ -265,13 +265,13 @@ def test_three_parts_merged_are_the_single_run(single, corpus, tmp_path):
     for i in range(3):
         config = settings(corpus, tmp_path / str(i), cache={"part": f"{i}/3"})
         run_ranks(1 + i % 2, "tests.cache.test_build:build", config=config)
-        part = BlockStore.open(tmp_path / str(i))
+        part = open_store(tmp_path / str(i))
         assert part.committed() == [b for b in range(part.num_blocks) if b % 3 == i]
         assert not part.complete()
         before = {path: path.stat().st_mtime_ns for path in part.path.rglob("*")}
         assert run_ranks(1, "tests.cache.test_build:rerun", config=config)[0].computed_blocks == 0
         assert {path: path.stat().st_mtime_ns for path in part.path.rglob("*")} == before
-    parts = [BlockStore.open(tmp_path / str(i)) for i in range(3)]
+    parts = [open_store(tmp_path / str(i)) for i in range(3)]
     merged = merge_stores(tmp_path / "merged", parts, check_of=block_check)
     require_sum(merged.store, merged.taken)
     assert hashes(tmp_path / "merged") == hashes(single)
@@ -352,7 +352,7 @@ def test_before_the_first_block_micro_batch_may_change_as_after_running_out_of_m
         config = settings(corpus, tmp_path / "cache", teacher={"micro_batch": size})
         with contextlib.ExitStack() as held:
             missing = _prepare(config, held)
-            store = BlockStore.open(tmp_path / "cache")
+            store = open_store(tmp_path / "cache")
             assert store.recipe["micro_batch"] == size
             assert missing == list(range(store.num_blocks))
 
@@ -380,17 +380,11 @@ def validate_with_noise(mesh, config: Config) -> str:
     from megadistill.errors import TeacherError
     from megadistill.teacher.engine import load_teacher
 
-    vocab_size = BlockStore.open(config.cache.dir).recipe["vocab_size"]
+    vocab_size = open_store(config.cache.dir).recipe["vocab_size"]
     teacher = load_teacher(config, mesh, vocab_size=vocab_size)
     teacher.head.weight_VH.add_(torch.randn_like(teacher.head.weight_VH), alpha=0.5)
     try:
-        _validate(
-            config,
-            mesh,
-            teacher,
-            BlockStore.open(config.data.dir),
-            BlockStore.open(config.cache.dir),
-        )
+        _validate(config, mesh, teacher, open_store(config.data.dir), open_store(config.cache.dir))
     except TeacherError as error:
         return str(error)
     return "nothing noticed"
@@ -406,7 +400,7 @@ def test_the_first_durable_blocks_tell_bytes_pace_and_what_is_to_come(single, co
         r"[\d.]+ KiB, [\d.]+ (KiB|bytes) and [\d.]+ hours to come",
         line,
     )
-    store = BlockStore.open(single)
+    store = open_store(single)
     size = sum(block_bytes(store, b) for b in range(store.num_blocks - 1))
     tokens = (store.num_blocks - 1) * BLOCK * SEQ_LEN
     assert float(found[1]) == pytest.approx(size / tokens, rel=0.2)
@@ -432,11 +426,11 @@ def test_a_cache_does_again_the_blocks_that_growing_has_changed(corpus, tmp_path
     data = {"dir": str(tmp_path / "tokens"), "max_samples": 30, "block_size": 2}
     config = settings(corpus, tmp_path / "cache", data=data)
     run_ranks(1, "tests.cache.test_build:build", config=config)
-    before = BlockStore.open(tmp_path / "tokens").tokens_xxh3().tolist()
+    before = open_store(tmp_path / "tokens").tokens_xxh3().tolist()
     ids_bin = (tmp_path / "cache" / "ids.bin").read_bytes()
     grown = settings(corpus, tmp_path / "cache", data={**data, "max_samples": None})
     (built,) = run_ranks(1, "tests.cache.test_build:build", config=grown)
-    tokens, cache = BlockStore.open(tmp_path / "tokens"), open_cache(tmp_path / "cache")
+    tokens, cache = open_store(tmp_path / "tokens"), open_cache(tmp_path / "cache")
     after = tokens.tokens_xxh3().tolist()
     same = sum(a == b for a, b in zip(before, after, strict=False))
     assert built.computed_blocks == len(after) - same

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.cache.disk_guard import DiskGuard, block_bytes
 from megadistill.config import CacheConfig, Config
 from megadistill.errors import MegadistillError, StoreError
@@ -87,7 +88,7 @@ def rank(mesh, config: Config, room: int | None) -> str | None:
     return None
 
 
-def size_of(store: BlockStore) -> int:
+def size_of(store: BlockReader) -> int:
     return sum(block_bytes(store, b) for b in store.committed())
 
 
@@ -95,7 +96,7 @@ def size_of(store: BlockStore) -> int:
 def test_all_ranks_stop_before_the_disk_is_full_and_a_rerun_ends_in_the_same_bytes(
     corpus, whole, tmp_path, engine
 ):
-    undisturbed = BlockStore.open(whole(engine))
+    undisturbed = open_store(whole(engine))
     blocks, size = undisturbed.num_blocks, size_of(undisturbed)
     assert blocks >= 10
     cache = tmp_path / "cache"
@@ -103,11 +104,11 @@ def test_all_ranks_stop_before_the_disk_is_full_and_a_rerun_ends_in_the_same_byt
     assert said[0] == said[1]
     assert f"{cache}: stopped, its disk has " in said[0]
     assert " are still to come, expected at least 0.5 of that, cache.reserve: free " in said[0]
-    stopped = BlockStore.open(cache)
+    stopped = open_store(cache)
     # 0.7 - x < (1 - x) / 2 from x = 0.4 on; of that x, each of two ranks may have a block in
     # computing and one half written, which takes room and is not committed.
     assert 0.4 * blocks - 4 < len(stopped.committed()) < blocks
-    assert stopped.verify() == []
+    assert verify_store(stopped) == []
     assert {p.name for p in cache.glob("shard.*")} == {
         stopped.layout.shard(b).name for b in stopped.committed()
     }
@@ -121,7 +122,7 @@ def test_less_than_min_free_stops_a_run_that_has_room_for_the_rest(corpus, whole
     assert said[0] == said[1]
     assert "expected at least cache.min_free (1.0 GiB): free " in said[0]
     assert said[0].endswith("or set cache.min_free=0")
-    assert 0 < len(BlockStore.open(cache).committed()) <= 4  # two ranks, two blocks each at most
+    assert 0 < len(open_store(cache).committed()) <= 4  # two ranks, two blocks each at most
 
 
 def test_reserve_0_does_not_watch(corpus, whole, tmp_path):
@@ -131,7 +132,7 @@ def test_reserve_0_does_not_watch(corpus, whole, tmp_path):
 
 
 def test_the_last_blocks_need_no_reserve(corpus, whole, tmp_path):
-    size = size_of(BlockStore.open(whole("two copies")))
+    size = size_of(open_store(whole("two copies")))
     cache = tmp_path / "cache"
     assert build(corpus, cache, "two copies", room=round(size * 1.2)) == [None, None]
 
@@ -162,10 +163,10 @@ def test_a_disk_that_is_full_stops_all_ranks_with_nothing_half_visible(corpus, w
     assert "No space left on device" in said[0]
     assert "free some space and run again" in said[0]
     assert "\n" not in said[0]
-    stopped = BlockStore.open(cache)
+    stopped = open_store(cache)
     assert len(stopped.committed()) < stopped.num_blocks
     # A shard whose marker did not fit is not visible, and the rerun removes it.
-    assert all("a shard without a marker" in line for line in stopped.verify())
+    assert all("a shard without a marker" in line for line in verify_store(stopped))
     assert not _mount("-o", "remount,size=64m", str(disk))
     assert build(corpus, cache, engine) == [None, None]
     assert hashes(cache) == hashes(whole(engine))
@@ -189,7 +190,7 @@ def said_at_a_commit(mesh, cache: Path) -> list[str]:
             return getattr(mesh.store, name)
 
     told = SimpleNamespace(store=Told(), rank=mesh.rank)
-    store, settings = BlockStore.open(cache), CacheConfig(min_free=0)
+    store, settings = open_store(cache), CacheConfig(min_free=0)
     reserve = DiskGuard(told, store, settings, run=time.time_ns(), missing=1000)
     said.clear()
     reserve.committed(0)
@@ -206,7 +207,7 @@ def test_the_bytes_are_those_of_the_blocks_that_are_counted_whenever_they_are_re
 
     def ranks(count: int) -> list[DiskGuard]:
         clients = [dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(count)]
-        store, settings = BlockStore.open(whole("two copies")), CacheConfig(min_free=0)
+        store, settings = open_store(whole("two copies")), CacheConfig(min_free=0)
         return [
             DiskGuard(SimpleNamespace(store=c), store, settings, run=0, missing=4001)
             for c in clients

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.reader import open_cache
 from megadistill.config import Config
 from megadistill.data.learned import require_learned
@@ -68,7 +68,7 @@ def test_the_plan_counts_the_positions_of_the_mask(default, corpus, tmp_path):
     some = make_plan(masked(corpus, tmp_path / "cache"), world=1)
     every = make_plan(masked(corpus, tmp_path / "c", targets={"positions": "all"}), world=1)
     tokens = some.token_bytes
-    store = BlockStore.open(corpus / "tokens")
+    store = open_store(corpus / "tokens")
     share = sum(s["loss_mask"].mean() for s in store) / len(store)
     ratio = (some.cache_bytes - tokens) / (every.cache_bytes - tokens)
     assert ratio == pytest.approx(share, rel=1e-3)
@@ -83,7 +83,7 @@ def test_a_mask_that_is_asked_for_gives_the_same_bytes(default, corpus, tmp_path
 def test_a_cache_that_was_begun_with_all_positions_keeps_to_them(corpus, tmp_path):
     config = masked(corpus, tmp_path / "cache", targets={"positions": "all"})
     run_ranks(1, BUILD, config=config, stop_after=2)
-    assert BlockStore.open(tmp_path / "cache").present()
+    assert open_store(tmp_path / "cache").present()
     run_ranks(1, BUILD, config=masked(corpus, tmp_path / "cache"))
     run_ranks(1, BUILD, config=masked(corpus, tmp_path / "whole", targets={"positions": "all"}))
     assert hashes(tmp_path / "cache") == hashes(tmp_path / "whole")
@@ -114,7 +114,7 @@ def test_a_threshold_of_entropy_that_leaves_nothing_is_an_error_each_time(corpus
 
 
 def test_a_token_store_without_a_label_is_refused(tmp_path):
-    store = BlockStore.open(make_store(tmp_path / "tokens", method=None, nothing=True))
+    store = open_store(make_store(tmp_path / "tokens", method=None, nothing=True))
     with pytest.raises(DataError, match=r"data\.dir: .*there is nothing to learn, no token of 24"):
         require_learned(store, key="data.dir")
-    require_learned(BlockStore.open(make_store(tmp_path / "some", method=None)), key="data.dir")
+    require_learned(open_store(make_store(tmp_path / "some", method=None)), key="data.dir")

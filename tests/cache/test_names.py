@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.build import _prepare
 from megadistill.config import DataConfig
 from megadistill.data.names import data_names, shown_name
@@ -104,7 +104,7 @@ def test_parts_of_one_teacher_under_two_names_are_one_cache(corpus, tmp_path, ca
         program("tools/merge_and_inspect.py").main, ["--out", str(tmp_path / "whole"), *parts]
     )
     assert code == 0, capsys.readouterr().err
-    assert BlockStore.open(tmp_path / "whole").names["teacher.model"] == "teacher"
+    assert open_store(tmp_path / "whole").names["teacher.model"] == "teacher"
     assert diff_stores(corpus / "teacher.0", corpus / "another-name.0")["equal"]
     config = settings(
         corpus,

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.layout import FEATURES
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import CorruptBlockError, StoreError
@@ -29,9 +30,9 @@ STORES = ("tokens", *METHODS)
 def test_every_value_is_read_as_it_was(name, tmp_path):
     path = shutil.copytree(KEPT / name, tmp_path / name)
     assert read_padded(path) == json.loads((KEPT / "expected.json").read_text())[name]
-    store = BlockStore.open(path)
+    store = open_store(path)
     assert store.header["features"] == ["padding"] == sorted(FEATURES)
-    assert (store.verify() if name == "tokens" else open_cache(path).verify()) == []
+    assert (verify_store(store) if name == "tokens" else open_cache(path).verify()) == []
 
 
 def test_the_script_makes_stores_that_read_alike(tmp_path):
@@ -63,14 +64,14 @@ def test_a_header_whose_flags_are_not_its_columns_is_refused(tmp_path, features,
     path = shutil.copytree(KEPT / "tokens", tmp_path / "tokens")
     forge(path / "tokens.json", lambda header: header.update(features=features))
     with pytest.raises(StoreError, match=said):
-        BlockStore.open(path)
+        open_store(path)
 
 
 def test_a_flag_without_its_column_is_refused(tmp_path):
     path = shutil.copytree(KEPT.parent / "version_1" / "tokens", tmp_path / "tokens")
     forge(path / "tokens.json", lambda header: header.update(features=["padding"]))
     with pytest.raises(StoreError, match="padding with the column padding, and only then"):
-        BlockStore.open(path)
+        open_store(path)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_verifying_finds_padding_that_contradicts_the_other_columns(tmp_path, ch
     store.plan(1)
     store.commit(0, [sample | changes], statistics={})
     store.finish()
-    (finding,) = store.verify()
+    (finding,) = verify_store(store)
     assert said in finding
     assert "sequence 0" in finding
     with pytest.raises(CorruptBlockError, match=said):

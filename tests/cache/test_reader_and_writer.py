@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import CorruptBlockError, StoreError, TeacherError
@@ -46,7 +46,7 @@ def test_progress_is_told_only_of_what_is_durable(tmp_path: Path) -> None:
     store = create_cache(tmp_path / "cache")
     durable: list[list[int]] = []
     with CacheWriter(
-        store, on_commit=lambda block: durable.append(BlockStore.open(store.path).committed())
+        store, on_commit=lambda block: durable.append(open_store(store.path).committed())
     ) as writer:
         for block in (1, 0):
             writer.submit(block, *block_of(block, total=10))

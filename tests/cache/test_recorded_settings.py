@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.cache_recipe import model_identity
 from megadistill.cache.recorded_settings import other_targets, with_known
 from megadistill.config import Config, load_config
@@ -56,7 +56,7 @@ def test_the_method_of_the_cache_holds_whatever_targets_say(tmp_path, divergence
 
 
 def test_other_targets_are_reported_in_one_line_with_what_holds(tmp_path, caplog):
-    store = BlockStore.open(make_store(tmp_path / "cache", method="topk", k=5))
+    store = open_store(make_store(tmp_path / "cache", method="topk", k=5))
     config = smallest(tmp_path, targets={"method": "varopt", "tau": 0.1, "temperature": 2.0})
     line = other_targets(config, store)
     assert "\n" not in line
@@ -70,7 +70,7 @@ def test_other_targets_are_reported_in_one_line_with_what_holds(tmp_path, caplog
 
 
 def test_the_temperature_of_the_targets_is_that_of_the_loss_unless_one_is_set(tmp_path):
-    store = BlockStore.open(make_store(tmp_path / "cache", temperature=2.0))
+    store = open_store(make_store(tmp_path / "cache", temperature=2.0))
     assert with_known(smallest(tmp_path), store).loss.temperature == 2.0
     given = smallest(tmp_path, loss={"temperature": 1.0})
     assert with_known(given, store).loss.temperature == 1.0
@@ -79,7 +79,7 @@ def test_the_temperature_of_the_targets_is_that_of_the_loss_unless_one_is_set(tm
 
 
 def test_the_packing_of_the_cache_holds_unless_one_is_set(tmp_path):
-    store = BlockStore.open(make_store(tmp_path / "cache", tokens={"pack": "concat"}))
+    store = open_store(make_store(tmp_path / "cache", tokens={"pack": "concat"}))
     assert with_known(smallest(tmp_path), store).data.pack == "concat"
     assert with_known(smallest(tmp_path, data={"pack": "isolate"}), store).data.pack == "isolate"
 
@@ -189,7 +189,7 @@ def rewrite(cache: Path, teacher: dict, name: str) -> None:
     """The cache with a teacher in its recipe, as if it had been made so."""
     from megadistill.storage.records import encode_json
 
-    header = BlockStore.open(cache).header
+    header = open_store(cache).header
     header["recipe"]["teacher"] = teacher
     header["names"] = {"teacher.model": name, "data.files": "a.jsonl"}
     (cache / "cache.json").write_bytes(encode_json(header))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadistill import select_targets
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.reader import open_cache
 from megadistill.cache.retruncate import retruncate_cache, retruncate_targets
 from megadistill.cache.writer import CacheWriter
@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, m
         patched.setattr(CacheWriter, "submit", stop)
         with pytest.raises(KeyboardInterrupt):
             retruncate_cache(tmp_path / "source", tmp_path / "out", tau=0.3)
-    assert BlockStore.open(tmp_path / "out").committed() == [0]
+    assert open_store(tmp_path / "out").committed() == [0]
     done: list[int] = []
     retruncate_cache(tmp_path / "source", tmp_path / "out", tau=0.3, progress=done.append)
     assert done == [1, 2]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.targets import METHODS
@@ -27,9 +28,9 @@ def expected() -> dict:
 def test_every_value_is_read_as_it_was(name, expected, tmp_path):
     path = shutil.copytree(KEPT / name, tmp_path / name)  # reading makes a folder beside the store
     assert read(path) == expected[name]
-    store = BlockStore.open(path)
+    store = open_store(path)
     assert store.header["format_version"] == 1
-    assert (store.verify() if name == "tokens" else open_cache(path).verify()) == []
+    assert (verify_store(store) if name == "tokens" else open_cache(path).verify()) == []
     assert sorted(p.name for p in path.iterdir()) == sorted(p.name for p in (KEPT / name).iterdir())
 
 
@@ -37,7 +38,7 @@ def test_every_value_is_read_as_it_was(name, expected, tmp_path):
 def test_the_same_targets_are_written_as_they_were(method, tmp_path):
     cache = open_cache(shutil.copytree(KEPT / method, tmp_path / method))
     ids_bin = cache.store.layout.ids_bin
-    again = BlockStore.create(
+    again = BlockWriter.create(
         tmp_path / "again",
         kind="cache",
         header={"recipe": cache.recipe},

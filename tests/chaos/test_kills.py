@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from tests.blocks.stores import commit, create, fill, make_samples, tree
 from tests.chaos.harness import STOP_S, Chaos, make_corpus, markers, start
 
@@ -65,9 +65,9 @@ def test_cleaning_leaves_alone_what_a_rank_of_the_dead_run_commits_meanwhile(tmp
     samples = make_samples(10)
     store = create(tmp_path / "store")
     store.plan(10)
-    other = BlockStore.open(store.path)
+    other = BlockWriter.open(store.path)
 
-    class Late(BlockStore):
+    class Late(BlockWriter):
         def present(self) -> list[int]:
             found = super().present()
             if not found:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.data.packing import best_fit
 from megadistill.data.tokens import build_tokens
 from tests.data.stores import same_store
@@ -69,7 +70,7 @@ def test_a_store_that_grows_under_kills_is_that_of_one_undisturbed_run(
             assert same_store(build_tokens(alone).path, tmp_path / "tokens")
     assert deaths
     assert same_store(tmp_path / "tokens", undisturbed.path)
-    assert BlockStore.open(tmp_path / "tokens").verify() == []
+    assert verify_store(open_store(tmp_path / "tokens")) == []
     assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["features"] == (
         [] if "packing" in keys else ["padding"]
     )

@@ -6,7 +6,7 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.config import Config
 from megadistill.data.counts import statistics
 from megadistill.data.tokens import build_tokens
@@ -37,7 +37,7 @@ def test_chats_without_an_assistants_turn_are_refused(config, tmp_path, chat_tok
     for _ in range(2):  # the second run finds the blocks of the first
         with pytest.raises(DataError, match=r"none of the [0-9]+ tokens is learned: .* assistant"):
             build_tokens(settings)
-    assert not BlockStore.open(settings.data.dir).complete()
+    assert not open_store(settings.data.dir).complete()
 
 
 def test_little_to_learn_is_said_with_its_percentage(config, tmp_path, caplog):

@@ -12,8 +12,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
 from megadistill.blocks.install import retract_block
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.blocks.padding import without_padding
 from megadistill.data import tokens
 from megadistill.data.counts import statistics, token_counts
@@ -54,7 +55,7 @@ def test_the_store_holds_the_corpus_packed_in_order(config, corpus, tokenizer):
     count = len(stream) // 32
     assert len(store) == store.num_sequences == count
     assert store.complete()
-    assert store.verify() == []
+    assert verify_store(store) == []
     for i, sample in enumerate(store):
         begin = 32 * i
         assert sample["tokens"].tolist() == stream[begin : begin + 32]
@@ -144,7 +145,7 @@ def test_the_store_holds_the_corpus_packed_by_best_fit(config, corpus, tokenizer
     ]
     rows = slow_packing.best_fit(documents, seq_len=32, bos=False, window=9)
     assert len(store) == len(rows)
-    assert store.verify() == []
+    assert verify_store(store) == []
     for sample, row in zip(store, rows, strict=True):
         assert sample["tokens"].tolist() == row.tokens(32, None, hf.eos_token_id)
         assert sample["documents"].tolist() == row.documents(32)
@@ -203,7 +204,7 @@ def test_a_run_that_stops_while_a_store_grows_passes_for_no_complete_one(
     keys = {"files": corpus, "block_size": 4}
     before = build_tokens(config(**keys, max_samples=60, dir=str(tmp_path / "before")))
     whole = build_tokens(config(**keys, dir=str(tmp_path / "undisturbed")))
-    commit, retract, left = BlockStore.commit, retract_block, [0]
+    commit, retract, left = BlockWriter.commit, retract_block, [0]
 
     class Stopped(Exception):
         pass
@@ -221,13 +222,13 @@ def test_a_run_that_stops_while_a_store_grows_passes_for_no_complete_one(
     for stop in range(len(before.committed()) - first + 6):
         shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
         shutil.copytree(before.path, tmp_path / "tokens")
-        monkeypatch.setattr(BlockStore, "commit", count_down(commit))
-        monkeypatch.setattr("megadistill.blocks.store.retract_block", count_down(retract))
+        monkeypatch.setattr(BlockWriter, "commit", count_down(commit))
+        monkeypatch.setattr("megadistill.blocks.writer.retract_block", count_down(retract))
         left[0] = stop
         with pytest.raises(Stopped):
             build_tokens(config(**keys))
-        monkeypatch.setattr(BlockStore, "commit", commit)
-        monkeypatch.setattr("megadistill.blocks.store.retract_block", retract)
+        monkeypatch.setattr(BlockWriter, "commit", commit)
+        monkeypatch.setattr("megadistill.blocks.writer.retract_block", retract)
         # Back to as few documents: the old store again, or refused where it holds more by now.
         with contextlib.suppress(RecipeError):
             build_tokens(config(**keys, max_samples=60))
@@ -261,15 +262,15 @@ def test_a_run_killed_at_any_block_goes_on_to_the_same_store(config, corpus, tmp
     blocks = undisturbed.num_blocks
     program = (
         "import os, signal, sys\n"
-        "from megadistill.blocks import BlockStore\n"
+        "from megadistill.blocks import BlockWriter, open_store\n"
         "from megadistill.config import Config\n"
         "from megadistill.data.tokens import build_tokens\n"
-        "commit = BlockStore.commit\n"
+        "commit = BlockWriter.commit\n"
         "def commit_and_die(self, block, *args, **kwargs):\n"
         "    commit(self, block, *args, **kwargs)\n"
         "    if block == int(sys.argv[2]):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "BlockStore.commit = commit_and_die\n"
+        "BlockWriter.commit = commit_and_die\n"
         "build_tokens(Config.model_validate_json(sys.argv[1]))\n"
     )
     settings = config(**shape)
@@ -277,7 +278,7 @@ def test_a_run_killed_at_any_block_goes_on_to_the_same_store(config, corpus, tmp
         command = [sys.executable, "-c", program, settings.model_dump_json(), str(block)]
         killed = subprocess.run(command, cwd=Path(__file__).parents[2], check=False)
         assert killed.returncode == -signal.SIGKILL
-        assert BlockStore.open(settings.data.dir).committed() == list(range(block + 1))
+        assert open_store(settings.data.dir).committed() == list(range(block + 1))
     build_tokens(settings)
     assert same_store(settings.data.dir, undisturbed.path)
 
@@ -299,8 +300,8 @@ def test_a_killed_tokenising_process_ends_the_run_with_a_line(config, corpus, mo
         os.kill(started[0].pid, signal.SIGKILL)
         return commit(self, *args, **kwargs)
 
-    commit = BlockStore.commit
-    monkeypatch.setattr(BlockStore, "commit", kill_after_some)
+    commit = BlockWriter.commit
+    monkeypatch.setattr(BlockWriter, "commit", kill_after_some)
     with pytest.raises(DataError, match=r"ended with exit code -9: out of memory\?"):
         build_tokens(config(files=corpus))
     assert all(process.poll() is not None for process in started)

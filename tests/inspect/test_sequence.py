@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, BlockWriter
 from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.inspect.sequence import sequence_facts, sequence_text
@@ -27,8 +27,8 @@ def test_no_line_is_wider_than_the_terminal(tmp_path: Path, text: str, width: in
             assert line.isprintable()
 
 
-def masked_cache(path: Path) -> BlockStore:
-    store = BlockStore.create(
+def masked_cache(path: Path) -> BlockReader:
+    store = BlockWriter.create(
         path,
         kind="cache",
         header={"recipe": {"method": "topk", "temperature": 0.7, "vocab_size": VOCAB_SIZE}},

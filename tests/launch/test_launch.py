@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from tests.models.made import tiny_model
 from tests.ssh import SshServer, available
 
@@ -131,7 +131,7 @@ def test_torchrun_and_plain_python_work_and_write_the_same_cache(place):
             "teacher.engine=tensor_parallel",
         ]
         succeed(place, *command, "launch/generate.py", *settings)
-        caches.append(BlockStore.open(place / f"runs/{name}"))
+        caches.append(open_store(place / f"runs/{name}"))
     assert caches[0].complete()
     assert caches[0].content_hash() == caches[1].content_hash()
     succeed(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
 from megadistill.config import load_config
 from megadistill.models.model_files import find_model
 from megadistill.preflight.plan import corpus_size, log_plan, make_plan, show_plan
@@ -58,9 +58,9 @@ def test_the_demos_sequences_are_estimated_within_a_third(place):
     assert "are not on this machine" in line(made, "student")
 
 
-def planned_tokens(sequences: int) -> BlockStore:
+def planned_tokens(sequences: int) -> BlockWriter:
     """A token store in "tokens" that knows how many sequences of 8 tokens it will hold."""
-    store = BlockStore.create(
+    store = BlockWriter.create(
         "tokens",
         kind="tokens",
         header={"recipe": {"seq_len": 8}},
@@ -216,7 +216,7 @@ def test_raised_max_samples_is_estimated_from_the_documents_that_are_there(place
     few = plan(*text(16))
     assert "known: t is planned" in dict(few.lines)["sequences"]
     assert few.token_bytes_to_come == 0
-    store = BlockStore.open("t")
+    store = open_store("t")
     assert all("padding" in sample for sample in store)
     padding = sum(int(sample["padding"]) for sample in store)
     held = corpus_size.tokens(load_config("demo.yaml", text(16)), len(store))

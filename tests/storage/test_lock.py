@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.errors import LockedError, StoreError
 from megadistill.storage.files import Files
 from megadistill.storage.lock import StoreLock, _identity
@@ -173,7 +173,7 @@ def test_a_run_that_lost_the_lock_commits_nothing_more_on_any_rank(tmp_path: Pat
     first = create(tmp_path / "store")
     with first.lock() as held:
         first.plan(10)
-        other_rank = BlockStore.open(tmp_path / "store")
+        other_rank = BlockWriter.open(tmp_path / "store")
         commit(first, 0, SAMPLES)
         commit(other_rank, 1, SAMPLES)
         before = tree(tmp_path / "store")
@@ -189,7 +189,7 @@ def test_a_run_that_lost_the_lock_commits_nothing_more_on_any_rank(tmp_path: Pat
             ):
                 with pytest.raises(LockedError, match=r"process 7 on far .* has taken it over"):
                     write(store)
-        successor = BlockStore.open(tmp_path / "store")
+        successor = BlockWriter.open(tmp_path / "store")
         assert tree(tmp_path / "store") == before
         commit(successor, 2, SAMPLES)
     assert held.path.exists()  # the successor's
@@ -214,7 +214,7 @@ def test_a_lock_lost_between_shard_and_marker_leaves_no_marker_without_a_shard(
     tmp_path: Path,
 ) -> None:
     lock_path = create(tmp_path / "store").lock().path
-    store = BlockStore.open(tmp_path / "store", files=Slow(lock_path, "shard.00000.mds"))
+    store = BlockWriter.open(tmp_path / "store", files=Slow(lock_path, "shard.00000.mds"))
     with store.lock(), pytest.raises(LockedError):
         commit(store, 0, SAMPLES)
     assert store.present() == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.ranking import IdRanking
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import StoreError
@@ -113,7 +113,7 @@ def test_a_cache_with_ranked_ids_goes_through_several_processes(tmp_path: Path, 
     assert tree(tmp_path / "merged") == tree(store.path)
     code, out, _ = inspect(capsys, tmp_path / "merged", "--verify", *many)
     assert (code, "every byte" in out) == (0, True)
-    shard = BlockStore.open(tmp_path / "merged").layout.shard(13)
+    shard = open_store(tmp_path / "merged").layout.shard(13)
     shard.unlink()
     code, out, _ = merge(capsys, "--repair", tmp_path / "merged", *many, "--json")
     assert (code, json.loads(out)["missing_blocks"]) == (1, [13])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.disk_guard import block_bytes
 from megadistill.cli.command_line import run
 from megadistill.config import load_config
@@ -105,7 +105,7 @@ def test_every_copy_scores_the_blocks_and_all_ranks_know_the_sum(
 def test_bytes_are_those_of_the_cache_that_generating_writes(place, tmp_path):
     settings = [f"data.dir={tmp_path}/tokens", f"cache.dir={tmp_path}/cache", "targets.tau=0.05"]
     run_ranks(1, "tests.tools.test_plan:generate", place=place, overrides=settings)
-    cache = BlockStore.open(tmp_path / "cache")
+    cache = open_store(tmp_path / "cache")
     of_blocks = sum(block_bytes(cache, b) for b in cache.committed())
     empty = tmp_path / "temporary"
     empty.mkdir()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.cache.codec import encode_targets
 from megadistill.cache.statistics import block_statistics
 from megadistill.config import Config
@@ -54,7 +54,7 @@ def make_store(
     if masked or nothing or few:
         columns["loss_mask"] = f"ndarray:uint8:{SEQ_LEN}"
     common |= recipe
-    store = BlockStore.create(
+    store = BlockWriter.create(
         path, kind=kind, header={"recipe": common}, columns=columns, block_size=block_size
     )
     store.plan(sequences)

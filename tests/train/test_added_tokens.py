@@ -41,7 +41,7 @@ def test_they_are_tokens_that_the_teacher_never_says(pair, method):
     """In the softmax, without a target: the student learns not to say them, and keeps them."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
 
     config = settings(
         pair, method, targets={"method": method, "k": 8}, train={"lr": 1e-2, "steps": 25}
@@ -51,7 +51,7 @@ def test_they_are_tokens_that_the_teacher_never_says(pair, method):
     folder = pair / method / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids("<|reply|>") == IDS - 1
-    tokens = BlockStore.open(pair / "tokens")[0]["tokens"]
+    tokens = open_store(pair / "tokens")[0]["tokens"]
     before, after = (added_mass(each, tokens) for each in (pair / "student", folder))
     assert after < 0.5 * before
     assert AutoConfig.from_pretrained(folder).vocab_size == IDS

@@ -4,7 +4,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.blocks.remote.upload import copy_store
 from megadistill.data.order import Order
@@ -84,7 +84,7 @@ def test_resumed_at_any_step_it_reads_what_it_would_have_read(folders, weights):
 def test_a_damaged_sequence_is_told_at_its_step_and_not_before(tmp_path):
     path = make_store(tmp_path / "cache", sequences=40)
     stores = opened([path])
-    shard = BlockStore.open(path).layout.shard(3)
+    shard = open_store(path).layout.shard(3)
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)

@@ -62,7 +62,7 @@ def layers_of(model, inputs):
 def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
     from transformers import AutoModelForCausalLM
 
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
     from megadistill.models.attention import forward_inputs
     from megadistill.student.features import FeatureAlignment, FeaturePlan
     from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
@@ -79,7 +79,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
     matrices = torch.nn.ParameterList(
         [begun["projections.0.weight"], begun["projections.1.weight"]]
     )
-    store, both = BlockStore.open(pair / "tokens"), torch.nn.ModuleList([student, matrices])
+    store, both = open_store(pair / "tokens"), torch.nn.ModuleList([student, matrices])
     optimizer, order = optimizer_and_order(config, both, store)
     for step in range(STEPS):
         tokens_BT, documents, labels_N = batch_of(store, order, step)

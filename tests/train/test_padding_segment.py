@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.models.attention import forward_inputs
 from megadistill.models.packed_sequences import sample_labels
 from megadistill.train.training_source import TrainingSource, micro_batch
@@ -26,7 +26,7 @@ def packed(tmp_path_factory):
     rows = slow_packing.best_fit(documents, seq_len=SEQ_LEN, bos=True, window=8)
     assert any(row.length() < SEQ_LEN for row in rows)
     assert any(bos for row in rows for _, _, _, bos in row.segments)
-    store = BlockStore.create(
+    store = BlockWriter.create(
         tmp_path_factory.mktemp("packed") / "tokens",
         kind="tokens",
         header={"recipe": {"seq_len": SEQ_LEN, "tokenizer": {"vocab_size": VOCAB}}},

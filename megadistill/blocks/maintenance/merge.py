@@ -8,6 +8,7 @@ block was made with may differ: then the first part's marker is taken, and it is
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import xxhash
 from megadistill.blocks.layout import kind_of
 from megadistill.blocks.maintenance.pool import each_block
 from megadistill.blocks.maintenance.verify import Check, CheckOf, no_check, verify_block
+from megadistill.blocks.reader import BlockReader
 from megadistill.blocks.recipe import Keys, require_same_recipe
-from megadistill.blocks.store import BlockStore
+from megadistill.blocks.writer import BlockWriter
 from megadistill.errors import StoreError
 from megadistill.storage.files import LOCAL, Files
 from megadistill.storage.progress import BlockProgress
@@ -34,13 +36,13 @@ _SHOWN = 8  # blocks listed in a message
 class Merged:
     """A merged store, and which part each of its blocks was taken from."""
 
-    store: BlockStore
-    taken: dict[int, BlockStore]
+    store: BlockReader
+    taken: dict[int, BlockReader]
 
 
 def merge_stores(
     out: str | Path,
-    parts: list[BlockStore],
+    parts: Sequence[BlockReader],
     *,
     prefer: str | Path | None = None,
     check_of: CheckOf = no_check,
@@ -68,7 +70,7 @@ def merge_stores(
         _require_same_kind(parts[0], part, keys)
     wanted = _preferred(parts, prefer)
     if kind_of(Path(out)) == parts[0].kind:
-        existing = BlockStore.open(out, files=files)
+        existing = BlockReader.open(out)
         _require_same_kind(parts[0], existing, keys)
         if not any(_same_folder(p, existing) for p in parts):
             parts = [existing, *parts]
@@ -82,12 +84,12 @@ def merge_stores(
 
 
 def sound_blocks(
-    holders: dict[int, list[BlockStore]],
+    holders: dict[int, list[BlockReader]],
     *,
     check_of: CheckOf,
     workers: int,
     show_progress: bool | None,
-) -> dict[int, BlockStore]:
+) -> dict[int, BlockReader]:
     """block -> the first of its holders whose copy is whole. CorruptBlockError where none is."""
     parts = list({id(p): p for candidates in holders.values() for p in candidates}.values())
     numbers = {id(part): n for n, part in enumerate(parts)}
@@ -103,16 +105,16 @@ def sound_blocks(
 
 def gather(
     out: str | Path,
-    like: BlockStore,
-    taken: dict[int, BlockStore],
+    like: BlockReader,
+    taken: dict[int, BlockReader],
     *,
     total: int | None,
     what: str,
     show_progress: bool | None,
     files: Files,
-) -> BlockStore:
+) -> BlockWriter:
     """The store at `out`, of the recipe of `like`, with the blocks taken from other stores."""
-    merged = BlockStore.create_like(out, like, files=files)
+    merged = BlockWriter.create_like(out, like, files=files)
     with merged.lock(), BlockProgress(what, total=len(taken), show=show_progress) as bar:
         merged.clean()
         if total is not None:
@@ -125,7 +127,7 @@ def gather(
     return merged
 
 
-def _require_same_kind(first: BlockStore, other: BlockStore, keys: Keys | None) -> None:
+def _require_same_kind(first: BlockReader, other: BlockReader, keys: Keys | None) -> None:
     fields = ("kind", "recipe", "block_size", "columns", "ids_bin")
     require_same_recipe(
         {k: first.header.get(k) for k in fields},
@@ -137,7 +139,7 @@ def _require_same_kind(first: BlockStore, other: BlockStore, keys: Keys | None) 
     )
 
 
-def _preferred(parts: list[BlockStore], prefer: str | Path | None) -> BlockStore | None:
+def _preferred(parts: Sequence[BlockReader], prefer: str | Path | None) -> BlockReader | None:
     if prefer is None:
         return None
     for part in parts:
@@ -146,7 +148,7 @@ def _preferred(parts: list[BlockStore], prefer: str | Path | None) -> BlockStore
     raise StoreError(f"{prefer}: is not among the stores to merge, and cannot be preferred")
 
 
-def _common_plan(parts: list[BlockStore]) -> int | None:
+def _common_plan(parts: Sequence[BlockReader]) -> int | None:
     plans = sorted({p.num_sequences for p in parts if p.num_sequences is not None})
     if len(plans) > 1:
         log.warning("the parts plan %s sequences; the merged store plans %d", plans, plans[-1])
@@ -154,10 +156,10 @@ def _common_plan(parts: list[BlockStore]) -> int | None:
 
 
 def _holders(
-    parts: list[BlockStore], total: int | None, *, prefer: BlockStore | None
-) -> dict[int, list[BlockStore]]:
+    parts: Sequence[BlockReader], total: int | None, *, prefer: BlockReader | None
+) -> dict[int, list[BlockReader]]:
     """block -> the parts that hold it, all with equal bytes or the preferred one alone."""
-    found: dict[int, dict[bytes, list[BlockStore]]] = {}
+    found: dict[int, dict[bytes, list[BlockReader]]] = {}
     made_with: dict[int, set[str]] = {}
     for part in parts:
         for block in part.present():
@@ -187,7 +189,7 @@ def _planned(block: int, total: int, block_size: int) -> int:
     return max(0, min(block_size, total - block * block_size))
 
 
-def _dispute(disputed: list[tuple[int, list[list[BlockStore]]]]) -> str:
+def _dispute(disputed: list[tuple[int, list[list[BlockReader]]]]) -> str:
     shown = [
         f"{block} ({' and '.join(str(v[0].path) for v in versions)}: {_what(block, versions)})"
         for block, versions in disputed[:_SHOWN]
@@ -199,7 +201,7 @@ def _dispute(disputed: list[tuple[int, list[list[BlockStore]]]]) -> str:
     )
 
 
-def _what(block: int, versions: list[list[BlockStore]]) -> str:
+def _what(block: int, versions: list[list[BlockReader]]) -> str:
     left, right = (v[0].marker(block) for v in versions[:2])
     keys = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
     return "differ in " + ", ".join(keys)
@@ -216,7 +218,7 @@ def _tell_mixed(blocks: list[int]) -> None:
 
 
 def _first_sound(
-    parts: list[tuple[BlockStore, Check | None]], item: tuple[int, list[int]]
+    parts: list[tuple[BlockReader, Check | None]], item: tuple[int, list[int]]
 ) -> tuple[int, int]:
     """(block, the first of the numbered parts whose copy of it is whole)."""
     block, numbers = item

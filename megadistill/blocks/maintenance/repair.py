@@ -16,7 +16,8 @@ from megadistill.blocks.install import retract_block
 from megadistill.blocks.layout import KINDS, Layout, kind_of
 from megadistill.blocks.maintenance.pool import each_block
 from megadistill.blocks.maintenance.verify import Check, CheckOf, no_check, verify_block
-from megadistill.blocks.store import BlockStore
+from megadistill.blocks.reader import BlockReader
+from megadistill.blocks.writer import BlockWriter
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.files import LOCAL, Files
 from megadistill.storage.lock import StoreLock
@@ -63,14 +64,14 @@ def repair_store(
         if plan_is_damaged:
             files.unlink(layout.plan)
             files.fsync_dir(layout.path)
-        store = BlockStore.open(path, files=files)
+        store = BlockWriter.open(path, files=files)
         dropped = _damaged(store, check_of, workers=workers, show_progress=show_progress)
         strays = store.strays()
         if not dry_run:
             for block in dropped:
                 retract_block(files, layout, block)
             # Opened again: what it remembers of the dropped blocks is no longer so.
-            store = BlockStore.open(path, files=files)
+            store = BlockWriter.open(path, files=files)
             store.clean()
             store.finish()
     return Repaired(dropped, strays, plan_is_damaged)
@@ -84,7 +85,7 @@ def _lock(layout: Layout, files: Files) -> StoreLock:
 def _plan_is_damaged(layout: Layout) -> bool:
     """Whether plan.json is all that keeps the store from being opened. StoreError for more."""
     try:
-        BlockStore.open(layout.path).ids_bin()
+        BlockReader.open(layout.path).ids_bin()
     except CorruptBlockError as error:
         if error.file == str(layout.plan):
             return True
@@ -102,7 +103,7 @@ def _hopeless(path: Path, error: CorruptBlockError) -> StoreError:
 
 
 def _damaged(
-    store: BlockStore, check_of: CheckOf, *, workers: int, show_progress: bool | None
+    store: BlockReader, check_of: CheckOf, *, workers: int, show_progress: bool | None
 ) -> dict[int, str]:
     present = store.present()
     context = (store, check_of(store))
@@ -116,7 +117,7 @@ def _damaged(
     return dropped
 
 
-def _findings(context: tuple[BlockStore, Check | None], block: int) -> list[str]:
+def _findings(context: tuple[BlockReader, Check | None], block: int) -> list[str]:
     store, check = context
     try:
         return verify_block(store, block, check=check)[1]

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from megadistill.blocks.maintenance.merge import gather, sound_blocks
 from megadistill.blocks.maintenance.verify import CheckOf, no_check
-from megadistill.blocks.store import BlockStore
+from megadistill.blocks.reader import BlockReader
+from megadistill.blocks.writer import BlockWriter
 from megadistill.errors import StoreError
 from megadistill.storage.files import LOCAL, Files
 
 
 def split_store(
-    store: BlockStore,
+    store: BlockReader,
     out: str | Path,
     parts: int,
     *,
@@ -24,7 +25,7 @@ def split_store(
     workers: int = 1,
     show_progress: bool | None = False,
     files: Files = LOCAL,
-) -> list[BlockStore]:
+) -> list[BlockWriter]:
     """The parts, in folders `out`.0 to `out`.(parts-1), each planned as the whole is.
 
     Every block is verified before it is given away. StoreError for a folder that is there already

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megadistill.blocks.derived import (
     encode_blocks_bin,
@@ -21,26 +21,24 @@ from megadistill.blocks.derived import (
 from megadistill.blocks.install import tokens_hash
 from megadistill.blocks.layout import KINDS, MARKER_NAME, SHARD_NAME, same_bytes, shard_name
 from megadistill.blocks.maintenance.pool import each_block
+from megadistill.blocks.reader import BlockReader, Sample
 from megadistill.blocks.shard import Shard
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.files import names_in
 from megadistill.storage.records import hex64, read_json
 
-if TYPE_CHECKING:
-    from megadistill.blocks.store import BlockStore, Sample
-
 # What is wrong with a block's samples and marker, a line each.
-Check = Callable[[list["Sample"], dict[str, Any]], list[str]]
+Check = Callable[[list[Sample], dict[str, Any]], list[str]]
 # A store's check, or None where there is nothing to add.
-CheckOf = Callable[["BlockStore"], Check | None]
+CheckOf = Callable[[BlockReader], Check | None]
 
 
-def no_check(_: BlockStore) -> None:
+def no_check(_: BlockReader) -> None:
     """The CheckOf of those who have nothing to add."""
 
 
 def verify_store(
-    store: BlockStore,
+    store: BlockReader,
     *,
     workers: int = 1,
     progress: Callable[[int], object] | None = None,
@@ -52,6 +50,7 @@ def verify_store(
     progress  called with each block's number when it is checked, in block order
     check     called with each sound block's samples and marker, for what only the caller knows
     """
+    store.drop_copies()
     present = store.present()
     findings = _names(store, present)
     markers = []
@@ -68,7 +67,7 @@ def verify_store(
 
 
 def _told(
-    context: tuple[BlockStore, Check | None], block: int
+    context: tuple[BlockReader, Check | None], block: int
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """(the marker of a block that can be read, what is wrong with the block)."""
     store, check = context
@@ -79,7 +78,7 @@ def _told(
 
 
 def verify_block(
-    store: BlockStore, block: int, *, check: Check | None = None
+    store: BlockReader, block: int, *, check: Check | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """(the block's marker, what is wrong with the block). CorruptBlockError for the rest."""
     marker = store.marker(block)
@@ -93,7 +92,7 @@ def verify_block(
     with store.shard_file(block) as path:
         shard = Shard(
             path,
-            columns=store._columns,
+            columns=store.parsed_columns,
             first=block * store.block_size,
             samples=marker["sequences"],
             size=marker["shard"]["size"],
@@ -111,7 +110,7 @@ def verify_block(
     return marker, findings + (check(samples, marker) if check else [])
 
 
-def read_markers(store: BlockStore) -> tuple[list[dict[str, Any]], list[str]]:
+def read_markers(store: BlockReader) -> tuple[list[dict[str, Any]], list[str]]:
     """(the markers that can be believed, in block order; what is wrong with the others)."""
     markers, findings = [], []
     for block in store.present():
@@ -122,14 +121,14 @@ def read_markers(store: BlockStore) -> tuple[list[dict[str, Any]], list[str]]:
     return markers, findings
 
 
-def _sequences(store: BlockStore, block: int) -> int | None:
+def _sequences(store: BlockReader, block: int) -> int | None:
     """How many sequences a block must have; None where it may have any."""
     if store.num_sequences is None:
         return None
     return max(0, min(store.block_size, store.num_sequences - block * store.block_size))
 
 
-def _names(store: BlockStore, present: list[int]) -> list[str]:
+def _names(store: BlockReader, present: list[int]) -> list[str]:
     """Entries that are no part of a store. Their presence is told, and nothing else done."""
     known = {"plan.json", "blocks.bin", "index.json", "ids.bin", "blocks", KINDS[store.kind]}
     shards = {shard_name(b) for b in present}
@@ -155,12 +154,12 @@ def _plain(folder: Path, name: str) -> str:
     return f"{folder}/{ascii(name)[1:-1]}"
 
 
-def _derived(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
+def _derived(store: BlockReader, markers: list[dict[str, Any]]) -> list[str]:
     layout, total = store.layout, store.num_blocks
     if total is not None and len(markers) == total:
         expected = {
             layout.blocks_bin: encode_blocks_bin(markers),
-            layout.index: encode_index(markers, store._columns),
+            layout.index: encode_index(markers, store.parsed_columns),
         }
         return [
             f"{path}: differs from what the markers say: generate again, which mends it"
@@ -170,7 +169,7 @@ def _derived(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
     return _lagging(store, markers)
 
 
-def _lagging(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
+def _lagging(store: BlockReader, markers: list[dict[str, Any]]) -> list[str]:
     """An unfinished store's derived files may know fewer blocks, and nothing else."""
     layout = store.layout
     try:
@@ -189,13 +188,13 @@ def _lagging(store: BlockStore, markers: list[dict[str, Any]]) -> list[str]:
     return []
 
 
-def _lagging_index(store: BlockStore, markers: list[dict[str, Any]]) -> None:
+def _lagging_index(store: BlockReader, markers: list[dict[str, Any]]) -> None:
     path = store.layout.index
     try:
-        index = read_json(path, limit=len(encode_index(markers, store._columns)))
+        index = read_json(path, limit=len(encode_index(markers, store.parsed_columns)))
     except FileNotFoundError:
         return
-    entries = {json.dumps(e, sort_keys=True) for e in index_entries(markers, store._columns)}
+    entries = {json.dumps(e, sort_keys=True) for e in index_entries(markers, store.parsed_columns)}
     shards = index.get("shards")
     known = isinstance(shards, list) and all(
         json.dumps(s, sort_keys=True) in entries for s in shards
@@ -204,7 +203,7 @@ def _lagging_index(store: BlockStore, markers: list[dict[str, Any]]) -> None:
         raise CorruptBlockError(str(path), "entries as their markers say", "others")
 
 
-def _ids(store: BlockStore) -> list[str]:
+def _ids(store: BlockReader) -> list[str]:
     if store.header.get("ids_bin") is None:
         path = store.layout.ids_bin
         return [f"{path}: not announced in the header"] if os.path.lexists(path) else []

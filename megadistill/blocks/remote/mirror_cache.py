@@ -21,14 +21,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from megadistill.blocks.install import put
 from megadistill.blocks.layout import KINDS, MARKER_NAME, Layout, same_bytes, shard_name
-from megadistill.blocks.remote.object_store import Remote, read_only
+from megadistill.blocks.reader import BlockReader
+from megadistill.blocks.remote.object_store import Remote
 from megadistill.blocks.remote.shard_cache import (
     LocalCopies,
     default_folder,
@@ -37,9 +38,8 @@ from megadistill.blocks.remote.shard_cache import (
     shared,
 )
 from megadistill.blocks.shard import OpenShards, Shard
-from megadistill.blocks.store import BlockStore
 from megadistill.errors import CorruptBlockError, StoreError
-from megadistill.storage.files import LOCAL, Files, read_file
+from megadistill.storage.files import LOCAL, read_file
 from megadistill.storage.records import hex64
 
 _SMALL, _LARGE = 1 << 26, 1 << 32  # most bytes of a JSON or blocks.bin; of index.json
@@ -48,7 +48,7 @@ _MOST_OPEN = 64
 _MARKERS = 8  # markers fetched together, when one is asked for: a request takes 5 to 50 ms
 
 
-def open_remote(url: str, *, local: LocalCopies | None = None) -> RemoteStore:
+def open_remote(url: str, *, local: LocalCopies | None = None) -> RemoteReader:
     """The store at `url`, of either kind. StoreError, CorruptBlockError."""
     remote, local = Remote(url), local or LocalCopies(default_folder())
     headers = {kind: remote.find(name, limit=1 << 24) for kind, name in KINDS.items()}
@@ -67,10 +67,10 @@ def open_remote(url: str, *, local: LocalCopies | None = None) -> RemoteStore:
         (layout.blocks_bin, remote.find(layout.blocks_bin.name, limit=_SMALL)),
     ):
         _bring(layout, path, data)
-    return RemoteStore(url, remote, layout.path, kind=kinds[0], local=local)
+    return RemoteReader(url, remote, layout.path, kind=kinds[0], local=local)
 
 
-class RemoteStore(BlockStore):
+class RemoteReader(BlockReader):
     """A store at a URL. `path` is its local mirror, `name` the URL without credentials."""
 
     is_remote = True
@@ -78,7 +78,7 @@ class RemoteStore(BlockStore):
     def __init__(
         self, url: str, remote: Remote, path: Path, *, kind: str, local: LocalCopies
     ) -> None:
-        super().__init__(path, kind=kind, files=_ReadOnly(remote.name))
+        super().__init__(path, kind=kind)
         self._url, self._remote, self._local = url, remote, local
         self._believed: set[int] = set()  # blocks whose local marker it has
         self._sizes: dict[str, int] | None = None
@@ -112,30 +112,28 @@ class RemoteStore(BlockStore):
             self._fetch_markers(self._present[at : at + _MARKERS])
         return super().marker(block)
 
-    def complete(self) -> bool:
-        """Whether the derived files, uploaded last, hold every planned block.
+    def consistent(self) -> bool:
+        """Whether the derived files, uploaded last, hold every block, whose shards are there.
 
         Of the shards, sizes are asked for; no marker is fetched.
         """
-        if self._total is None or len(self._records) != self.num_blocks or self.missing():
-            return False
         sizes = self._all_sizes()
-        there = "index.json" in sizes
-        return there and all(
-            sizes.get(shard_name(r["block"])) == r["shard_size"] for r in self._records
+        return (
+            len(self._records) == len(self._present)
+            and "index.json" in sizes
+            and all(sizes.get(shard_name(r["block"])) == r["shard_size"] for r in self._records)
         )
 
     def shard_is_there(self, marker: dict[str, Any]) -> bool:
         """Whether the marker's shard has the size it must have, at its URL."""
         return self._all_sizes().get(marker["shard"]["file"]) == marker["shard"]["size"]
 
-    def verify(self, **options: Any) -> list[str]:
-        """Check every byte at the URL: local copies are fetched anew."""
+    def drop_copies(self) -> None:
+        """Forget the local copies of shards and fetch index.json again."""
         index = self._remote.find(self.layout.index.name, limit=_LARGE)
         _bring(self.layout, self.layout.index, index)
         for block in self.present():
             self._drop(block)
-        return super().verify(**options)
 
     @contextmanager
     def shard_file(self, block: int) -> Iterator[Path]:
@@ -256,20 +254,7 @@ class RemoteStore(BlockStore):
         return hex64(file_xxh3(part) or 0) if found == size else f"{found} bytes"
 
 
-class _ReadOnly(Files):
-    """Refuses every change: what would write a mirror was meant for the store at the URL."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise read_only(self._name)
-
-    write_new = fsync = fsync_dir = replace = _refuse  # type: ignore[assignment]
-    link = unlink = mkdir = remove_tree = _refuse  # type: ignore[assignment]
-
-
-def _reopened(url: str, local: LocalCopies) -> RemoteStore:
+def _reopened(url: str, local: LocalCopies) -> RemoteReader:
     return open_remote(url, local=local)
 
 

@@ -19,9 +19,11 @@ from typing import Any
 from megadistill.blocks.derived import encode_blocks_bin, encode_index
 from megadistill.blocks.install import is_installed
 from megadistill.blocks.layout import MARKER_NAME
+from megadistill.blocks.opening import open_store
+from megadistill.blocks.reader import BlockReader
 from megadistill.blocks.remote.object_store import Remote
 from megadistill.blocks.remote.shard_cache import LocalCopies, file_xxh3
-from megadistill.blocks.store import BlockStore
+from megadistill.blocks.writer import BlockWriter
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.disk import is_url
 from megadistill.storage.files import read_file
@@ -54,14 +56,14 @@ def copy_store(
     progress  called with each block's number when it is there
     Raises StoreError where `dest` holds something else, CorruptBlockError for a damaged source.
     """
-    store = BlockStore.open(source, local=local)
+    store = open_store(source, local=local)
     if is_url(dest):
         return _upload(store, Remote(str(dest)), verify=verify, workers=workers, progress=progress)
     return _to_folder(store, dest, progress=progress)
 
 
-def _to_folder(store: BlockStore, dest: str | Path, *, progress: Progress | None) -> Copied:
-    out = BlockStore.create_like(dest, store)
+def _to_folder(store: BlockReader, dest: str | Path, *, progress: Progress | None) -> Copied:
+    out = BlockWriter.create_like(dest, store)
     sent = there = 0
     with out.lock():
         out.clean()
@@ -81,7 +83,7 @@ def _to_folder(store: BlockStore, dest: str | Path, *, progress: Progress | None
 
 
 def _upload(
-    store: BlockStore, remote: Remote, *, verify: bool, workers: int, progress: Progress | None
+    store: BlockReader, remote: Remote, *, verify: bool, workers: int, progress: Progress | None
 ) -> Copied:
     _claim(store, remote)
     markers = {block: store.marker(block) for block in store.committed()}
@@ -99,14 +101,14 @@ def _upload(
             pool.shutdown(cancel_futures=True)
     ordered = list(markers.values())
     _put(remote, "blocks.bin", encode_blocks_bin(ordered))
-    _put(remote, "index.json", encode_index(ordered, store._columns))
+    _put(remote, "index.json", encode_index(ordered, store.parsed_columns))
     return Copied(sent, len(markers) - sent)
 
 
 class _Upload:
     """Blocks on their way to a URL, and what was there before."""
 
-    def __init__(self, store: BlockStore, remote: Remote, *, verify: bool) -> None:
+    def __init__(self, store: BlockReader, remote: Remote, *, verify: bool) -> None:
         self._store, self._remote, self._verify = store, remote, verify
         self._shards = remote.sizes()
         self._markers = {name for name in remote.sizes("blocks") if MARKER_NAME.fullmatch(name)}
@@ -149,7 +151,7 @@ class _Upload:
         return True
 
 
-def _claim(store: BlockStore, remote: Remote) -> None:
+def _claim(store: BlockReader, remote: Remote) -> None:
     """Begin a store at the URL, or see that it is this one."""
     name = store.layout.header(store.kind).name
     header = read_file(store.layout.header(store.kind), limit=1 << 24)

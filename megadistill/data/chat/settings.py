@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.layout import kind_of
 from megadistill.config import Config, DataConfig
 from megadistill.data.chat.encoder import EARLIER, ChatSpec
@@ -32,7 +32,7 @@ def find_chat(config: Config, tokenizer: Any) -> tuple[Config, ChatSpec | None]:
 def _begun_earlier(data: DataConfig) -> bool:
     if kind_of(Path(data.dir)) != "tokens":
         return False
-    store = BlockStore.open(data.dir)
+    store = open_store(data.dir)
     if not store.present():  # one without blocks begins anew
         return False
     tokenizer = store.recipe.get("tokenizer", {})

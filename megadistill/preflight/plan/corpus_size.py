@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.remote.object_store import shown
 from megadistill.config import Config
 from megadistill.data.continuation import covers
@@ -29,11 +29,11 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
     if not online and (not config.cache.is_folder or not corpus):
         return _of_sources(config)
     with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
-        known = _counted(config, BlockStore.open(data.dir))
+        known = _counted(config, open_store(data.dir))
         if known is not None:
             return known
     with contextlib.suppress(MegadistillError):
-        planned = None if online else BlockStore.open(config.cache.folder).num_sequences
+        planned = None if online else open_store(config.cache.folder).num_sequences
         if planned is not None and not os.path.isdir(data.dir):
             return planned, f"known: {config.cache.folder} is planned"
     if config.stream_is_unbounded:
@@ -47,7 +47,7 @@ def has_loss_mask(config: Config) -> bool:
     """Whether the token store has a loss mask: as it says, else by the columns of local files."""
     data = config.data
     with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
-        return "loss_mask" in BlockStore.open(data.dir).columns
+        return "loss_mask" in open_store(data.dir).columns
     if data.files is not None or (data.name is not None and os.path.isdir(data.name)):
         with contextlib.suppress(MegadistillError):  # the reader of the corpus reports it
             data = resolved(data)
@@ -59,7 +59,7 @@ def target_share(config: Config) -> float:
     if config.targets.positions not in (None, "loss_mask"):
         return 1.0
     with contextlib.suppress(MegadistillError):  # not there yet, or for its reader to report
-        store = BlockStore.open(config.data.dir)
+        store = open_store(config.data.dir)
         learned, positions = learned_tokens(store), len(store) * config.data.seq_len
         if learned is not None and positions:
             return min(1.0, learned / positions)
@@ -69,7 +69,7 @@ def target_share(config: Config) -> float:
 def tokens(config: Config, sequences: int) -> int:
     """Tokens of so many sequences, without padding where the token store says how much it has."""
     with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
-        store = BlockStore.open(config.data.dir)
+        store = open_store(config.data.dir)
         if len(store) and store.recipe.get("seq_len") == config.data.seq_len:
             return round(sequences * count_tokens(store) / len(store))
     return sequences * config.data.seq_len
@@ -82,7 +82,7 @@ def _of_sources(config: Config) -> tuple[int | None, str]:
         if is_url(source.dir):
             return None, f"unknown before {shown(source.dir)} is asked, when training starts"
         try:
-            planned = BlockStore.open(source.dir).num_sequences
+            planned = open_store(source.dir).num_sequences
         except MegadistillError:
             planned = None
         if planned is None:
@@ -91,7 +91,7 @@ def _of_sources(config: Config) -> tuple[int | None, str]:
     return round(total), "known: an epoch of the caches, by their weights"
 
 
-def _counted(config: Config, store: BlockStore) -> tuple[int, str] | None:
+def _counted(config: Config, store: BlockReader) -> tuple[int, str] | None:
     """(sequences, how known) of a token store: its plan; what it will grow to; None."""
     data, blocks = config.data, store.committed()
     last = store.marker(blocks[-1]) if blocks else {}

@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.remote.object_store import shown
 from megadistill.config import Config, StudentConfig, TeacherConfig, to_yaml
 from megadistill.config.held_out import held_out
@@ -207,7 +207,7 @@ def _to_come(total: int | None, folder: str, blocks: int | None) -> int | None:
     """Bytes still to be written: by the blocks that are there, where there are some."""
     there = _there(folder)
     with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
-        done = len(BlockStore.open(folder).committed())
+        done = len(open_store(folder).committed())
         if blocks is not None and done:
             return there * max(0, blocks - done) // done
     return None if total is None else max(0, total - there)

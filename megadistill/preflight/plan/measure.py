@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.blocks.padding import without_padding
 from megadistill.cache.build import create_store, score
 from megadistill.cache.disk_guard import block_bytes
@@ -152,9 +152,9 @@ def _content(sample: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sample.items() if name != "sum"}
 
 
-def _store(path: Path, sample: _Sample) -> BlockStore:
+def _store(path: Path, sample: _Sample) -> BlockWriter:
     """A store of this rank's own, on this host, like the one that generating would write."""
-    return BlockStore.create(
+    return BlockWriter.create(
         path,
         kind="cache",
         header=sample.header,
@@ -170,7 +170,7 @@ def _warm_up(config: Config, teacher: Teacher, samples: Samples) -> None:
 
 
 def _run(
-    config: Config, mesh: Mesh, teacher: Teacher, store: BlockStore, sample: _Sample, blocks: int
+    config: Config, mesh: Mesh, teacher: Teacher, store: BlockWriter, sample: _Sample, blocks: int
 ) -> torch.Tensor:
     """[7], of ranks that write: tokens/s, tokens, bytes, blocks, positions, entries, targets."""
     copy = mesh.rank if teacher.lockstep else mesh.dp_rank

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.cache.cache_recipe import cache_recipe
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
@@ -187,7 +187,7 @@ def open_online(config: Config, mesh: Mesh) -> list[TrainingSource]:
     Collective; rank 0 reads the teacher's files, since what it is, is part of what the run is.
     """
     needed, blocks = _blocks_needed(config), None
-    if needed is not None and not BlockStore.open(config.data.dir).complete():
+    if needed is not None and not open_store(config.data.dir).complete():
         blocks = tuple(range(needed))
     store = open_sequences(config.data.dir, key="data.dir", with_targets=False, blocks=blocks)
     recipe = online_recipe(config, mesh, store)

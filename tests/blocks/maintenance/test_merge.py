@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockReader
 from megadistill.blocks.maintenance.merge import merge_stores
 from megadistill.errors import CorruptBlockError, RecipeError, StoreError
 from tests.blocks.stores import RECIPE, commit, create, fill, make_samples, tree
@@ -14,7 +14,7 @@ from tests.blocks.stores import RECIPE, commit, create, fill, make_samples, tree
 SAMPLES = make_samples(18)  # 5 blocks, the last of 2
 
 
-def part(path: Path, blocks: list[int], *, total: int = 18, seed: int = 0) -> BlockStore:
+def part(path: Path, blocks: list[int], *, total: int = 18, seed: int = 0) -> BlockReader:
     store = create(path)
     store.plan(total)
     for block in blocks:
@@ -94,7 +94,7 @@ def test_a_damaged_block_is_taken_from_the_part_where_it_is_sound(tmp_path: Path
 def test_blocks_that_differ_in_what_they_were_made_with_alone_are_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def made_with(path: Path, version: str) -> BlockStore:
+    def made_with(path: Path, version: str) -> BlockReader:
         store = create(path)
         store.plan(8)
         for block in (0, 1):

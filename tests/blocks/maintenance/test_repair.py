@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter
 from megadistill.blocks.maintenance.repair import repair_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.errors import LockedError, StoreError
 from megadistill.storage.files import Files
 from tests.blocks.stores import commit, create, fill, make_samples, tree
@@ -16,7 +17,7 @@ from tests.blocks.stores import commit, create, fill, make_samples, tree
 SAMPLES = make_samples(18)  # 5 blocks, the last of 2
 
 
-def whole(path: Path) -> BlockStore:
+def whole(path: Path) -> BlockWriter:
     return fill(path, SAMPLES, ids_bin=b"ranking")
 
 
@@ -47,9 +48,9 @@ def test_damaged_blocks_and_strays_go_and_the_rest_can_be_completed(tmp_path: Pa
     assert list(repaired.dropped) == [1, 3, 4]
     assert "shard.000001.mds: expected" in repaired.dropped[1]
     assert [p.name for p in repaired.strays] == ["shard.000009.mds"]
-    again = BlockStore.open(store.path)
+    again = BlockWriter.open(store.path)
     assert again.missing() == [1, 3, 4]
-    assert again.verify() == []
+    assert verify_store(again) == []
     assert len(list(store.path.glob("shard.*"))) == 2
     for block in again.missing():
         commit(again, block, SAMPLES)
@@ -73,7 +74,7 @@ def test_a_damaged_plan_is_dropped_and_can_be_made_again(tmp_path: Path) -> None
     assert repair_store(store.path, dry_run=True).plan
     assert store.layout.plan.exists()
     assert repair_store(store.path).plan
-    again = BlockStore.open(store.path)
+    again = BlockWriter.open(store.path)
     again.plan(len(SAMPLES))
     assert tree(store.path) == before
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.maintenance.merge import merge_stores
 from megadistill.blocks.maintenance.split import split_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.errors import CorruptBlockError, StoreError
 from tests.blocks.stores import commit, create, fill, make_samples, tree
 
@@ -22,7 +23,7 @@ def test_parts_merged_are_the_store_again(tmp_path: Path, count: int) -> None:
     assert [p.path.name for p in parts] == [f"part.{i}" for i in range(count)]
     for number, part in enumerate(parts):
         assert part.committed() == [b for b in range(5) if b % count == number]
-        assert part.verify() == []
+        assert verify_store(part) == []
         assert (part.path / "ids.bin").read_bytes() == b"ranking"
     shard = parts[1].layout.shard(1)
     assert shard.stat().st_ino == store.layout.shard(1).stat().st_ino  # linked, not copied
@@ -54,7 +55,7 @@ def test_what_cannot_be_split_is_said_and_nothing_written(tmp_path: Path) -> Non
     shard = store.layout.shard(4)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(CorruptBlockError, match=r"shard\.000004\.mds"):
-        split_store(BlockStore.open(store.path), tmp_path / "other", 2)
+        split_store(open_store(store.path), tmp_path / "other", 2)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name[:5] in ("part.", "other")) == [
         "part.1"
     ]

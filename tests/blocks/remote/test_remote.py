@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import BlockWriter, open_store
+from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.blocks.remote.object_store import Remote, shown
 from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.blocks.remote.upload import copy_store
@@ -40,12 +41,12 @@ def test_a_store_at_a_url_is_the_store_that_was_copied_there(
 ):
     url = f"{protocol}://{tmp_path}/there"
     assert copy_store(source.path, url).sent == 10
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     require_same(store)
     assert store.name == url
     assert store.complete()
     assert store.content_hash() == source.content_hash()
-    assert store.verify() == []
+    assert verify_store(store) == []
     if protocol == "file":
         assert tree(tmp_path / "there") == tree(source.path)
 
@@ -61,11 +62,11 @@ def test_a_remote_store_is_copied_back_byte_for_byte(url, source, tmp_path, loca
 def test_opening_takes_few_requests_and_a_shard_is_downloaded_once(url, local, memory, monkeypatch):
     small = Counted(monkeypatch, memory, "cat_file")
     large = Counted(monkeypatch, memory, "get_file")
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     require_same(store)
-    require_same(BlockStore.open(url, local=local))
+    require_same(open_store(url, local=local))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: BlockStore.open(url, local=local)[3], range(8)))
+        list(pool.map(lambda _: open_store(url, local=local)[3], range(8)))
     assert sorted(large.names) == [f"shard.{b:06d}.mds" for b in range(10)]
     # No marker: blocks.bin knows them all.
     assert set(small.names) == {"tokens.json", "cache.json", "plan.json", "blocks.bin"}
@@ -85,7 +86,7 @@ def test_where_blocks_bin_lags_the_markers_are_listed(lag, memory, tmp_path, loc
         memory.rm_file("/unfinished/blocks.bin")
     else:
         memory.pipe_file("/unfinished/blocks.bin", early if lag == "short" else early[:-1])
-    store = BlockStore.open("memory://unfinished", local=local)
+    store = open_store("memory://unfinished", local=local)
     assert store.committed() == [0, 1, 2, 3, 7]
     assert same_sample(store[7 * BLOCK_SIZE], SAMPLES[7 * BLOCK_SIZE])
     assert not store.complete()
@@ -96,22 +97,22 @@ def test_where_blocks_bin_lags_the_markers_are_listed(lag, memory, tmp_path, loc
 def test_no_more_shards_are_kept_than_the_limit_allows(url, source, tmp_path):
     size = max(p.stat().st_size for p in source.path.glob("shard.*"))
     local = LocalCopies(tmp_path / "local", limit=2 * size + 10)
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     for i in range(len(SAMPLES)):
         assert same_sample(store[i], SAMPLES[i])
         assert len(shards(local)) <= 2
     assert shards(local) == ["shard.000008.mds", "shard.000009.mds"]
-    assert store.verify(workers=1) == []
+    assert verify_store(store, workers=1) == []
     assert len(shards(local)) <= 2
     # What several threads read at a time is in use; the next download makes room for itself.
-    assert store.verify(workers=4) == []
+    assert verify_store(store, workers=4) == []
     store.block(5)
     store.block(6)
     assert len(shards(local)) <= 2
     # Another store shares the limit. (This one has a shard open.)
     del store
     copy_store(source.path, "memory://other")
-    require_same(BlockStore.open("memory://other", local=local))
+    require_same(open_store("memory://other", local=local))
     assert len(shards(local)) <= 2
 
 
@@ -120,7 +121,7 @@ def read_all(url, folder, limit, rank):
 
     Ranks wait for files: a lock among them would be lost with the one that is killed.
     """
-    store = BlockStore.open(url, local=LocalCopies(folder / "local", limit=limit))
+    store = open_store(url, local=LocalCopies(folder / "local", limit=limit))
     (folder / f"ready-{rank}").touch()
     while not (folder / "go").exists():
         time.sleep(0.001)
@@ -153,7 +154,7 @@ def test_processes_share_the_local_copies_and_one_that_is_killed_harms_nobody(
         rank.join()
     assert [rank.exitcode for rank in ranks[1:]] == [0, 0, 0]
     local = LocalCopies(tmp_path / "local", limit=room * size)
-    require_same(BlockStore.open(f"file://{tmp_path}/far", local=local))
+    require_same(open_store(f"file://{tmp_path}/far", local=local))
     assert len(shards(local)) <= min(room, 10)
     assert not list(local.path.glob("*.run/*.part"))
 
@@ -161,7 +162,7 @@ def test_processes_share_the_local_copies_and_one_that_is_killed_harms_nobody(
 def test_a_shard_in_use_is_not_removed_and_those_used_last_stay(url, source, tmp_path):
     size = max(p.stat().st_size for p in source.path.glob("shard.*"))
     local = LocalCopies(tmp_path / "local", limit=3 * size + 10)
-    reader, other = (BlockStore.open(url, local=local) for _ in range(2))
+    reader, other = (open_store(url, local=local) for _ in range(2))
     with reader.shard_file(0) as path:
         for block in (1, 2, 1, 3):
             other.block(block)
@@ -176,7 +177,7 @@ def test_a_damaged_object_is_downloaded_once_more_and_then_refused(url, local, m
     good = memory.cat_file("/bucket/store/shard.000002.mds")
     memory.pipe_file("/bucket/store/shard.000002.mds", good[:-1] + bytes([good[-1] ^ 1]))
     counted = Counted(monkeypatch, memory, "get_file")
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     with pytest.raises(
         CorruptBlockError, match=r"memory://bucket/store/shard.000002.mds: expected"
     ):
@@ -196,7 +197,7 @@ def test_damage_on_the_way_is_mended_by_the_second_download(url, local, memory, 
             Path(target).write_bytes(b"x" * Path(target).stat().st_size)
 
     monkeypatch.setattr(type(memory), "get_file", damaged)
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     store._damaged_once = False
     assert same_sample(store[5], SAMPLES[5])
 
@@ -218,38 +219,38 @@ def test_objects_of_another_size_are_refused_without_downloading_them(
     with pytest.raises(
         CorruptBlockError, match=r"shard.000001.mds: expected .* found (no file|\d)"
     ):
-        BlockStore.open(url, local=local)[BLOCK_SIZE]
+        open_store(url, local=local)[BLOCK_SIZE]
     assert counted.names == []
 
 
 def test_a_local_copy_that_was_damaged_is_fetched_anew(url, local):
-    BlockStore.open(url, local=local)[0]
+    open_store(url, local=local)[0]
     (copy,) = local.path.glob("*/shard.000000.mds")
     data = bytearray(copy.read_bytes())
     data[-3] ^= 4
     copy.write_bytes(data)
-    assert same_sample(BlockStore.open(url, local=local)[0], SAMPLES[0])
+    assert same_sample(open_store(url, local=local)[0], SAMPLES[0])
     copy.write_bytes(data[:-5])
-    assert same_sample(BlockStore.open(url, local=local)[0], SAMPLES[0])
+    assert same_sample(open_store(url, local=local)[0], SAMPLES[0])
 
 
 def test_another_store_at_the_same_url_is_not_mixed_with_the_copies(url, local, memory, tmp_path):
-    BlockStore.open(url, local=local)[0]
+    open_store(url, local=local)[0]
     others = make_samples(2 * BLOCK_SIZE, seed=9)
     other = fill(tmp_path / "other", others, header={"recipe": {"seq_len": 8, "tokenizer": "x"}})
     memory.rm("/bucket/store", recursive=True)
     copy_store(other.path, url)
-    require_same(BlockStore.open(url, local=local), others)
+    require_same(open_store(url, local=local), others)
 
 
 def test_the_same_recipe_with_other_bytes_is_fetched_anew(url, local, memory, tmp_path):
-    require_same(BlockStore.open(url, local=local))
-    BlockStore.open(url, local=local).marker(0)
+    require_same(open_store(url, local=local))
+    open_store(url, local=local).marker(0)
     others = make_samples(len(SAMPLES), seed=9)
     other = fill(tmp_path / "other", others)
     memory.rm("/bucket/store", recursive=True)
     copy_store(other.path, url)
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     require_same(store, others)
     assert store.marker(0) == other.marker(0)
 
@@ -260,7 +261,7 @@ def test_a_network_fault_is_tried_again_and_then_told_with_the_url(url, local, m
             raise ConnectionResetError("the other side went away")
 
     Counted(monkeypatch, memory, "get_file", once)
-    store = BlockStore.open(url, local=local)
+    store = open_store(url, local=local)
     assert same_sample(store[0], SAMPLES[0])
 
     def always(name, count):
@@ -282,7 +283,7 @@ def test_what_is_not_allowed_is_not_tried_again(url, local, memory, monkeypatch)
 
     counted = Counted(monkeypatch, memory, "get_file", forbidden)
     with pytest.raises(StoreError, match="cannot download: PermissionError: no"):
-        BlockStore.open(url, local=local)[0]
+        open_store(url, local=local)[0]
     assert len(counted.names) == 1
 
 
@@ -292,7 +293,7 @@ def test_credentials_are_in_no_message_nor_in_a_store_s_name(monkeypatch):
 
     monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
     with pytest.raises(StoreError) as caught:
-        BlockStore.open("sftp://alice:pa55word@host/data/cache?token=abcdef")
+        open_store("sftp://alice:pa55word@host/data/cache?token=abcdef")
     said = str(caught.value)
     assert said.startswith("sftp://host/data/cache: cannot reach: OSError: cannot log in as ...")
     assert "pa55word" not in said
@@ -320,18 +321,13 @@ def test_urls_that_cannot_be_opened(url, said, memory, monkeypatch):
 
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     with pytest.raises(StoreError) as caught:
-        BlockStore.open(url)
+        open_store(url)
     assert said in str(caught.value)
 
 
 def test_a_remote_store_cannot_be_written_in_place(url, local):
-    store = BlockStore.open(url, local=local)
-    for write in (
-        lambda: store.plan(1000),
-        lambda: store.commit(0, SAMPLES[1 : BLOCK_SIZE + 1], statistics={}),
-        lambda: create(url),
-        store.lock,
-    ):
+    assert not isinstance(open_store(url, local=local), BlockWriter)
+    for write in (lambda: create(url), lambda: BlockWriter.open(url)):
         with pytest.raises(StoreError, match=r"memory://bucket/store: .* tools/copy_cache.py"):
             write()
-    require_same(BlockStore.open(url, local=local))
+    require_same(open_store(url, local=local))

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.remote.upload import copy_store
 from megadistill.errors import CorruptBlockError, StoreError
 from tests import ssh
@@ -44,13 +44,13 @@ def test_an_upload_killed_anywhere_is_never_believed_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             copy_store(source.path, "memory://up", workers=1)
     if sent > 2:  # header and plan are there
-        begun = BlockStore.open("memory://up", local=local)
+        begun = open_store("memory://up", local=local)
         assert not begun.complete()
         for block in begun.committed()[:-1]:
             assert len(begun.block(block)) == BLOCK_SIZE
     copied = copy_store(source.path, "memory://up", workers=1)
     assert copied.there == max(0, (sent - 3) // 2)
-    require_same(BlockStore.open("memory://up", local=local))
+    require_same(open_store("memory://up", local=local))
     assert copy_store(source.path, "memory://up").sent == 0
     for name, data in tree(source.path).items():
         assert memory.cat_file(f"/up/{name}") == data
@@ -96,14 +96,14 @@ def test_a_store_that_grew_is_brought_up_to_date(tmp_path, memory, local):
     short = SAMPLES[: BLOCK_SIZE + 2]
     source = fill(tmp_path / "source", short)
     copy_store(source.path, "memory://grown")
-    require_same(BlockStore.open("memory://grown", local=local), short)
+    require_same(open_store("memory://grown", local=local), short)
     source.plan(len(SAMPLES))
     for block in source.missing():
         commit(source, block, SAMPLES)
     source.finish()
     copied = copy_store(source.path, "memory://grown")
     assert (copied.sent, copied.there) == (9, 1)
-    require_same(BlockStore.open("memory://grown", local=local))
+    require_same(open_store("memory://grown", local=local))
 
 
 @pytest.mark.skipif(not ssh._sshd() or os.geteuid() != 0, reason="needs openssh-server, as root")
@@ -115,14 +115,14 @@ def test_a_store_on_an_sftp_server(source, tmp_path, local, monkeypatch):
         url = f"sftp://root@127.0.0.1:{server.port}{tmp_path}/there"
         assert copy_store(source.path, url, verify=True).sent == 10
         assert tree(tmp_path / "there") == tree(source.path)
-        store = BlockStore.open(url, local=local)
+        store = open_store(url, local=local)
         require_same(store)
         assert store.complete()
         assert copy_store(source.path, url).there == 10
         shutil.rmtree(tmp_path / "there" / "blocks")
         (tmp_path / "there" / "blocks.bin").unlink()
         (tmp_path / "there" / "shard.000004.mds").unlink()
-        store = BlockStore.open(url, local=local)
+        store = open_store(url, local=local)
         assert store.committed() == []
     finally:
         fsspec.config.conf.pop("sftp", None)

@@ -234,15 +234,15 @@ def test_a_corpus_of_odd_files_gives_equal_stores_at_1_2_and_5_workers(config, m
     killed = config(**shape, workers=2, dir=str(tmp_path / "killed"))
     program = (
         "import os, signal, sys\n"
-        "from megadistill.blocks import BlockStore\n"
+        "from megadistill.blocks import BlockWriter\n"
         "from megadistill.config import Config\n"
         "from megadistill.data.tokens import build_tokens\n"
-        "commit = BlockStore.commit\n"
+        "commit = BlockWriter.commit\n"
         "def commit_and_die(self, block, *args, **kwargs):\n"
         "    commit(self, block, *args, **kwargs)\n"
         "    if block == 4:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "BlockStore.commit = commit_and_die\n"
+        "BlockWriter.commit = commit_and_die\n"
         "build_tokens(Config.model_validate_json(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", program, killed.model_dump_json()]

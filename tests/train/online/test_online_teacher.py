@@ -150,7 +150,7 @@ def test_all_ranks_have_equal_weights_after_twenty_steps_beside_a_teacher(pair, 
 def test_it_is_what_a_plain_torch_loop_does(pair, exact):
     from transformers import AutoModelForCausalLM
 
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
     from megadistill.models.attention import forward_inputs
     from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
 
@@ -159,7 +159,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, exact):
         AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32)
         for name in ("teacher", "student")
     )
-    store = BlockStore.open(pair / "tokens")
+    store = open_store(pair / "tokens")
     optimizer, order = optimizer_and_order(config, student, store)
     for step in range(STEPS):
         tokens_BT, documents, labels_N = batch_of(store, order, step)
@@ -276,7 +276,7 @@ def test_resumed_at_any_number_of_ranks_it_goes_on_with_the_next_sample(pair, ex
 
 def test_of_a_stream_as_much_is_read_as_the_steps_need(pair, tmp_path):
     """The same training as over the whole text in order; resumed at another number of ranks."""
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
 
     order = {"shuffle": "sequential"}
     whole = train(settings(pair, "in_order", order=order), 2)
@@ -291,7 +291,7 @@ def test_of_a_stream_as_much_is_read_as_the_steps_need(pair, tmp_path):
     found = train(streamed, 2)
     columns = ("loss", "kd_loss", "grad_norm")
     np.testing.assert_allclose(series(found, *columns), series(whole, *columns), rtol=1e-6)
-    store = BlockStore.open(tokens)
+    store = open_store(tokens)
     assert store.committed() == list(range(STEPS))  # a step takes a block
     assert not store.complete()
     shutil.rmtree(f"{streamed.train.out_dir}/model")
@@ -300,11 +300,11 @@ def test_of_a_stream_as_much_is_read_as_the_steps_need(pair, tmp_path):
     shutil.rmtree(tokens)  # it comes again
     again = train(streamed, 1)
     np.testing.assert_allclose(series(again, *columns), series(whole, *columns), rtol=1e-5)
-    assert BlockStore.open(tokens).committed() == store.committed()
+    assert open_store(tokens).committed() == store.committed()
 
 
 def test_a_stream_that_ends_before_the_steps_do_begins_anew(pair, tmp_path):
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
 
     (tmp_path / "text.jsonl").write_text(
         "".join((pair / "text.jsonl").read_text().splitlines(keepends=True)[:9])
@@ -320,7 +320,7 @@ def test_a_stream_that_ends_before_the_steps_do_begins_anew(pair, tmp_path):
         },
     )
     found = train(config, 2)
-    store = BlockStore.open(tmp_path / "tokens")
+    store = open_store(tmp_path / "tokens")
     assert store.complete()
     assert len(store) < found[-1]["sequences"] == 32
 

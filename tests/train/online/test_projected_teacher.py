@@ -49,7 +49,7 @@ def projected(pair):
 def test_it_is_what_a_plain_torch_loop_does(pair, projected):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megadistill.blocks import BlockStore
+    from megadistill.blocks import open_store
     from megadistill.data.alignment import Alignment
     from megadistill.models.attention import forward_inputs
     from tests.train.plain import batch_of, clip_and_step, optimizer_and_order
@@ -71,7 +71,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, projected):
     gram = W.T @ W
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(32)
     matrix = torch.nn.Parameter(torch.linalg.solve(gram, W.T @ U).float())
-    store = BlockStore.open(pair / "tokens")
+    store = open_store(pair / "tokens")
     all_of_it = torch.nn.ModuleList([student, torch.nn.ParameterList([matrix])])
     optimizer, order = optimizer_and_order(config, all_of_it, store)
     for step in range(STEPS):

@@ -1,7 +1,4 @@
-"""The block store: a directory of MDS shards, committed block by block, verified on reading.
-
-Token stores and caches are both block stores, so resuming, merging and verifying are written once.
-A block counts when its marker is in place, and the marker is put in place last:
+"""Writing a block store: blocks become durable one by one, their marker last.
 
     shard under a temporary name, fsync, rename, fsync of both directories;
     marker under a temporary name, fsync, rename, fsync of both directories.
@@ -12,24 +9,19 @@ a store's bytes: those go to the folder `<store>.run` beside it.
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 
-from megadistill.blocks.anew import begin_anew, shape_of, write_header
-from megadistill.blocks.derived import (
-    RECORD,
-    combined_hash,
-    encode_blocks_bin,
-    encode_index,
-    known_blocks,
-    read_blocks_bin,
-    record_of,
+from megadistill.blocks.anew import (
+    log_begun_anew,
+    must_begin_anew,
+    replace_header,
+    shape_of,
+    write_header,
 )
+from megadistill.blocks.derived import RECORD, encode_blocks_bin, encode_index, read_blocks_bin
 from megadistill.blocks.install import (
     install_block,
     is_installed,
@@ -39,59 +31,48 @@ from megadistill.blocks.install import (
     temporary_folder,
 )
 from megadistill.blocks.layout import (
-    KINDS,
     MARKER_LIMIT,
-    MARKER_NAME,
     MAX_BLOCKS,
     SHARD_NAME,
     Layout,
-    kind_of,
     new_header,
     prepare_folder,
     read_header,
-    read_ids,
-    read_marker,
-    read_plan,
     same_bytes,
     shard_name,
 )
+from megadistill.blocks.reader import BlockReader, Sample, kind_in
 from megadistill.blocks.recipe import NAMES, Keys, require_same_recipe
 from megadistill.blocks.remote.object_store import read_only
-from megadistill.blocks.shard import OpenShards, Shard, write_shard
+from megadistill.blocks.shard import write_shard
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.disk import is_url
-from megadistill.storage.files import LOCAL, Files, named_os_errors, names_in
+from megadistill.storage.files import LOCAL, Files, names_in
 from megadistill.storage.lock import StoreLock, require_holder, token_of
 from megadistill.storage.records import encode_json
 
-if TYPE_CHECKING:
-    from megadistill.blocks.remote.shard_cache import LocalCopies
-
-Sample = dict[str, Any]
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
 
 
-class BlockStore:
-    """A store in a folder. Made by `create` (to write) or `open` (to read).
+class BlockWriter(BlockReader):
+    """A store in a folder, to write and read. Made by `create`, `create_like` or `open`.
 
-    Sequence i is sample i % block_size of block i // block_size; only the last planned block may
-    be shorter. Safe to read from several threads, and to commit different blocks to from several
-    threads, processes and hosts.
+    Safe to commit different blocks to from several threads, processes and hosts.
     """
 
     def __init__(self, path: str | Path, *, kind: str, files: Files = LOCAL) -> None:
-        self.path = Path(path)
-        self.layout = Layout(self.path)
-        self.kind = kind
+        super().__init__(path, kind=kind)
         self._files = files
-        self.header, self._columns = read_header(self.layout, kind)
         # The run this object writes for: whoever holds the lock by now, and after `lock` itself.
         self._lock: StoreLock | None = None
         self._token = token_of(self.layout.run / "lock")
-        self._shards = OpenShards()
-        self._seen: dict[int, tuple] = {}  # the files whose xxh3 was right
-        self._total = read_plan(self.layout, self.block_size)
-        self._records = known_blocks(self.layout.blocks_bin)
+
+    @classmethod
+    def open(cls, path: str | Path, *, files: Files = LOCAL) -> Self:
+        """The store in a folder, of either kind. StoreError, CorruptBlockError."""
+        if is_url(path):
+            raise read_only(str(path))
+        return cls(path, kind=kind_in(path), files=files)
 
     @classmethod
     def create(
@@ -105,7 +86,7 @@ class BlockStore:
         ids_bin: bytes | None = None,
         keys: Keys | None = None,
         files: Files = LOCAL,
-    ) -> BlockStore:
+    ) -> Self:
         """A new store, or the one that is there if it has the same kind, shape and recipe.
 
         header   must hold "recipe"; never changed once a block is committed
@@ -124,7 +105,7 @@ class BlockStore:
         if prepare_folder(layout, kind, files) is None:
             write_header(files, layout, kind, full, ids_bin)
         store = cls(path, kind=kind, files=files)
-        if begin_anew(store, files, full, ids_bin):
+        if store.begin_anew(full, ids_bin):
             store = cls(path, kind=kind, files=files)
         require_same_recipe(
             shape_of(store.header),
@@ -140,12 +121,12 @@ class BlockStore:
     def create_like(
         cls,
         path: str | Path,
-        source: BlockStore,
+        source: BlockReader,
         *,
         header: dict[str, Any] | None = None,
         keys: Keys | None = None,
         files: Files = LOCAL,
-    ) -> BlockStore:
+    ) -> Self:
         """`create` with what `source` has: its shape, ids.bin, and header unless another is given.
 
         CorruptBlockError for a damaged ids.bin.
@@ -161,75 +142,22 @@ class BlockStore:
             files=files,
         )
 
-    @classmethod
-    def open(
-        cls, path: str | Path, *, files: Files = LOCAL, local: LocalCopies | None = None
-    ) -> BlockStore:
-        """The store in a folder or at a URL, of either kind. StoreError, CorruptBlockError.
+    def begin_anew(self, header: dict[str, Any], ids_bin: bytes | None) -> bool:
+        """Replace the header of a store without blocks by another one; whether that was done.
 
-        local  where shards of a remote store are kept, see `blocks.mirror`
+        LockedError while another run writes the store.
         """
-        if is_url(path):
-            from megadistill.blocks.remote.mirror_cache import open_remote
+        if not must_begin_anew(self.layout, self.header, header, ids_bin) or self.present():
+            return False
+        with self.lock():
+            if self.present():  # committed since by a run that has ended
+                return False
+            self.clean()
+            replace_header(self._files, self.layout, self.kind, header, ids_bin)
+        log_begun_anew(self.layout, self.header, header)
+        return True
 
-            return open_remote(str(path), local=local)
-        if not Path(path).is_dir():
-            raise StoreError(f"{path}: no such folder, expected a cache or a token store")
-        kind = kind_of(Path(path))
-        if kind is None:
-            raise StoreError(
-                f"{path}: holds no {' or '.join(KINDS.values())}: not a cache or a token store"
-            )
-        return cls(path, kind=kind, files=files)
-
-    def __reduce__(self) -> tuple:
-        # To another process goes the folder's name; the files are opened there.
-        return BlockStore.open, (self.path,)
-
-    is_remote = False
-
-    @property
-    def name(self) -> str:
-        """The folder or the URL, for messages and reports."""
-        return str(self.path)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """Everything the bytes of a block depend on."""
-        return self.header["recipe"]
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Returns names of models and data, by key, for reading; {} in a store without names."""
-        found = self.header.get(NAMES)
-        found = found if isinstance(found, dict) else {}
-        return {k: v for k, v in found.items() if isinstance(v, str)}
-
-    @property
-    def block_size(self) -> int:
-        """Sequences a block."""
-        return self.header["block_size"]
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Column name to MDS encoding."""
-        return self.header["columns"]
-
-    def ids_bin(self) -> bytes | None:
-        """The store's ids.bin, verified; None for a store without one. CorruptBlockError."""
-        return read_ids(self.layout, self.header)
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Sequences the store will hold when complete; None before that is planned."""
-        return self._total
-
-    @property
-    def num_blocks(self) -> int | None:
-        """Blocks the store will hold when complete; None before that is planned."""
-        return None if self._total is None else -(-self._total // self.block_size)
-
-    # Planning -----------------------------------------------------------------------------------
+    # Planning ------------------------------------------------------------------------------------
 
     def plan(self, num_sequences: int | None) -> None:
         """Write how many sequences the store will hold; None takes the plan back.
@@ -273,51 +201,7 @@ class BlockStore:
         put(self._files, self.layout, self.layout.plan, encode_json(plan))
         self._total = num_sequences
 
-    def committed(self) -> list[int]:
-        """The blocks whose marker is in place, ascending. Looks at the directory each time."""
-        blocks = self.present()
-        if self._total is None:
-            return blocks
-        last = self.num_blocks - 1  # type: ignore[operator]
-        blocks = [b for b in blocks if b <= last]
-        if blocks and blocks[-1] == last:
-            expected = self._total - last * self.block_size
-            if int(self._record(last)["sequences"]) != expected:
-                blocks.pop()
-        return blocks
-
-    def present(self) -> list[int]:
-        """The blocks that have a marker, planned or not, ascending."""
-        names = names_in(self.layout.blocks)
-        return sorted(int(name[:6]) for name in names if MARKER_NAME.fullmatch(name))
-
-    def missing(self) -> list[int]:
-        """The planned blocks that are not committed, ascending. StoreError without a plan."""
-        if self._total is None:
-            raise StoreError(f"{self.path}: how many sequences it will hold is not planned yet")
-        committed = set(self.committed())
-        return [b for b in range(self.num_blocks or 0) if b not in committed]
-
-    def complete(self) -> bool:
-        """Whether every planned block is committed and every derived file is what it must be.
-
-        Reads all markers and asks for the size of all shards; reads no shard. CorruptBlockError
-        for a damaged marker.
-        """
-        if self._total is None or self.missing() or len(self.present()) != self.num_blocks:
-            return False
-        return self.consistent()
-
-    def consistent(self) -> bool:
-        """Whether the committed blocks' shards are there and the derived files follow from them."""
-        markers = self._markers()
-        return (
-            all(self.shard_is_there(m) for m in markers)
-            and same_bytes(self.layout.blocks_bin, encode_blocks_bin(markers))
-            and same_bytes(self.layout.index, encode_index(markers, self._columns))
-        )
-
-    # Writing ------------------------------------------------------------------------------------
+    # Writing -------------------------------------------------------------------------------------
 
     def commit(
         self,
@@ -345,7 +229,10 @@ class BlockStore:
         temporary = temporary_folder(self._files, self.layout)
         try:
             path, shard = write_shard(
-                temporary / "shard", samples, columns=self._columns, first=block * self.block_size
+                temporary / "shard",
+                samples,
+                columns=self.parsed_columns,
+                first=block * self.block_size,
             )
             marker = marker_of(
                 block, samples, shard, statistics=statistics, content_hash=content_hash, extra=extra
@@ -370,7 +257,7 @@ class BlockStore:
                 raise CorruptBlockError(str(path), f"{marker['shard']['size']} bytes", found)
         derived = {
             self.layout.blocks_bin: encode_blocks_bin(markers),
-            self.layout.index: encode_index(markers, self._columns),
+            self.layout.index: encode_index(markers, self.parsed_columns),
         }
         for path, data in derived.items():
             if not same_bytes(path, data):
@@ -433,7 +320,7 @@ class BlockStore:
         self._lock = StoreLock(path, what=str(self.path), patience_s=patience_s)
         return self._lock
 
-    def adopt(self, block: int, source: BlockStore) -> None:
+    def adopt(self, block: int, source: BlockReader) -> None:
         """Take a block over from a store of the same recipe, sharing its bytes on disk."""
         temporary = temporary_folder(self._files, self.layout)
         try:
@@ -445,119 +332,12 @@ class BlockStore:
         finally:
             self._files.remove_tree(temporary)
 
-    # Reading ------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        blocks = self.committed()
-        if not blocks:
-            return 0
-        return (len(blocks) - 1) * self.block_size + int(self._record(blocks[-1])["sequences"])
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sequence `index`, verified: column to array (fresh, writable), bytes or int."""
-        block, row = divmod(index, self.block_size)
-        if index >= 0 and (self._total is None or index < self._total):
-            shard = self._shard(block)
-            if row < len(shard):
-                return shard[row]
-        raise IndexError(f"{self.path}: no sequence {index}")
-
-    def block(self, block: int) -> list[Sample]:
-        """All samples of a block, verified."""
-        shard = self._shard(block)
-        return [shard[row] for row in range(len(shard))]
-
-    def __iter__(self) -> Iterator[Sample]:
-        for block in self.committed():
-            yield from self.block(block)
-
-    def marker(self, block: int) -> dict[str, Any]:
-        """A block's marker. StoreError where it is not committed, CorruptBlockError."""
-        try:
-            return read_marker(self.layout, block, self.block_size)
-        except FileNotFoundError:
-            raise StoreError(
-                f"{self.path}: block {block} is missing: generate again, and it is made"
-            ) from None
-
-    @contextmanager
-    def shard_file(self, block: int) -> Iterator[Path]:
-        """The file of a block's shard, which stays where it is meanwhile."""
-        yield self.layout.shard(block)
-
-    def shard_is_there(self, marker: dict[str, Any]) -> bool:
-        """Whether the marker's shard has the size it must have; its bytes are not read."""
-        path = self.layout.shard(marker["block"])
-        with named_os_errors("look at", path):
-            try:
-                status = path.lstat()
-            except FileNotFoundError:
-                return False
-        return stat.S_ISREG(status.st_mode) and status.st_size == marker["shard"]["size"]
-
-    def lost_shards(self) -> list[Path]:
-        """The shards of committed blocks that are gone or of another size."""
-        return [
-            self.layout.shard(m["block"]) for m in self._markers() if not self.shard_is_there(m)
-        ]
-
-    def content_hash(self) -> str:
-        """128 bits, hexadecimal, over the content of the committed blocks in block order."""
-        records = [self._record(b) for b in self.committed()]
-        return combined_hash(np.array(records, RECORD))
-
-    def tokens_xxh3(self) -> np.ndarray:
-        """uint64: of each committed block the hash of its token ids, equal for equal text.
-
-        From blocks.bin, or of blocks that it does not know yet from their markers.
-        """
-        return np.array([self._record(b)["tokens_xxh3"] for b in self.committed()], np.uint64)
-
-    def verify(
-        self,
-        *,
-        workers: int = 1,
-        progress: Callable[[int], object] | None = None,
-        check: Callable[[list[Sample], dict[str, Any]], list[str]] | None = None,
-    ) -> list[str]:
-        """Check every byte; returns what is wrong, a line each. See `blocks.verify`."""
-        from megadistill.blocks.maintenance.verify import verify_store
-
-        return verify_store(self, workers=workers, progress=progress, check=check)
-
-    # Inside -------------------------------------------------------------------------------------
+    # Inside --------------------------------------------------------------------------------------
 
     def _require_lock(self) -> None:
         """LockedError where the run this object writes for does not hold the lock any more."""
         token = self._lock.token if self._lock and self._lock.entered else self._token
         require_holder(self.layout.run / "lock", token, what=str(self.path))
-
-    def _markers(self) -> list[dict[str, Any]]:
-        return [self.marker(b) for b in self.committed()]
-
-    def _record(self, block: int) -> np.void:
-        at = int(np.searchsorted(self._records["block"], block))
-        if at < len(self._records) and self._records["block"][at] == block:
-            return self._records[at]
-        return record_of(self.marker(block))
-
-    def _shard(self, block: int) -> Shard:
-        return self._shards.get(block, self._open_shard)
-
-    def _open_shard(self, block: int) -> Shard:
-        record = self._record(block)
-        shard = Shard(
-            self.layout.shard(block),
-            columns=self._columns,
-            first=block * self.block_size,
-            samples=int(record["sequences"]),
-            size=int(record["shard_size"]),
-            xxh3=int(record["shard_xxh3"]),
-            seen=self._seen.get(block),
-        )
-        # A shuffle over more blocks than are kept open would hash a whole shard for each sample.
-        self._seen[block] = shard.identity
-        return shard
 
     def _install(self, block: int, shard: Path, marker: dict[str, Any], temporary: Path) -> None:
         data = encode_json(marker)

@@ -3,9 +3,9 @@
     config = load_config("demo.yaml", ["train.lr=3e-4"])
     config.teacher.model, config.train.lr, ...
 
-generating.py, training.py and schema.py have the keys, rules.py and training_rules.py what concerns
-several of them, deepspeed_keys.py what DeepSpeed may be told, load.py the way from a file to a
-checked Config.
+generating.py, training.py and sections.py have the keys, rules.py and training_rules.py what
+concerns several of them, schema.py the class that applies the rules, deepspeed_keys.py what
+DeepSpeed may be told, load.py the way from a file to a checked Config.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from megadistill.config.generating import CacheConfig, DataConfig, TargetsConfig
 from megadistill.config.load import load_config
 from megadistill.config.messages import all_keys
 from megadistill.config.rules import worst_bytes_per_position
-from megadistill.config.schema import Config, ParallelConfig
+from megadistill.config.schema import Config
+from megadistill.config.sections import ParallelConfig
 from megadistill.config.training import (
     ALL_TERMS_FROM,
     FEATURES_FROM,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from megadistill.config.problem import Problem
-
-if TYPE_CHECKING:
-    from megadistill.config.schema import Config
+from megadistill.config.sections import Sections
 
 
-def _caches(config: Config) -> Iterator[Problem]:
+def _caches(config: Sections) -> Iterator[Problem]:
     cache = config.cache
     if not cache.ensemble:
         return
@@ -40,7 +37,7 @@ def _caches(config: Config) -> Iterator[Problem]:
         )
 
 
-def _models(config: Config) -> Iterator[Problem]:
+def _models(config: Sections) -> Iterator[Problem]:
     teacher = config.teacher
     if not teacher.ensemble:
         return

@@ -11,21 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from megadistill.config.problem import Problem
 from megadistill.config.rules import largest_block_size
+from megadistill.config.sections import Sections
 from megadistill.errors import ConfigError, DataError, RecipeError
 
-if TYPE_CHECKING:
-    from megadistill.config.schema import Config
+AnyConfig = TypeVar("AnyConfig", bound=Sections)
 
 SUFFIX = ".heldout"
 _OF_NAME = ("config", "split", "revision")  # keys of `eval` that say more about `eval.name`
 _KEYS = re.compile(r"\bdata\.(files|name|config|split|revision|max_samples)\b")
 
 
-def held_out(config: Config) -> Config | None:
+def held_out(config: AnyConfig) -> AnyConfig | None:
     """The configuration that makes the held-out cache; None where none is asked for."""
     wanted, data = config.eval, config.data
     if wanted.files is None and wanted.name is None:
@@ -70,12 +70,12 @@ def held_out(config: Config) -> Config | None:
     return made.model_copy(update={"data": smaller})
 
 
-def held_out_cache(config: Config) -> str:
+def held_out_cache(config: Sections) -> str:
     """Where the held-out cache lies: beside the cache, of several beside the first."""
     return config.cache.sources[0].dir.rstrip("/") + SUFFIX
 
 
-def evaluation_cache(config: Config) -> tuple[str, str] | None:
+def evaluation_cache(config: Sections) -> tuple[str, str] | None:
     """(the key that asks for it, the folder or URL) of the held-out cache; None without one."""
     wanted = config.eval
     if wanted.cache is not None:
@@ -86,7 +86,7 @@ def evaluation_cache(config: Config) -> tuple[str, str] | None:
 
 
 @contextmanager
-def in_eval_keys(made: Config) -> Iterator[None]:
+def in_eval_keys(made: Sections) -> Iterator[None]:
     """Errors about the text of a held-out configuration, in the keys that the user set.
 
     made: that configuration. An error that names no key says that it is about the held-out text.
@@ -100,7 +100,7 @@ def in_eval_keys(made: Config) -> Iterator[None]:
         raise type(error)(said) from error
 
 
-def evaluation_problems(config: Config) -> Iterator[Problem]:
+def evaluation_problems(config: Sections) -> Iterator[Problem]:
     """Every rule about `eval` that the configuration breaks."""
     wanted, data = config.eval, config.data
     given = [f"eval.{name}" for name in ("cache", "files", "name") if getattr(wanted, name)]

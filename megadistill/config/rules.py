@@ -11,20 +11,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from megadistill.config.curves import fractions, values
 from megadistill.config.deepspeed_keys import deepspeed_problems
 from megadistill.config.ensemble_rules import ENSEMBLES
 from megadistill.config.problem import Problem
+from megadistill.config.sections import Sections
+from megadistill.config.training import LossConfig
 from megadistill.config.training_rules import TRAINING
 from megadistill.errors import ConfigError
 from megadistill.storage.disk import is_url
 from megadistill.targets import DENSE, PARAMETERS, check_divergence
-
-if TYPE_CHECKING:
-    from megadistill.config.schema import Config
-    from megadistill.config.training import LossConfig
 
 NO_CORPUS = (
     "no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
@@ -33,7 +30,7 @@ NO_CORPUS = (
 MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
 
 
-def worst_bytes_per_position(config: Config) -> float:
+def worst_bytes_per_position(config: Sections) -> float:
     """The most bytes that a position's targets can take in a cache, in any of its encodings."""
     targets = config.targets
     entries = {
@@ -45,16 +42,16 @@ def worst_bytes_per_position(config: Config) -> float:
     return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
 
 
-def largest_block_size(config: Config) -> int:
+def largest_block_size(config: Sections) -> int:
     """The most sequences a block that surely stay within the 4 GiB of a shard; 0: not even one."""
     return int(MAX_SHARD_BYTES // _worst_bytes_a_sequence(config))
 
 
-def _worst_bytes_a_sequence(config: Config) -> float:
+def _worst_bytes_a_sequence(config: Sections) -> float:
     return config.data.seq_len * (8 + worst_bytes_per_position(config)) + 256
 
 
-def problems(config: Config) -> Iterator[Problem]:
+def problems(config: Sections) -> Iterator[Problem]:
     """Every rule that `config` breaks."""
     general = (_source, _packing, _fields, _folders, _teacher, _online, _targets)
     for rule in (*general, *ENSEMBLES, *TRAINING):
@@ -63,7 +60,7 @@ def problems(config: Config) -> Iterator[Problem]:
         yield Problem((".".join(("deepspeed", *path)),), message)
 
 
-def _source(config: Config) -> Iterator[Problem]:
+def _source(config: Sections) -> Iterator[Problem]:
     data = config.data
     keys = ("data.source", "data.files", "data.name")
     given = [key for key in keys if getattr(data, key.removeprefix("data.")) is not None]
@@ -87,7 +84,7 @@ def _source(config: Config) -> Iterator[Problem]:
         )
 
 
-def _packing(config: Config) -> Iterator[Problem]:
+def _packing(config: Sections) -> Iterator[Problem]:
     if config.data.packing == "best_fit" and config.data.pack == "concat":
         yield Problem(
             ("data.packing", "data.pack"),
@@ -96,7 +93,7 @@ def _packing(config: Config) -> Iterator[Problem]:
         )
 
 
-def _fields(config: Config) -> Iterator[Problem]:
+def _fields(config: Sections) -> Iterator[Problem]:
     data = config.data
     prompt, completion = data.prompt_field, data.completion_field
     if (prompt is None) != (completion is None):
@@ -133,7 +130,7 @@ def _fields(config: Config) -> Iterator[Problem]:
         )
 
 
-def _folders(config: Config) -> Iterator[Problem]:
+def _folders(config: Sections) -> Iterator[Problem]:
     # A store and a run each own their folder: cleaning up in one must not reach into another.
     written = {"data.dir": config.data.dir}
     if isinstance(config.cache.dir, str):
@@ -186,7 +183,7 @@ def _inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def _teacher(config: Config) -> Iterator[Problem]:
+def _teacher(config: Sections) -> Iterator[Problem]:
     teacher = config.teacher
     if teacher.model is None and not config.may_train_from_cache:
         yield Problem(
@@ -208,7 +205,7 @@ def _teacher(config: Config) -> Iterator[Problem]:
         )
 
 
-def _online(config: Config) -> Iterator[Problem]:
+def _online(config: Sections) -> Iterator[Problem]:
     targets, loss = config.targets, config.loss
     if config.teacher.mode == "cached":
         if targets.method in DENSE and config.student is None:
@@ -249,7 +246,7 @@ def _online(config: Config) -> Iterator[Problem]:
         )
 
 
-def _attention(config: Config) -> Iterator[Problem]:
+def _attention(config: Sections) -> Iterator[Problem]:
     if config.student is None or "attention" not in config.loss.aligned:
         return
     for part, section in (("teacher", config.teacher), ("student", config.student)):
@@ -262,7 +259,7 @@ def _attention(config: Config) -> Iterator[Problem]:
             )
 
 
-def _targets(config: Config) -> Iterator[Problem]:
+def _targets(config: Sections) -> Iterator[Problem]:
     targets, loss, data = config.targets, config.loss, config.data
     online = config.teacher.mode == "online"
     worst, fits = _worst_bytes_a_sequence(config), largest_block_size(config)
@@ -298,7 +295,7 @@ def _targets(config: Config) -> Iterator[Problem]:
     yield from _loss(loss)
 
 
-def not_cached(config: Config) -> Problem:
+def not_cached(config: Sections) -> Problem:
     """A method whose targets exist only while the teacher runs."""
     return Problem(
         ("targets.method", "teacher.mode"),
@@ -308,7 +305,7 @@ def not_cached(config: Config) -> Problem:
     )
 
 
-def divergence_problems(config: Config, *, anything: bool = False) -> Iterator[Problem]:
+def divergence_problems(config: Sections, *, anything: bool = False) -> Iterator[Problem]:
     """Whether the targets of the configuration serve its loss; with `anything`, whether any do."""
     targets, loss = config.targets, config.loss
     try:

@@ -6,12 +6,10 @@ Nothing here concerns anybody who only generates: without a student most do not 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megadistill.config.problem import Problem
-
-if TYPE_CHECKING:
-    from megadistill.config.schema import Config
+from megadistill.config.sections import Sections
 
 MAX_GROUPS = 64
 
@@ -21,7 +19,7 @@ def default_groups(global_batch: int) -> int:
     return max(g for g in range(1, MAX_GROUPS + 1) if global_batch % g == 0)
 
 
-def _batch(config: Config) -> Iterator[Problem]:
+def _batch(config: Sections) -> Iterator[Problem]:
     if config.student is None:
         return
     train, groups = config.train, config.order.groups
@@ -41,7 +39,7 @@ def _batch(config: Config) -> Iterator[Problem]:
         )
 
 
-def _averages(config: Config) -> Iterator[Problem]:
+def _averages(config: Sections) -> Iterator[Problem]:
     if config.student is None:
         return
     train = config.train
@@ -58,7 +56,7 @@ def _averages(config: Config) -> Iterator[Problem]:
         )
 
 
-def _nvme(config: Config) -> Iterator[Problem]:
+def _nvme(config: Sections) -> Iterator[Problem]:
     """Parameters may lie there; the optimizer not.
 
     Tried with DeepSpeed 0.19.8 and torch's AdamW on 1 and 2 ranks: with the optimizer on NVMe
@@ -96,7 +94,7 @@ def _mapping(section: dict[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _trackers(config: Config) -> Iterator[Problem]:
+def _trackers(config: Sections) -> Iterator[Problem]:
     names = config.train.trackers
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -105,7 +103,7 @@ def _trackers(config: Config) -> Iterator[Problem]:
         )
 
 
-def _steps(config: Config) -> Iterator[Problem]:
+def _steps(config: Sections) -> Iterator[Problem]:
     if config.student is None:
         return
     train = config.train

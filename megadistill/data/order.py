@@ -35,7 +35,7 @@ import numpy as np
 
 from megadistill.data.mixture import Mixture
 from megadistill.errors import ConfigError
-from megadistill.storage.permutation import key, permutation
+from megadistill.storage.counter_rng import key, permutation
 
 # What a host keeps at hand per group. Measured in blocks: 4 of 256 sequences shuffle 1,024 ways.
 WINDOW_BLOCKS = 4

@@ -1,9 +1,11 @@
-"""Random starts that are a function of what they are for, and of nothing else.
+"""Counter-based random numbers: pure functions of integers, equal on every machine and device.
 
-Counter-based: (seed, purpose, sequence number, position) goes through splitmix64's finaliser, word
-by word, in integers that wrap around alike on every device, in torch and in numpy. So a draw is the
-same at any number of ranks, in any order, and after any interruption. Two purposes never share a
-start: reusing one gives weights that are wrong by up to 196 %.
+A start is a function of what it is for: (seed, purpose, sequence number, position) goes through
+splitmix64's finaliser, word by word, in integers that wrap around alike in torch, in numpy and in
+Python. So a draw is the same at any number of ranks, in any order, and after any interruption. Two
+purposes never share a start: reusing one gives weights that are wrong by up to 196 %.
+
+Permutations come from the same numbers: orders of documents and of training.
 
 Shape letters: N positions, M draws of a position.
 """
@@ -12,9 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 SELECT, ROUND, TRUNCATE, TRUNCATE_ROUND = 1, 2, 3, 4  # purposes
 
 Array = Any  # torch.Tensor or np.ndarray, int64
+_MASK = (1 << 64) - 1
 
 
 def uniform(keys_N: Array, *, seed: int, purpose: int) -> Array:
@@ -46,14 +51,55 @@ def _upper(state: Array) -> Array:
     return (state >> 20) & ((1 << 44) - 1)
 
 
+def key(*parts: int) -> int:
+    """Returns a 64-bit key for integers of any sign; the order of the parts matters."""
+    state = 0
+    for part in parts:
+        state = _splitmix(state ^ _signed(part))
+    return state & _MASK
+
+
+def permutation(length: int, *parts: int) -> np.ndarray:
+    """int64 [length]: 0 .. length - 1 in an order that depends on `parts` alone.
+
+    numpy promises the bits of its generators, but not the order that `Generator.permutation` makes
+    of them (NEP 19), so an order that is a contract cannot come from there.
+    """
+    # The finaliser is a bijection and the counters differ, so there are no ties to break.
+    return np.argsort(outputs(key(*parts), np.arange(1, length + 1)).view(np.uint64))
+
+
+def outputs(start: int, counters_N: np.ndarray) -> np.ndarray:
+    """int64 [N]: the 64 bits that splitmix64 gives `counters_N` steps after the state `start`."""
+    return _finalise(_signed(start) + counters_N * _GOLDEN)
+
+
 def _splitmix(x: Array) -> Array:
-    """splitmix64's finaliser on int64, whose products wrap around as unsigned ones do."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return _finalise(_wrapped(x + _GOLDEN))
+
+
+def _finalise(x: Array) -> Array:
+    """splitmix64's finaliser on int64: an array of numpy or torch, or a Python integer.
+
+    Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014. Products of int64
+    wrap around to the same bits as unsigned ones; the masks make the shifts logical.
+    """
+    x = _wrapped((x ^ ((x >> 30) & ((1 << 34) - 1))) * _FIRST)
+    x = _wrapped((x ^ ((x >> 27) & ((1 << 37) - 1))) * _SECOND)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+def _wrapped(x: Array) -> Array:
+    """An array wraps around by itself; a Python integer has no end."""
+    return _signed(x) if isinstance(x, int) else x
+
+
 def _signed(word: int) -> int:
-    word &= (1 << 64) - 1
+    """The int64 with the low 64 bits of an integer."""
+    word &= _MASK
     return word - (1 << 64) if word >> 63 else word
+
+
+_GOLDEN, _FIRST, _SECOND = map(
+    _signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megadistill.config.training_rules import default_groups
 from megadistill.data.order import Order, rank_rows
 from megadistill.errors import ConfigError
-from megadistill.storage.permutation import permutation
+from megadistill.storage.counter_rng import permutation
 
 
 def drawn(rng):

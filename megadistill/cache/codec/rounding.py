@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
+from megadistill.storage.counter_rng import outputs
 from megadistill.targets import SparseTargets
 
 GRID = 128
@@ -57,13 +58,7 @@ def _start(t: SparseTargets) -> np.ndarray:
         return t.rounding.astype(np.int64)
     digest = xxhash.xxh3_64(np.ascontiguousarray(t.ids).tobytes())
     digest.update(np.ascontiguousarray(t.weights).tobytes())
-    # splitmix64 over the positions; uint64 wraps around.
-    state = np.uint64(digest.intdigest()) + np.arange(len(t), dtype=np.uint64) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((state ^ (state >> np.uint64(31))) >> np.uint64(32)).astype(np.int64)
+    return (outputs(digest.intdigest(), np.arange(len(t))) >> 32) & 0xFFFFFFFF
 
 
 def _row_sums(values_E: np.ndarray, offsets: np.ndarray) -> np.ndarray:

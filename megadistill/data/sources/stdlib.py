@@ -19,7 +19,7 @@ from typing import Any
 from megadistill.config import DataConfig
 from megadistill.data.sources.document import Document
 from megadistill.errors import DataError
-from megadistill.storage.permutation import permutation
+from megadistill.storage.counter_rng import permutation
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _SHUFFLE = 3  # purpose of the permutation

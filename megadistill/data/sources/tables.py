@@ -19,7 +19,7 @@ from megadistill.data.sources.compressed import shown
 from megadistill.data.sources.document import Document
 from megadistill.data.sources.row import Row, Skip
 from megadistill.errors import BadDocumentError, DataError
-from megadistill.storage.permutation import permutation
+from megadistill.storage.counter_rng import permutation
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from megadistill.config import DataConfig
 from megadistill.data.sources.compressed import SUFFIXES, is_compressed, plain_name, reason, shown
 from megadistill.data.sources.document import Document
 from megadistill.errors import DataError
-from megadistill.storage.permutation import permutation
+from megadistill.storage.counter_rng import permutation
 
 KINDS = {
     "parquet": (".parquet",),

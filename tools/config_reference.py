@@ -1,8 +1,8 @@
 """Print the configuration reference as Markdown, or keep it up to date in a file.
 
     python tools/config_reference.py
-    python tools/config_reference.py --update README.md
-    python tools/config_reference.py --check README.md
+    python tools/config_reference.py --update configs/README.md
+    python tools/config_reference.py --check configs/README.md
 
 --check exits with 1 where the file is not up to date.
 """

@@ -1,4 +1,4 @@
-"""The configuration reference as Markdown, from the models: README.md has it between markers."""
+"""The key reference as Markdown, from the models: configs/README.md has it between markers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration reference, and that README.md has the one of this code."""
+"""The key reference, and that configs/README.md has the one of this code."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ def test_a_file_without_the_markers_is_refused(tmp_path):
     assert "none.md: cannot be read" in done.stderr
 
 
-def test_the_readme_is_up_to_date():
-    readme = REPOSITORY / "README.md"
-    if not readme.is_file() or BEGIN not in readme.read_text():
-        pytest.skip("there is no README.md with the reference's markers")
-    assert updated(readme.read_text(), file="README.md") == readme.read_text(), (
-        "run: python tools/config_reference.py --update README.md"
+def test_the_reference_in_configs_is_up_to_date():
+    readme = REPOSITORY / "configs" / "README.md"
+    assert updated(readme.read_text(), file="configs/README.md") == readme.read_text(), (
+        "run: python tools/config_reference.py --update configs/README.md"
     )

@@ -30,7 +30,7 @@ def speed(distribution: Any, *, seconds: float = 2.0) -> list[dict[str, Any]]:
     rows = []
     for method, parameters in PARAMETERS.items():
         targets = _select(distribution, method, parameters)
-        options = {"vocab_size": distribution.vocab_size, "codec": distribution.ranking}
+        options = {"vocab_size": distribution.vocab_size, "ranking": distribution.ranking}
         data = encode_targets(targets, **options)
         encoded = len(targets) / _best(lambda: encode_targets(targets, **options), seconds)  # noqa: B023
         decoded = len(targets) / _best(lambda: decode_targets(data, **options), seconds)  # noqa: B023

@@ -43,16 +43,16 @@ def storage(distribution: Any, *, seq_len: int) -> tuple[Row, Row]:
             found.append(targets.numpy())
     varopt, drawn, listed = (_bare(concatenate(parts)) for parts in chosen.values())
     common = {"data": distribution.name, "seq_len": seq_len}
-    vocab_size, codec = distribution.vocab_size, distribution.ranking
+    vocab_size, ranking = distribution.vocab_size, distribution.ranking
     rival = 3 * len(drawn.ids) / done
-    size = _coded(varopt, seq_len, vocab_size, codec)
+    size = _coded(varopt, seq_len, vocab_size, ranking)
     first = {
         **common,
         "method": "varopt",
         "tau": tau,
         "bytes": size,
         "entries": len(varopt.ids) / done,
-        "entropy_of_streams": _entropy(varopt, seq_len, codec),
+        "entropy_of_streams": _entropy(varopt, seq_len, ranking),
         "random_sampling": rival,
         "ratio": size / rival,
         "variance": variances.varopt(tau),
@@ -61,18 +61,18 @@ def storage(distribution: Any, *, seq_len: int) -> tuple[Row, Row]:
         "variance_ratio_at_equal_entries": variances.multinomial(DRAWS)
         / variances.varopt(variances.tau_of_entries(len(drawn.ids) / done)),
     }
-    size = _coded(listed, seq_len, vocab_size, codec)
+    size = _coded(listed, seq_len, vocab_size, ranking)
     zstd_3, packed = _megatron(listed, seq_len), K * (math.ceil(math.log2(vocab_size)) + 16) / 8
     second = {
         **common,
         "method": "topk",
         "bytes": size,
-        "entropy_of_streams": _entropy(listed, seq_len, codec),
+        "entropy_of_streams": _entropy(listed, seq_len, ranking),
         "zstd": zstd_3,
         "ratio_zstd": size / zstd_3,
         "packed": packed,
         "ratio_packed": size / packed,
-        **_errors(listed, vocab_size, codec),
+        **_errors(listed, vocab_size, ranking),
     }
     return first, second
 
@@ -89,19 +89,20 @@ def _sequences(t: SparseTargets, seq_len: int) -> Iterator[SparseTargets]:
         yield t.rows(start, min(start + seq_len, len(t)))
 
 
-def _coded(t: SparseTargets, seq_len: int, vocab_size: int, codec: Any) -> float:
+def _coded(t: SparseTargets, seq_len: int, vocab_size: int, ranking: Any) -> float:
     parts = (
-        encode_targets(part, vocab_size=vocab_size, codec=codec) for part in _sequences(t, seq_len)
+        encode_targets(part, vocab_size=vocab_size, ranking=ranking)
+        for part in _sequences(t, seq_len)
     )
     return sum(map(len, parts)) / len(t)
 
 
-def _entropy(t: SparseTargets, seq_len: int, codec: Any) -> float:
+def _entropy(t: SparseTargets, seq_len: int, ranking: Any) -> float:
     """Bytes per token by the static entropy of each stream's symbols, and the raw bits."""
     streams: list[list[bytes]] = []
     bits = 0.0
     for part in _sequences(t, seq_len):
-        symbols, raw = streams_of(part, codec=codec)
+        symbols, raw = streams_of(part, ranking=ranking)
         bits += 8 * raw
         streams += [[] for _ in range(len(symbols) - len(streams))]
         for stream, found in zip(streams, symbols, strict=False):
@@ -124,10 +125,10 @@ def _megatron(t: SparseTargets, seq_len: int) -> float:
     return size / len(t)
 
 
-def _errors(t: SparseTargets, vocab_size: int, codec: Any) -> Row:
+def _errors(t: SparseTargets, vocab_size: int, ranking: Any) -> Row:
     """Computes decoding errors: KL over list and tail, and the largest of a log-probability."""
-    data = encode_targets(t, vocab_size=vocab_size, codec=codec)
-    back = decode_targets(data, vocab_size=vocab_size, codec=codec)
+    data = encode_targets(t, vocab_size=vocab_size, ranking=ranking)
+    back = decode_targets(data, vocab_size=vocab_size, ranking=ranking)
     assert np.array_equal(back.ids, t.ids)
     p, q = t.weights.astype(np.float64), back.weights.astype(np.float64)
     some = (p > 0) & (q > 0)

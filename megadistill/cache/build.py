@@ -407,7 +407,7 @@ def _validate(
 
 def _coded(targets: SparseTargets, cache: Cache) -> SparseTargets:
     """As the cache would give them back: what rounds to nothing is not there any more."""
-    shape: dict[str, Any] = {"vocab_size": cache.vocab_size, "codec": cache.codec}
+    shape: dict[str, Any] = {"vocab_size": cache.vocab_size, "ranking": cache.ranking}
     return decode_targets(encode_targets(targets, **shape), **shape)
 
 

@@ -41,7 +41,7 @@ class Cache:
                 str(store.layout.header("cache")), "recipe.vocab_size from 1 to 2^32", vocab_size
             )
         self.store, self.vocab_size, self.device = store, vocab_size, device
-        self.codec = ranking_of(store, vocab_size=vocab_size)
+        self.ranking = ranking_of(store, vocab_size=vocab_size)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -116,7 +116,7 @@ class Cache:
         targets = decode_targets(
             sample["targets"],
             vocab_size=self.vocab_size,
-            codec=self.codec,
+            ranking=self.ranking,
             file=file,
             device=self.device,
         )

@@ -48,7 +48,7 @@ class CacheWriter:
     ) -> None:
         self._store = store
         self._vocab_size = int(store.recipe["vocab_size"])
-        self._codec = ranking_of(store, vocab_size=self._vocab_size)
+        self._ranking = ranking_of(store, vocab_size=self._vocab_size)
         self._made_with = made_with or {}
         self._on_commit, self._on_error = on_commit, on_error
         self._free = threading.Semaphore(depth)
@@ -102,7 +102,9 @@ class CacheWriter:
         first = block * self._store.block_size
         data = [self._encoded(t, first + i) for i, t in enumerate(targets)]
         # Decoded again: statistics are of what will be read, and nothing unreadable is committed.
-        decoded = [decode_targets(d, vocab_size=self._vocab_size, codec=self._codec) for d in data]
+        decoded = [
+            decode_targets(d, vocab_size=self._vocab_size, ranking=self._ranking) for d in data
+        ]
         full = [s | {"targets": d} for s, d in zip(samples, data, strict=True)]
         for sample, target in zip(samples, targets, strict=True):
             if len(target) != len(sample["tokens"]):
@@ -122,7 +124,7 @@ class CacheWriter:
 
     def _encoded(self, targets: SparseTargets, sequence: int) -> bytes:
         try:
-            return encode_targets(targets, vocab_size=self._vocab_size, codec=self._codec)
+            return encode_targets(targets, vocab_size=self._vocab_size, ranking=self._ranking)
         except NonFiniteError as error:
             raise TeacherError(
                 f"sequence {sequence}, position {error.position}: the teacher's {error.name} is "

@@ -103,10 +103,10 @@ def test_torch_tensors_give_the_same_bytes_and_come_back_the_same(method: str) -
     data = encode_targets(t, vocab_size=1000)
     assert encode_targets(t.torch(), vocab_size=1000) == data
     ranking = IdRanking(np.random.default_rng(0).permutation(1000))
-    for codec in (None, ranking):
-        there = decode_targets(data, vocab_size=1000, codec=codec, device="cpu")
+    for each in (None, ranking):
+        there = decode_targets(data, vocab_size=1000, ranking=each, device="cpu")
         assert isinstance(there.ids, torch.Tensor)
-        here = decode_targets(data, vocab_size=1000, codec=codec)
+        here = decode_targets(data, vocab_size=1000, ranking=each)
         assert_equal_targets(there.numpy(), here)
         np.testing.assert_array_equal(there.entropy.numpy(), here.entropy)
         np.testing.assert_array_equal(there.nll.numpy(), here.nll)
@@ -119,11 +119,11 @@ def test_a_ranking_makes_frequent_ids_cheap_and_changes_no_target(method: str) -
     assert (np.diff(counts[ranking.ids]) < 0).all()
     plain = make_targets(method, positions=300)
     t = dataclasses.replace(plain, ids=ranking.ids[plain.ids])
-    back = coded(t, codec=ranking)
+    back = coded(t, ranking=ranking)
     np.testing.assert_array_equal(by_id(back).ids, by_id(t).ids)
     if method in SAMPLED:
         assert_equal_targets(back, t)
-    cost = len(encode_targets(t, vocab_size=1000, codec=ranking))
+    cost = len(encode_targets(t, vocab_size=1000, ranking=ranking))
     assert cost == len(encode_targets(plain, vocab_size=1000))
     again = IdRanking.from_bytes(ranking.to_bytes(), vocab_size=1000, file="ids.bin")
     np.testing.assert_array_equal(again.ids, ranking.ids)
@@ -264,8 +264,8 @@ def test_targets_that_are_not_what_their_method_says_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=says):
             encode_targets(bad, vocab_size=1000)
-    with pytest.raises(ValueError, match="codec ranks 9 ids, expected 1000"):
-        encode_targets(varopt, vocab_size=1000, codec=IdRanking(np.arange(9)))
+    with pytest.raises(ValueError, match="ranking has 9 ids, expected 1000"):
+        encode_targets(varopt, vocab_size=1000, ranking=IdRanking(np.arange(9)))
     with pytest.raises(ValueError, match="vocab_size"):
         encode_targets(varopt, vocab_size=0)
 

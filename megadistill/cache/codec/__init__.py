@@ -51,21 +51,21 @@ _METHODS: dict[str, Any] = {
 
 
 def encode_targets(
-    targets: SparseTargets, *, vocab_size: int, codec: IdRanking | None = None
+    targets: SparseTargets, *, vocab_size: int, ranking: IdRanking | None = None
 ) -> bytes:
     """The bytes of targets, numpy or torch, at most 2^29 positions.
 
     vocab_size  ids are below it, at most 2^32
-    codec       the ranking of ids that makes frequent ones cheap; None: ids as they are
+    ranking     of ids, which makes frequent ones cheap; None: ids as they are
     Entries come back in another order: the heaviest head first, then the other heads, then the
     sampled ones, each by rank. Entropy and nll of a position without targets are dropped.
     Raises NonFiniteError (a ValueError) for values that are not finite or negative, ValueError for
     targets that are not what their method says.
     """
-    _check_codec(codec, vocab_size)
+    _check_ranking(ranking, vocab_size)
     t = targets.numpy()
     check_targets(t, vocab_size)
-    writer, parameter = _put(t, codec)
+    writer, parameter = _put(t, ranking)
     flags = (
         (_ENTROPY if t.entropy is not None else 0)
         | (_NLL if t.nll is not None else 0)
@@ -84,15 +84,15 @@ def encode_targets(
     )
 
 
-def streams_of(t: SparseTargets, *, codec: IdRanking | None = None) -> tuple[list[bytes], int]:
+def streams_of(t: SparseTargets, *, ranking: IdRanking | None = None) -> tuple[list[bytes], int]:
     """(the symbols of each stream, how many bytes of raw bits): what `encode_targets` packs."""
-    writer, _ = _put(t.numpy(), codec)
+    writer, _ = _put(t.numpy(), ranking)
     return writer.streams, len(writer.bits())
 
 
-def _put(t: SparseTargets, codec: IdRanking | None) -> tuple[SymbolWriter, int]:
+def _put(t: SparseTargets, ranking: IdRanking | None) -> tuple[SymbolWriter, int]:
     writer = SymbolWriter()
-    ranks_E = t.ids.astype(np.int64) if codec is None else codec.ranks[t.ids]
+    ranks_E = t.ids.astype(np.int64) if ranking is None else ranking.ranks[t.ids]
     parameter = _METHODS[t.method].put(writer, t, ranks_E)
     has_N = t.counts > 0
     for values in (t.entropy, t.nll):
@@ -105,7 +105,7 @@ def decode_targets(
     data: bytes,
     *,
     vocab_size: int,
-    codec: IdRanking | None = None,
+    ranking: IdRanking | None = None,
     file: str = "targets",
     device: Any = None,
 ) -> SparseTargets:
@@ -115,7 +115,7 @@ def decode_targets(
             `encode_targets` does not write
     device  torch's; the packed streams travel there, and are taken apart there
     """
-    _check_codec(codec, vocab_size)
+    _check_ranking(ranking, vocab_size)
     head, symbols, words = _unpack(data, file)
     if device is not None:
         import torch
@@ -136,7 +136,7 @@ def decode_targets(
     reader.end()
     return SparseTargets(
         offsets=offsets(counts_N),
-        ids=ranks_E if codec is None else codec.ids_like(ranks_E).take(ranks_E),
+        ids=ranks_E if ranking is None else ranking.ids_like(ranks_E).take(ranks_E),
         method=head.method,
         temperature=head.temperature,
         **fields,
@@ -189,8 +189,8 @@ def _unpack(data: bytes, file: str) -> tuple[_Head, Any, Any]:
     return head, np.frombuffer(bytearray(symbols), np.uint8), words
 
 
-def _check_codec(codec: IdRanking | None, vocab_size: int) -> None:
+def _check_ranking(ranking: IdRanking | None, vocab_size: int) -> None:
     if not 0 < vocab_size <= 1 << 32:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to 2^32")
-    if codec is not None and len(codec) != vocab_size:
-        raise ValueError(f"codec ranks {len(codec)} ids, expected {vocab_size}")
+    if ranking is not None and len(ranking) != vocab_size:
+        raise ValueError(f"ranking has {len(ranking)} ids, expected {vocab_size}")

@@ -236,7 +236,7 @@ def test_it_draws_what_a_cache_holds(pair, method, ranks, tp, engine):
     ]
     assert len({i for i, _ in rows}) == len(rows) == 16
     for i, targets in rows:
-        shape = {"vocab_size": cache.vocab_size, "codec": cache.codec}
+        shape = {"vocab_size": cache.vocab_size, "ranking": cache.ranking}
         again = decode_targets(encode_targets(targets, **shape), **shape)
         count = int((targets.counts > 0).sum())
         assert _equal_rows(cache[i]["targets"].numpy(), again) == count

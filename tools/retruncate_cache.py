@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,10 +38,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tau", type=float, help="varopt: larger than the cache's")
     parser.add_argument("--k", type=int, help="topk, topp: entries, fewer than the cache's")
     parser.add_argument("--p", type=float, help="topp: mass, less than the cache's")
+    parser.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        type=_option,
+        action="append",
+        default=[],
+        help="a parameter of a method that another distribution registers",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the new draws; default 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def retruncate(args: argparse.Namespace) -> None:
@@ -54,6 +73,7 @@ def retruncate(args: argparse.Namespace) -> None:
             tau=args.tau,
             k=args.k,
             p=args.p,
+            options=dict(args.option),
             seed=args.seed,
             progress=lambda _: bar.update(),
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megadistill.cache.codec.rounding import GRID
+from megadistill.targets.streams.rounding import GRID
 
 _TOP = 256  # heads a position has at most, at tau above 1/128
 

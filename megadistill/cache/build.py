@@ -278,6 +278,7 @@ def _compute(
             device=mesh.device.type,
             accelerator=_accelerator(mesh),
             cpu_threads=torch.get_num_threads(),
+            method=config.targets.method,
         ),
         on_commit=reserve.committed,
         on_error=reserve.ask_to_stop,

@@ -18,13 +18,14 @@ import xxhash
 
 from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.layout import kind_of
+from megadistill.cache.recorded_method import distribution_of, version_of
 from megadistill.config import Config
 from megadistill.errors import ConfigError, first_line
 from megadistill.models.adapters import SETTINGS, WEIGHTS
 from megadistill.models.checkpoint_files import weight_files
 from megadistill.models.model_files import ModelFiles, find_model
 from megadistill.models.pretrained import attention_of, model_settings
-from megadistill.targets import PARAMETERS
+from megadistill.targets import find_method
 
 # Keys of config.json that change with the library or the copy, never with what the model computes.
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -41,7 +42,8 @@ def cache_recipe(
     tokens_recipe = tokens.recipe
     teacher, targets = config.teacher, config.targets
     files = find_model(teacher.model, key=key, revision=teacher.revision)
-    method = {name: getattr(targets, name) for name in PARAMETERS[targets.method]}
+    chosen = find_method(targets.method, "targets.method")
+    method = chosen.record(chosen.read(targets)) | distribution_of(targets.method)
     if targets.positions == "entropy":
         method["min_entropy"] = targets.min_entropy
     return {
@@ -96,12 +98,18 @@ def _begun(config: Config) -> Any:
     return store.recipe.get("positions") if store.present() else None
 
 
-def made_with(*, device: str, accelerator: str, cpu_threads: int) -> dict[str, Any]:
+def made_with(*, device: str, accelerator: str, cpu_threads: int, method: str) -> dict[str, Any]:
     """Returns the versions and the hardware that a block's bytes may depend on."""
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")
     }
-    return {**versions, "accelerator": accelerator, "cpu_threads": cpu_threads, "device": device}
+    return {
+        **versions,
+        **version_of(method),
+        "accelerator": accelerator,
+        "cpu_threads": cpu_threads,
+        "device": device,
+    }
 
 
 def model_identity(folder: Path, adapter: Path | None = None) -> dict[str, str]:

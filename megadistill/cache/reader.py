@@ -12,6 +12,7 @@ from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.cache.codec import decode_targets
 from megadistill.cache.content_hash import content_hash
 from megadistill.cache.ranking import ranking_of
+from megadistill.cache.recorded_method import method_of
 from megadistill.cache.statistics import Statistics, block_statistics, combine
 from megadistill.errors import CorruptBlockError, StoreError
 
@@ -40,6 +41,7 @@ class Cache:
             raise CorruptBlockError(
                 str(store.layout.header("cache")), "recipe.vocab_size from 1 to 2^32", vocab_size
             )
+        self.method = method_of(store)
         self.store, self.vocab_size, self.device = store, vocab_size, device
         self.ranking = ranking_of(store, vocab_size=vocab_size)
 

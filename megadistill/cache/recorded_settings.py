@@ -28,7 +28,7 @@ from megadistill.data.tokenizer import open_tokenizer, tokenizer_identity
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.models.model_files import ModelFiles, find_model, may_be_hub_id
 from megadistill.storage.disk import is_url
-from megadistill.targets import PARAMETERS, check_divergence
+from megadistill.targets import check_divergence, find_method, is_sparse
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,18 @@ def with_known(config: Config, store: BlockReader) -> Config:
         data["pack"] = pack
     update: dict[str, Any] = {"data": _updated(config.data, data)}
     method = recipe.get("method")
-    if method in PARAMETERS:
-        names = (*PARAMETERS[method], *_TARGETS)
+    if isinstance(method, str) and is_sparse(method):
+        names = (*_keys(method), *_TARGETS)
         known = {name: recipe[name] for name in names if name in recipe}
         update["targets"] = _updated(config.targets, {"method": method, **known})
         if "temperature" not in config.loss.model_fields_set and "temperature" in recipe:
             update["loss"] = with_temperature(config.loss, recipe["temperature"])
     return config.model_copy(update=update)
+
+
+def _keys(method: str) -> tuple[str, ...]:
+    """The keys of `targets`, and fields of a recipe, that hold the method's parameters."""
+    return find_method(method).keys
 
 
 def pack_of(recipe: dict[str, Any]) -> str | None:
@@ -113,24 +118,28 @@ def other_targets(config: Config, store: BlockReader) -> str | None:
     """A line about `targets` of the configuration that do not hold for the cache; None without."""
     recipe, targets = store.recipe, config.targets
     method = recipe.get("method")
-    if method not in PARAMETERS:
+    if not isinstance(method, str) or not is_sparse(method):
         return None
     # A parameter of another method says nothing more than the method does.
-    names = ["method", *PARAMETERS[method], *_TARGETS]
+    names = ["method", *_keys(method), *_TARGETS]
+    said = {name: getattr(targets, name) for name in names}
+    if targets.method == method:
+        chosen = find_method(method)
+        said |= chosen.record(chosen.read(targets))
     other = [
         name
         for name in names
         if name in targets.model_fields_set
         and name in recipe
-        and getattr(targets, name) is not None
-        and getattr(targets, name) != recipe[name]
+        and said[name] is not None
+        and said[name] != recipe[name]
     ]
     if not other:
         return None
-    held = ["method", *PARAMETERS[method], *(name for name in other if name in _TARGETS)]
+    held = ["method", *_keys(method), *(name for name in other if name in _TARGETS)]
     holds = ", ".join(f"{name} {recipe[name]}" for name in held if name in recipe)
-    said = " ".join(f"targets.{name}={getattr(targets, name)}" for name in other)
-    return f"{store.name} was made with {holds}, which holds here; {said} is for generating"
+    ignored = " ".join(f"targets.{name}={said[name]}" for name in other)
+    return f"{store.name} was made with {holds}, which holds here; {ignored} is for generating"
 
 
 def _contradictions(config: Config, store: BlockReader) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megadistill.cache.quantizer import LEVELS, NONE, NUMERATORS, UNIT, to_codes
-from megadistill.targets import SparseTargets, concatenate
+from megadistill.targets import SparseTargets, concatenate, sparse_method
 
 Statistics = dict[str, Any]
 FIXED = 1 << 40
@@ -42,7 +42,7 @@ def block_statistics(targets: list[SparseTargets], sizes: list[int]) -> Statisti
             str(k): n for k, n in zip(numbers.tolist(), positions.tolist(), strict=True)
         },
     }
-    if t.method != "multinomial":
+    if sparse_method(t.method).reports_listed_mass:
         mass = listed_mass(t)[has]
         bins = np.clip(mass * _BINS // FIXED, 0, _BINS - 1)
         statistics["listed_mass"] = int(mass.sum())

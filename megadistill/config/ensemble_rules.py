@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megadistill.config.problem import Problem
 from megadistill.config.sections import Sections
+from megadistill.targets import find_method
 
 
 def _caches(config: Sections) -> Iterator[Problem]:
@@ -54,11 +55,11 @@ def _models(config: Sections) -> Iterator[Problem]:
             "with targets.positions=entropy each teacher would leave out other positions: set "
             "targets.positions=all, or leave teacher.ensemble out",
         )
-    if config.targets.method == "projected":
+    if find_method(config.targets.method).own_tokenizer:
         yield Problem(
             ("teacher.ensemble", "targets.method"),
-            "with targets.method=projected, which has one projector: set it to another method, or "
-            "teacher.ensemble=[]",
+            f"with targets.method={config.targets.method}, which has one projector: set it to "
+            "another method, or teacher.ensemble=[]",
         )
     # Where nothing of a teacher is wanted another rule says so.
     loss = config.loss

@@ -21,14 +21,20 @@ from megadistill.config.fields import (
     Text,
     WeightFloat,
 )
+from megadistill.config.registered_name import Registered
 from megadistill.errors import ConfigError
 from megadistill.storage.disk import is_url
+from megadistill.targets import METHODS, find_method
 
 
 def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
     taken = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"} & set(value)
     if taken:
         raise PydanticCustomError("taken", f"{min(taken)} is set for each chat: leave it out")
+    return _plain(value)
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -210,14 +216,14 @@ class TeacherConfig(ModelConfig):
 class TargetsConfig(Section):
     """Targets that are kept of the teacher's distribution at each position."""
 
-    method: Literal["varopt", "multinomial", "topk", "topp", "union", "exact", "projected"] = Field(
+    method: Annotated[str, Registered(METHODS, find_method)] = Field(
         default="varopt",
         description="`varopt` and `multinomial` sample without bias; `topk` keeps the k most "
         "probable ids, `topp` as many of them as have mass p. With `teacher.mode: online` also "
         "`exact`, the whole distribution, and `union`, the k most probable ids of the teacher and "
         "the k of the student, at `loss.temperature`; and `projected`, for a teacher of another "
         "tokenizer (`data.tokenizer` is then the student's): its hidden states through a learned "
-        "matrix, read by the student's own head",
+        "matrix, read by the student's own head. Installed distributions may register more",
     )
     tau: Annotated[float, Field(gt=0, le=1), Number] = Field(
         default=0.06,
@@ -234,6 +240,10 @@ class TargetsConfig(Section):
     )
     p: Annotated[float, Field(gt=0, le=1), Number] = Field(
         default=0.95, description="`topp`: the mass to keep"
+    )
+    options: Annotated[dict[str, Any], AfterValidator(_plain)] = Field(
+        default={},
+        description="parameters of a `method` that another distribution registers, by name",
     )
     temperature: PositiveFloat = Field(default=1.0, description="the teacher's softmax temperature")
     seed: Seed = Field(default=0, description="seed of the sampling")

@@ -17,6 +17,7 @@ from megadistill.config.problem import Problem
 from megadistill.config.rules import largest_block_size
 from megadistill.config.sections import Sections
 from megadistill.errors import ConfigError, DataError, RecipeError
+from megadistill.targets import find_method
 
 AnyConfig = TypeVar("AnyConfig", bound=Sections)
 
@@ -44,8 +45,9 @@ def held_out(config: AnyConfig) -> AnyConfig | None:
         "streaming": wanted.name is not None and wanted.max_samples is not None,
     }
     positions = config.targets.positions
-    targets = {
+    targets: dict[str, Any] = {
         "method": "topk",
+        "options": {},
         "min_entropy": None,
         "entropy": True,
         "nll": True,
@@ -137,9 +139,10 @@ def evaluation_problems(config: Sections) -> Iterator[Problem]:
             ("eval.files", "data.files"),
             f"{shared[0]} is among the text that is trained on: set eval.files to other files",
         )
-    if config.targets.method == "projected" and evaluation_cache(config) and not wanted.cache:
+    own_tokenizer = find_method(config.targets.method).own_tokenizer
+    if own_tokenizer and evaluation_cache(config) and not wanted.cache:
         yield Problem(
             (given[0], "targets.method"),
-            "with targets.method=projected, whose teacher has other token ids than the student: "
-            "leave it out",
+            f"with targets.method={config.targets.method}, whose teacher has other token ids than "
+            "the student: leave it out",
         )

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megadistill.config.messages import section_model
+from megadistill.config.registered_name import Registered
 from megadistill.config.schema import Config
 from megadistill.errors import ConfigError
 
@@ -71,6 +72,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _kind(annotation: Any, field: FieldInfo | None = None) -> str:
+    for each in field.metadata if field is not None else ():
+        if isinstance(each, Registered):
+            return ", ".join(f"`{name}`" for name in each.registry.own_names())
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _kind(inner[0]) + _bounds(inner[1:])

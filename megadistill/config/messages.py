@@ -69,12 +69,14 @@ def message(detail: Any, path: KeyPath) -> str:
             said = field.model_fields[str(path[-1])].description or "a value"
             return f"missing, expected {said}: set {dotted(path)}"
         return f"missing, expected the section {path[0]}"
+    if kind == "not_usable":
+        return str(detail["msg"])
     expected = _expected(kind, context)
     if expected is None:
         said = detail["msg"].removeprefix("Value error, ")
         return f"{said}, found {_short(value)}"
-    if kind == "literal_error" and isinstance(value, str):
-        near = closest(value, _choices(path))
+    if kind in ("literal_error", "registered_name") and isinstance(value, str):
+        near = context["near"] if "near" in context else closest(value, _choices(path))
         if near is not None:
             return f"expected {expected}, found {value!r}, did you mean {near}?"
     if kind == "string_type" and isinstance(value, int | float):
@@ -112,6 +114,8 @@ def _expected(kind: str, context: dict) -> str | None:
     if kind in bounds:
         word, name = bounds[kind]
         return f"a number {word} {context[name]:g}"
+    if kind == "registered_name":
+        return f"one of {context['expected']}"
     if kind == "literal_error":
         return f"one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
     for start, said in (

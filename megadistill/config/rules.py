@@ -8,7 +8,6 @@ about keys that are already reported as wrong.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ from megadistill.config.training import LossConfig
 from megadistill.config.training_rules import TRAINING
 from megadistill.errors import ConfigError
 from megadistill.storage.disk import is_url
-from megadistill.targets import DENSE, PARAMETERS, check_divergence
+from megadistill.targets import SparseMethod, check_divergence, find_method, sparse_names
 
 NO_CORPUS = (
     "no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
@@ -32,14 +31,10 @@ MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
 
 def worst_bytes_per_position(config: Sections) -> float:
     """The most bytes that a position's targets can take in a cache, in any of its encodings."""
-    targets = config.targets
-    entries = {
-        "varopt": math.ceil(1 / targets.tau) + 1,
-        "multinomial": targets.draws,
-        "topk": targets.k + 1,
-        "topp": targets.k + 1,
-    }.get(targets.method, 0)
-    return 16 + 8 * entries  # an id of up to 4 bytes, a float32; entropy, nll, counts, tail
+    method = find_method(config.targets.method)
+    if not isinstance(method, SparseMethod):
+        return 0  # nothing is cached
+    return method.largest_bytes(method.read(config.targets))
 
 
 def largest_block_size(config: Sections) -> int:
@@ -208,7 +203,7 @@ def _teacher(config: Sections) -> Iterator[Problem]:
 def _online(config: Sections) -> Iterator[Problem]:
     targets, loss = config.targets, config.loss
     if config.teacher.mode == "cached":
-        if targets.method in DENSE and config.student is None:
+        if not find_method(targets.method).cached and config.student is None:
             yield not_cached(config)
         if loss.aligned:
             key = f"loss.{loss.aligned[0]}_weight"
@@ -232,13 +227,14 @@ def _online(config: Sections) -> Iterator[Problem]:
             "loss.kd_weight=1, or teacher.mode=cached and cache.dir to the token store "
             f"({config.data.dir})",
         )
-    if targets.method in DENSE and targets.positions == "entropy":
+    cached = find_method(targets.method).cached
+    if not cached and targets.positions == "entropy":
         yield Problem(
             ("targets.positions", "targets.method"),
             f"entropy with targets.method={targets.method}, which compares all positions: set "
             "targets.positions=all, or a method that lists ids",
         )
-    if targets.method in DENSE and targets.temperature != 1:
+    if not cached and targets.temperature != 1:
         yield Problem(
             ("targets.temperature", "targets.method"),
             f"{targets.temperature:g} with targets.method={targets.method}, which has nothing made "
@@ -262,6 +258,11 @@ def _attention(config: Sections) -> Iterator[Problem]:
 def _targets(config: Sections) -> Iterator[Problem]:
     targets, loss, data = config.targets, config.loss, config.data
     online = config.teacher.mode == "online"
+    try:
+        find_method(targets.method).read(targets)
+    except ValueError as error:
+        yield Problem(("targets.options", "targets.method"), str(error))
+        return
     worst, fits = _worst_bytes_a_sequence(config), largest_block_size(config)
     if data.block_size > fits and not online:
         advice = f"set data.block_size to {fits} or less" if fits else "make data.seq_len smaller"
@@ -270,7 +271,7 @@ def _targets(config: Sections) -> Iterator[Problem]:
                 "data.block_size",
                 "data.seq_len",
                 "targets.method",
-                *(f"targets.{name}" for name in PARAMETERS[targets.method]),
+                *(f"targets.{name}" for name in find_method(targets.method).keys),
             ),
             f"a block of {data.block_size} sequences of {data.seq_len} tokens can take "
             f"{data.block_size * worst / 2**30:.1f} GiB, expected less than the 4 GiB of a shard: "
@@ -301,7 +302,7 @@ def not_cached(config: Sections) -> Problem:
         ("targets.method", "teacher.mode"),
         f"{config.targets.method} compares whole distributions, which no cache keeps: set "
         "teacher.mode=online, or targets.method to one of "
-        f"{', '.join(m for m in PARAMETERS if m not in DENSE)}",
+        f"{', '.join(sparse_names())}",
     )
 
 

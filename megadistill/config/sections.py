@@ -21,7 +21,7 @@ from megadistill.config.training import (
     StudentConfig,
     TrainConfig,
 )
-from megadistill.targets import DENSE
+from megadistill.targets import find_method
 
 
 class ParallelConfig(Section):
@@ -82,7 +82,7 @@ class Sections(Section):
     @property
     def follows_targets(self) -> bool:
         """Whether the loss takes its temperature from `targets`, with the teacher online."""
-        online = self.teacher.mode == "online" and self.targets.method not in DENSE
+        online = self.teacher.mode == "online" and find_method(self.targets.method).cached
         return online and "temperature" not in self.loss.model_fields_set
 
     @property

@@ -17,7 +17,18 @@ from megadistill.cache.statistics import combine, summary
 from megadistill.data.recipe_keys import CORPUS_KEYS
 from megadistill.errors import StoreError
 
-_PARAMETERS = ("temperature", "tau", "k", "p", "draws", "positions", "min_entropy", "seed")
+_PARAMETERS = (
+    "temperature",
+    "tau",
+    "k",
+    "p",
+    "draws",
+    "options",
+    "method_distribution",
+    "positions",
+    "min_entropy",
+    "seed",
+)
 
 
 def block_check(store: BlockReader) -> Check | None:

@@ -17,7 +17,7 @@ from megadistill.cache.reader import Cache
 from megadistill.data.token_text import escaped
 from megadistill.errors import StoreError
 from megadistill.models.packed_sequences import IGNORED, sample_labels
-from megadistill.targets import SAMPLED, SparseTargets
+from megadistill.targets import SparseTargets, find_method
 
 Facts = dict[str, Any]
 Text = Callable[[int], str]
@@ -113,6 +113,7 @@ def sequence_text(facts: Facts, *, text_of: Text | None, width: int) -> str:
     """
     quoted = str if text_of is None else (lambda token: f'"{escaped(text_of(token))}"')
     width, positions = max(80, width), facts["positions"]
+    sampled = find_method(facts["method"]).sampled
     rows = [row for row in positions if not row["padding"]]
     column = min(_TOKEN, max([5, *(_columns(quoted(row["token"])) for row in rows)]))
     lines = [
@@ -120,7 +121,7 @@ def sequence_text(facts: Facts, *, text_of: Text | None, width: int) -> str:
         f"{facts['length']} positions, documents or pieces of documents: {facts['documents']}",
         f"A token, then what the teacher expects to come next ({facts['method']}), most probable",
         "first; [ ] marks what does come next. Entropy and nll in nats.",
-        *(["Equal weights belong to ids drawn by chance."] if facts["method"] in SAMPLED else []),
+        *(["Equal weights belong to ids drawn by chance."] if sampled else []),
         *(["m: masked, not to be learned."] if any(row["masked"] for row in rows) else []),
         f"  pos    {'token':<{column}}  entropy    nll  expected next",
     ]

@@ -21,7 +21,7 @@ from megadistill.preflight import folder_checks, model_checks, vocabulary_checks
 from megadistill.preflight.cache_checks import check_caches
 from megadistill.preflight.memory_checks import check_memory
 from megadistill.preflight.plan import Plan, make_plan
-from megadistill.targets import DENSE
+from megadistill.targets import find_method
 from megadistill.train.reporting.trackers import check_trackers
 
 __all__ = ["check_generate", "check_train"]
@@ -81,7 +81,7 @@ def _check_held_out(config: Config, *, writing: bool) -> None:
 
 def _serves_the_loss(config: Config) -> None:
     """The targets that are asked for can be cached, and serve the loss where a student is set."""
-    if config.teacher.mode == "cached" and config.targets.method in DENSE:
+    if config.teacher.mode == "cached" and not find_method(config.targets.method).cached:
         raise ConfigError(str(not_cached(config)))
     if config.student is not None and config.loss.learns_from_teacher:
         known = config
@@ -103,7 +103,7 @@ def _check_asking(found: _Mistakes, config: Config, world: int, *, writing: bool
     there = own_tokenizer or teacher is not None  # else its absence is reported already
     tokenizer = found.of(vocabulary_checks.find_tokenizer, config) if there else None
     if teacher is not None and tokenizer is not None:
-        if config.targets.method == "projected":
+        if find_method(config.targets.method).own_tokenizer:
             found.of(vocabulary_checks.check_projected, config)
         else:
             found.of(vocabulary_checks.check_tokenizer_fits, config, tokenizer, teacher)

@@ -31,9 +31,9 @@ from megadistill.student.loss.ragged_targets import assign_tail_to_label
 from megadistill.student.loss.row_kernel import Terms
 from megadistill.student.projection import ProjectedTargets
 from megadistill.targets import SparseTargets, check_divergence
+from megadistill.targets.distributions import VocabularySlice
 from megadistill.teacher.chunked_head import TeacherHead
 from megadistill.teacher.dense import DenseTargets
-from megadistill.teacher.distributions import VocabularySlice
 
 IGNORED = -100
 

@@ -17,8 +17,9 @@ import torch
 
 from megadistill.errors import TeacherError
 from megadistill.targets import SparseTargets, concatenate
-from megadistill.teacher.distributions import VocabularySlice
-from megadistill.teacher.select import select_targets, spread
+from megadistill.targets.distributions import VocabularySlice
+from megadistill.targets.sparse import spread
+from megadistill.teacher.select import select_targets
 
 # Bytes of one chunk's logits. Selecting needs about six times as much again for its integers. On a
 # CPU the C library hands buffers of 32 MiB and more back to the kernel each time, and fresh pages

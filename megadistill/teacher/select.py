@@ -1,9 +1,9 @@
 """Select: a distribution over the vocabulary becomes a short list of (token id, weight).
 
 Stands between the teacher's head, which gives log-probabilities in chunks of positions, and the
-cache. distributions.py answers what is asked of a rank's slice of the vocabulary, sampled.py and
-listed.py are the methods; here is what they share: which positions are selected at all, entropy,
-nll, and the check that what came is a distribution.
+cache. targets/distributions.py answers what is asked of a rank's slice of the vocabulary,
+targets/methods/ has the methods; here is what they share: which positions are selected at all,
+entropy, nll, and the check that what came is a distribution.
 
 The random start of a position is a function of (seed, purpose, sequence number, position) and of
 nothing else (counter_rng.py), and everything that decides is an integer: so every slicing of the
@@ -15,26 +15,16 @@ Shape letters: N positions, V vocabulary (here: this rank's slice), M draws.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from megadistill.config import TargetsConfig
 from megadistill.errors import TeacherError
-from megadistill.storage.counter_rng import ROUND, SELECT, uniform, uniforms
-from megadistill.targets import METHODS, PARAMETERS, PER_POSITION, SparseTargets
-from megadistill.teacher.distributions import (
-    FIXED_POINT,
-    Distributions,
-    VocabularySlice,
-    offsets_of,
-)
-from megadistill.teacher.select_listed import listed
-from megadistill.teacher.select_sampled import multinomial, varopt
-
-# Of positions without a target; 0 in the other fields.
-_FILL = {"entropy": math.nan, "nll": math.nan}
+from megadistill.targets import SparseTargets, is_sparse, sparse_method, sparse_names
+from megadistill.targets.distributions import FIXED_POINT, Distributions, Positions, VocabularySlice
+from megadistill.targets.sparse import spread
 
 
 def select_targets(
@@ -47,6 +37,7 @@ def select_targets(
     draws: int = 50,
     k: int = 64,
     p: float = 0.95,
+    options: Mapping[str, Any] | None = None,
     min_entropy: float | None = None,
     entropy: bool = True,
     nll: bool = True,
@@ -60,7 +51,8 @@ def select_targets(
                   this rank's slice of the vocabulary
     method        "varopt" (takes tau), "multinomial" (draws), "topk" (k) or "topp" (p, at most k
                   entries); to the last two the ground truth is added where labels are given and
-                  it is not listed
+                  it is not listed; or a method of another distribution
+    options       parameters of a method of another distribution, by name
     keys_N        int64 [N, 2]: (sequence number, position), which with `seed` fix the draw
     labels_N      int64 [N] true next tokens, or None; a position with -100 gets an empty row
     min_entropy   nats, at `temperature`; a position below it gets an empty row
@@ -76,6 +68,8 @@ def select_targets(
     if keys_N.shape != (len(log_probs_NV), 2):
         raise ValueError(f"keys_N is {tuple(keys_N.shape)}, expected ({len(log_probs_NV)}, 2)")
     _check_parameters(method, tau=tau, draws=draws, k=k, p=p)
+    chooser = sparse_method(method)
+    values = chooser.chosen({"tau": tau, "draws": draws, "k": k, "p": p}, options or {})
     kept = []  # which of the positions, and then which of those
     if labels_N is not None and (labels_N == -100).any():
         kept.append(labels_N != -100)
@@ -86,13 +80,9 @@ def select_targets(
     if min_entropy is not None:
         kept.append(positions.entropy_N >= min_entropy)
         positions = positions.rows(kept[-1])
-    chosen = _choose(
+    chosen = chooser.select(
         positions,
-        method=method,
-        tau=tau,
-        draws=draws,
-        k=k,
-        p=p,
+        values,
         seed=seed,
         temperature=temperature,
         entropy=positions.entropy_N if entropy else None,
@@ -105,79 +95,14 @@ def select_targets(
 
 def selection(config: TargetsConfig) -> dict[str, Any]:
     """The keyword arguments of `select_targets` that a configuration decides, less temperature."""
-    names = (*PARAMETERS[config.method], "min_entropy", "entropy", "nll", "method", "seed")
-    return {name: getattr(config, name) for name in names}
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """The positions to select from. labels_N, truth_N (the label's log-probability) or None."""
-
-    distributions: Distributions
-    keys_N: torch.Tensor
-    labels_N: Any
-    truth_N: Any
-    entropy_N: Any
-
-    def rows(self, keep_N: torch.Tensor) -> _Positions:
-        return _Positions(
-            self.distributions.rows(keep_N),
-            self.keys_N[keep_N],
-            *(
-                None if x is None else x[keep_N]
-                for x in (self.labels_N, self.truth_N, self.entropy_N)
-            ),
-        )
-
-
-def _choose(
-    positions: _Positions,
-    *,
-    method: str,
-    tau: float,
-    draws: int,
-    k: int,
-    p: float,
-    seed: int,
-    **common: Any,
-) -> SparseTargets:
-    distributions, keys_N = positions.distributions, positions.keys_N
-    common["method"] = method
-    if method == "varopt":
-        common["rounding"] = uniform(keys_N, seed=seed, purpose=ROUND) >> 12
-        start_N = uniform(keys_N, seed=seed, purpose=SELECT)
-        return varopt(distributions, start_N, tau=tau, **common)
-    if method == "multinomial":
-        draws_M = torch.arange(draws, device=keys_N.device)
-        uniforms_NM = uniforms(keys_N, draws_M, seed=seed, purpose=SELECT)
-        return multinomial(distributions, uniforms_NM, **common)
-    truth = {"labels_N": positions.labels_N, "truth_N": positions.truth_N}
-    return listed(distributions, k=k, p=p if method == "topp" else None, **truth, **common)
-
-
-def spread(targets: SparseTargets, keep_N: torch.Tensor) -> SparseTargets:
-    """Rows for all N positions: those of `targets` where keep_N, empty ones elsewhere."""
-    counts_N = keep_N.new_zeros(len(keep_N), dtype=torch.int64)
-    counts_N[keep_N] = targets.counts
-    spread: dict[str, Any] = {}
-    for name in PER_POSITION:
-        values = getattr(targets, name)
-        if values is not None:
-            spread[name] = values.new_full((len(keep_N),), _FILL.get(name, 0))
-            spread[name][keep_N] = values
-    return SparseTargets(
-        offsets=offsets_of(counts_N),
-        ids=targets.ids,
-        weights=targets.weights,
-        method=targets.method,
-        temperature=targets.temperature,
-        **spread,
-    )
+    method = sparse_method(config.method)
+    names = ("min_entropy", "entropy", "nll", "method", "seed")
+    return method.record(method.read(config)) | {name: getattr(config, name) for name in names}
 
 
 def _check_parameters(method: str, *, tau: float, draws: int, k: int, p: float) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    if not is_sparse(method):
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(sparse_names())}")
     for name, value, most in (("tau", tau, 1), ("draws", draws, None), ("k", k, None), ("p", p, 1)):
         if not (value > 0 and (most is None or value <= most)):
             bound = "more than 0" if most is None else f"more than 0 and at most {most}"
@@ -191,12 +116,12 @@ def _measure(
     labels_N: torch.Tensor | None,
     *,
     entropy: bool,
-) -> _Positions:
+) -> Positions:
     """Probabilities in fixed point; the true ids' log-probabilities, and the entropies in nats."""
     # A float32 times a power of two is exact, and so is what int64 keeps of it: units of 2^-40.
     scaled_NV = log_probs_NV.exp().mul_(FIXED_POINT)
     _require_distributions(scaled_NV, vocabulary, keys_N)
-    return _Positions(
+    return Positions(
         entropy_N=_entropy(scaled_NV, log_probs_NV, vocabulary) if entropy else None,
         truth_N=None if labels_N is None else _log_prob_of(labels_N, log_probs_NV, vocabulary),
         distributions=Distributions(log_probs_NV, scaled_NV.to(torch.int64), vocabulary),

@@ -28,7 +28,7 @@ from megadistill.blocks.remote.shard_cache import LocalCopies
 from megadistill.errors import ConfigError, DataError
 from megadistill.models.packed_sequences import IGNORED, sample_labels
 from megadistill.student.calibration import BINS, calibration_error
-from megadistill.targets import SAMPLED, SparseTargets
+from megadistill.targets import SparseTargets, find_method
 from megadistill.train.student_engine import Trainer
 from megadistill.train.training_source import MicroBatch, micro_batch, open_sequences
 
@@ -47,7 +47,7 @@ class Evaluation:
         opened = open_sequences(path, key=key, with_targets=True, local=local)
         self.sequences = replace(opened, key=key)
         method = self.sequences.recipe["method"]
-        if method in SAMPLED:
+        if find_method(method).sampled:
             raise ConfigError(
                 f"{key}: {self.sequences.name} holds {method} targets, expected topk: "
                 "single samples say little about a held-out distribution; generate with "

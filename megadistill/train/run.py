@@ -28,7 +28,7 @@ from megadistill.models.pretrained import backbone, model_settings
 from megadistill.parallel import Mesh
 from megadistill.student.features import FeaturePlan, feature_plan
 from megadistill.student.model import check_fits, load_student, student_settings
-from megadistill.targets import DENSE
+from megadistill.targets import find_method
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.evaluate import Evaluation, open_evaluation
@@ -170,7 +170,7 @@ def prepare(config: Config, mesh: Mesh) -> Run:
         (config.train.epochs or 1) * order.num_sequences / config.train.global_batch
     )
     width = None
-    if config.targets.method == "projected":
+    if find_method(config.targets.method).own_tokenizer:
         width = model_settings(config.teacher, key="teacher.model").get_text_config().hidden_size
     return Run(
         config,
@@ -341,7 +341,7 @@ def _export(
     learned, config = describe_teachers(run.config, run.stores), run.config
     recipe = run.stores[0].recipe
     made_at = recipe.get("temperature", config.loss.at(0).temperature)
-    if recipe.get("method") in DENSE:
+    if "method" in recipe and not find_method(recipe["method"]).cached:
         made_at = None
     assert config.student is not None
     tokenizer = student_tokenizer(config) if mesh.rank == 0 else None

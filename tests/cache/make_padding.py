@@ -21,11 +21,11 @@ import numpy as np
 from megadistill.blocks import BlockWriter
 from megadistill.cache.ranking import IdRanking
 from megadistill.cache.writer import CacheWriter
-from megadistill.targets import METHODS, SparseTargets
+from megadistill.targets import SparseTargets
 from tests.blocks.stores import BLOCK_SIZE, COLUMNS, SEQ_LEN, create, make_samples
 from tests.cache.caches import VOCAB_SIZE
 from tests.cache.make_version_1 import SEQUENCES, read
-from tests.cache.targets import make_targets
+from tests.cache.targets import METHODS, make_targets
 
 PADDED = {**COLUMNS, "padding": "uint64"}
 

@@ -20,9 +20,9 @@ import numpy as np
 from megadistill.blocks import open_store
 from megadistill.cache.ranking import IdRanking
 from megadistill.cache.reader import open_cache
-from megadistill.targets import METHODS
 from tests.blocks.stores import fill, make_samples
 from tests.cache.caches import VOCAB_SIZE, fill_cache
+from tests.cache.targets import METHODS
 
 SEQUENCES = 7  # a full block, and one that is not
 FIELDS = ("offsets", "ids", "weights", "tail", "heads", "truth_added", "entropy", "nll")

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from megadistill.cache.codec import decode_targets, encode_targets
-from megadistill.targets import SAMPLED, SparseTargets
+from megadistill.targets import SparseTargets
 
+METHODS = ("varopt", "multinomial", "topk", "topp")
+SAMPLED = ("varopt", "multinomial")
 PER_ENTRY = ("ids", "weights")
 PER_POSITION = ("offsets", "tail", "heads", "truth_added")
 

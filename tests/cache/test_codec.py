@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from megadistill.cache.codec import NonFiniteError, content, decode_targets, encode_targets
-from megadistill.cache.codec.rounding import GRID
 from megadistill.cache.quantizer import LEVELS, to_codes
 from megadistill.cache.ranking import IdRanking
 from megadistill.errors import CorruptBlockError
-from megadistill.targets import METHODS, SAMPLED, SparseTargets
-from tests.cache.targets import assert_equal_targets, by_id, make_targets, raw_targets
+from megadistill.targets import SparseTargets
+from megadistill.targets.streams.rounding import GRID
+from tests.cache.targets import (
+    METHODS,
+    SAMPLED,
+    assert_equal_targets,
+    by_id,
+    make_targets,
+    raw_targets,
+)
 
 LISTED = ("topk", "topp")
 

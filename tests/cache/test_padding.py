@@ -17,10 +17,9 @@ from megadistill.cache.writer import CacheWriter
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.inspect.inspection import inspect_store
 from megadistill.inspect.sequence import sequence_facts, sequence_text
-from megadistill.targets import METHODS
 from tests.blocks.stores import SEQ_LEN, create, forge
 from tests.cache.make_padding import PADDED, create_padded_cache, make, padded_samples, read_padded
-from tests.cache.targets import make_targets
+from tests.cache.targets import METHODS, make_targets
 
 KEPT = Path(__file__).parent / "padding"
 STORES = ("tokens", *METHODS)

@@ -14,10 +14,9 @@ from megadistill.blocks import open_store
 from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.errors import CorruptBlockError, StoreError, TeacherError
-from megadistill.targets import METHODS
 from tests.blocks.stores import fill, make_samples
 from tests.cache.caches import block_of, create_cache, fill_cache
-from tests.cache.targets import assert_equal_targets
+from tests.cache.targets import METHODS, assert_equal_targets
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,8 +9,8 @@ import pytest
 
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.statistics import FIXED, block_statistics, combine, listed_mass, summary
-from megadistill.targets import METHODS, SparseTargets
-from tests.cache.targets import make_targets
+from megadistill.targets import SparseTargets
+from tests.cache.targets import METHODS, make_targets
 
 
 def decoded(method: str, seed: int) -> tuple[SparseTargets, int]:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.cache.codec.ragged_rows import gaps, rising
-from megadistill.cache.codec.symbols import (
+from megadistill.errors import CorruptBlockError
+from megadistill.targets.streams.ragged_rows import gaps, rising
+from megadistill.targets.streams.symbols import (
     BYTES,
     LEVELS,
     RANKS,
@@ -16,7 +17,6 @@ from megadistill.cache.codec.symbols import (
     SymbolWriter,
     inflate,
 )
-from megadistill.errors import CorruptBlockError
 
 NUMBERS = {
     RANKS: st.integers(0, (1 << 32) - 1) | st.integers(0, 40),

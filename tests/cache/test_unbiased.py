@@ -21,6 +21,7 @@ from megadistill import decode_targets, encode_targets, select_targets
 from megadistill.cache.retruncate import retruncate_targets
 from megadistill.storage import counter_rng
 from megadistill.targets import SparseTargets, concatenate
+from megadistill.targets.methods import varopt
 
 DRAWS, CHUNK = 100_000, 2_500
 TAU, LARGER_TAU = 0.05, 0.12
@@ -269,7 +270,7 @@ def test_multinomial_is_unbiased_as_selected_and_as_decoded(name):
 def test_a_start_used_for_selecting_and_for_retruncating_is_found(monkeypatch):
     targets = draw("zipf", method="varopt", tau=TAU)
     monkeypatch.setattr(
-        counter_rng,
+        varopt,
         "uniforms",
         lambda keys_N, _, *, seed, purpose: counter_rng.uniform(
             keys_N, seed=seed, purpose=counter_rng.SELECT

@@ -12,8 +12,8 @@ from megadistill.blocks import BlockWriter, open_store
 from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.cache.reader import open_cache
 from megadistill.cache.writer import CacheWriter
-from megadistill.targets import METHODS
 from tests.cache.make_version_1 import make, read
+from tests.cache.targets import METHODS
 
 KEPT = Path(__file__).parent / "version_1"
 STORES = ("tokens", *METHODS)

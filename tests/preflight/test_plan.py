@@ -11,8 +11,9 @@ from megadistill.blocks import BlockWriter, open_store
 from megadistill.config import load_config
 from megadistill.models.model_files import find_model
 from megadistill.preflight.plan import corpus_size, log_plan, make_plan, show_plan
-from megadistill.preflight.plan.assumptions import METHODS, position
+from megadistill.preflight.plan.assumptions import position
 from megadistill.preflight.plan.estimate import token_store_bytes
+from megadistill.targets import sparse_method
 from tests.models.made import tiny_llama, tiny_tokenizer
 
 
@@ -303,7 +304,7 @@ def test_bytes_follow_from_the_entries_as_the_codec_was_measured(settings, measu
     estimate = position(TargetsConfig(**settings), vocab_size=128_256)
     entries, size = measured
     assert 0.95 < estimate.entries / entries < 1.8
-    assumed = METHODS[settings.get("method", "varopt")]
+    assumed = sparse_method(settings.get("method", "varopt"))
     assert assumed.bytes_per_position + assumed.bytes_an_entry * entries == pytest.approx(
         size, rel=0.06
     )

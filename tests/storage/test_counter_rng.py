@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from megadistill.cache.codec.rounding import _start
+
 from megadistill.storage.counter_rng import (
     ROUND,
     SELECT,

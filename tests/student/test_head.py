@@ -6,8 +6,9 @@ import torch
 from megadistill.errors import ConfigError
 from megadistill.student.head import DistillationHead, distillation_terms, fused_linear_distillation
 from megadistill.student.loss.fused import choose_mode, default_chunk
-from megadistill.targets import DIVERGENCES, METHODS, SAMPLED
+from megadistill.targets import DIVERGENCES
 from tests.allocation import AllocationWatch
+from tests.cache.targets import METHODS, SAMPLED
 from tests.student.loss.reference import dense_terms, random_targets
 
 SERVED = [(m, d) for m in METHODS for d in (DIVERGENCES if m not in SAMPLED else ["forward_kl"])]

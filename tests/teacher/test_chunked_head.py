@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from megadistill.targets import METHODS
+from megadistill.targets.distributions import VocabularySlice
 from megadistill.teacher.chunked_head import TeacherHead, logit_scale, soft_cap
-from megadistill.teacher.distributions import VocabularySlice
 from megadistill.teacher.select import select_targets
 from tests.allocation import AllocationWatch
+from tests.cache.targets import METHODS
 from tests.ranks import run_ranks
 
 N, H, V = 500, 32, 1500
@@ -109,7 +109,7 @@ def test_no_position_with_a_label_is_no_work_and_empty_rows():
 
 def sent(mesh, vocab, method, **parameters):
     """Bytes that one rank hands to each other one of its group, of N positions."""
-    from megadistill.teacher import distributions
+    from megadistill.targets import distributions
 
     generator = torch.Generator().manual_seed(0)
     weight_VH = torch.randn(vocab, H, generator=generator)

@@ -6,9 +6,10 @@ import torch
 
 from megadistill.errors import TeacherError
 from megadistill.storage.counter_rng import SELECT, below, uniform, uniforms
-from megadistill.targets import METHODS, concatenate
-from megadistill.teacher.distributions import VocabularySlice
+from megadistill.targets import concatenate
+from megadistill.targets.distributions import VocabularySlice
 from megadistill.teacher.select import select_targets
+from tests.cache.targets import METHODS
 from tests.ranks import run_ranks
 
 

@@ -3,7 +3,7 @@
     uint8 version | uint8 method | uint8 flags | uint8 0 | uint32 N positions | uint32 S symbols
     uint32 parameter                        varopt: the ratio, multinomial: the draws, else 0
     float64 temperature                     where flagged: other than 1
-    S deflated symbols | raw bits           the streams, see symbols.py, sampled.py, listed.py
+    S deflated symbols | raw bits           the streams, see targets/streams and targets/methods
 
 The streams, in order: the method's own; then for the positions that have targets, where flagged,
 entropy and nll in a byte each (quantizer.py). Positions without targets cost some 2 bits.
@@ -27,14 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megadistill.cache.codec import listed, sampled
-from megadistill.cache.codec.ragged_rows import like, offsets, zeros
-from megadistill.cache.codec.symbols import BYTES, SymbolReader, SymbolWriter, inflate
 from megadistill.cache.codec.validity import NonFiniteError, check_targets
 from megadistill.cache.quantizer import LEVELS, NONE, to_codes
 from megadistill.cache.ranking import IdRanking
 from megadistill.errors import CorruptBlockError
-from megadistill.targets import METHODS, SAMPLED, SparseTargets
+from megadistill.targets import SparseMethod, SparseTargets, sparse_method
+from megadistill.targets.method import method_with_byte
+from megadistill.targets.streams.ragged_rows import like, offsets, zeros
+from megadistill.targets.streams.symbols import BYTES, SymbolReader, SymbolWriter, inflate
 
 __all__ = ["NonFiniteError", "content", "decode_targets", "encode_targets", "streams_of"]
 
@@ -42,12 +42,6 @@ VERSION = 1
 _HEADER = struct.Struct("<BBBBIII")
 _TEMPERATURE = struct.Struct("<d")
 _ENTROPY, _NLL, _TRUTH, _WARM = 1, 2, 4, 8
-_METHODS: dict[str, Any] = {
-    "varopt": sampled.VAROPT,
-    "multinomial": sampled.MULTINOMIAL,
-    "topk": listed.LISTED,
-    "topp": listed.LISTED,
-}
 
 
 def encode_targets(
@@ -73,7 +67,7 @@ def encode_targets(
         | (_WARM if t.temperature != 1 else 0)
     )
     symbols = sum(map(len, writer.streams))
-    method = METHODS.index(t.method)
+    method = sparse_method(t.method).byte
     return b"".join(
         (
             _HEADER.pack(VERSION, method, flags, 0, len(t), symbols, parameter),
@@ -93,7 +87,7 @@ def streams_of(t: SparseTargets, *, ranking: IdRanking | None = None) -> tuple[l
 def _put(t: SparseTargets, ranking: IdRanking | None) -> tuple[SymbolWriter, int]:
     writer = SymbolWriter()
     ranks_E = t.ids.astype(np.int64) if ranking is None else ranking.ranks[t.ids]
-    parameter = _METHODS[t.method].put(writer, t, ranks_E)
+    parameter = sparse_method(t.method).put(writer, t, ranks_E)
     has_N = t.counts > 0
     for values in (t.entropy, t.nll):
         if values is not None:
@@ -123,7 +117,7 @@ def decode_targets(
         symbols, words = (torch.as_tensor(s, device=device) for s in (symbols, words))
     reader = SymbolReader(symbols, words, file=file)
     truth = bool(head.flags & _TRUTH)
-    fields = _METHODS[head.method].take(reader, head.positions, head.parameter, truth, file)
+    fields = head.method.take(reader, head.positions, head.parameter, truth, file)
     ranks_E, counts_N = fields.pop("ranks"), fields.pop("counts")
     if len(ranks_E) and int(ranks_E.max()) >= vocab_size:
         raise CorruptBlockError(file, f"ids below {vocab_size}", int(ranks_E.max()))
@@ -137,7 +131,7 @@ def decode_targets(
     return SparseTargets(
         offsets=offsets(counts_N),
         ids=ranks_E if ranking is None else ranking.ids_like(ranks_E).take(ranks_E),
-        method=head.method,
+        method=head.method.name,
         temperature=head.temperature,
         **fields,
     )
@@ -151,7 +145,7 @@ def content(data: bytes, *, file: str = "targets") -> bytes:
 
 class _Head(NamedTuple):
     size: int
-    method: str
+    method: SparseMethod
     flags: int
     positions: int
     parameter: int
@@ -162,7 +156,7 @@ def _unpack(data: bytes, file: str) -> tuple[_Head, Any, Any]:
     """(header, symbols uint8, words int64 with a zero word last)."""
     if len(data) < _HEADER.size:
         raise CorruptBlockError(file, f"at least {_HEADER.size} bytes of targets", len(data))
-    version, method, flags, zero, positions, count, parameter = _HEADER.unpack_from(data)
+    version, byte, flags, zero, positions, count, parameter = _HEADER.unpack_from(data)
     if version != VERSION:
         raise CorruptBlockError(file, f"version {VERSION} of the targets codec", version)
     size, temperature = _HEADER.size, 1.0
@@ -171,12 +165,12 @@ def _unpack(data: bytes, file: str) -> tuple[_Head, Any, Any]:
         if len(data) < size:
             raise CorruptBlockError(file, f"at least {size} bytes of targets", len(data))
         (temperature,) = _TEMPERATURE.unpack_from(data, _HEADER.size)
-    sampled_method = method < len(METHODS) and METHODS[method] in SAMPLED
+    method = method_with_byte(byte)
     if (
-        method >= len(METHODS)
+        method is None
         or flags > 15
         or zero
-        or (flags & _TRUTH and sampled_method)
+        or (flags & _TRUTH and not method.adds_truth)
         or not 0 < temperature < float("inf")
     ):
         raise CorruptBlockError(file, "a header of targets", data[:size].hex())
@@ -185,7 +179,7 @@ def _unpack(data: bytes, file: str) -> tuple[_Head, Any, Any]:
         raise CorruptBlockError(file, "raw bits in words of 4 bytes", f"{len(rest)} bytes")
     words = np.zeros(len(rest) // 4 + 1, np.int64)
     words[:-1] = np.frombuffer(rest, "<u4")
-    head = _Head(size, METHODS[method], flags, positions, parameter, temperature)
+    head = _Head(size, method, flags, positions, parameter, temperature)
     return head, np.frombuffer(bytearray(symbols), np.uint8), words
 
 

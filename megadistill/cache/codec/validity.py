@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megadistill.targets import SAMPLED, SparseTargets
+from megadistill.targets import SparseTargets, sparse_method
 
 
 class NonFiniteError(ValueError):
@@ -31,12 +31,16 @@ def check_targets(t: SparseTargets, vocab_size: int) -> None:
         _finite(np.where(counts > 0, t.entropy, 0), None, "entropy")
     if t.nll is not None:
         _finite(np.where(np.isnan(t.nll), 0, t.nll), None, "nll")
-    if t.method in SAMPLED:
+    method = sparse_method(t.method)
+    if method.sampled:
         _check_sampled(t, counts)
     elif t.truth_added is not None and (t.truth_added & (counts < 2)).any():
         raise ValueError("a ground truth is added to at least one entry")
-    if (t.heads is not None) != (t.method == "varopt"):
-        raise ValueError("heads belong to varopt targets, and to no others")
+    if (t.heads is not None) != method.has_heads:
+        has = "have heads" if method.has_heads else "have no heads"
+        raise ValueError(
+            f"{t.method} targets {has}, found {'none' if method.has_heads else 'some'}"
+        )
     if t.heads is not None:
         if (t.heads < 0).any() or (t.heads > counts).any():
             raise ValueError("heads must be between 0 and the entries of their position")

@@ -23,6 +23,7 @@ from megadistill.models.model_files import ModelFiles, find_model
 from megadistill.preflight.plan import assumptions, corpus_size
 from megadistill.preflight.plan.memory import at_once, run_bytes, student_memory, teacher_memory
 from megadistill.storage.disk import free_bytes, readable_bytes, used_bytes
+from megadistill.targets import find_method
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
     sequences, how = corpus_size.sequences(config, vocab_size=vocab_size)
     blocks = None if sequences is None else math.ceil(sequences / config.data.block_size)
     online = config.teacher.mode == "online"
-    kept = not online and config.targets.method in assumptions.METHODS
+    kept = not online and find_method(config.targets.method).cached
     a_position = assumptions.position(config.targets, vocab_size=vocab_size) if kept else None
     a_sequence = token_store_bytes(config)
     token_bytes = None if sequences is None else sequences * a_sequence

@@ -17,6 +17,7 @@ import re
 from megadistill.config import Config
 from megadistill.models.checkpoint_files import TensorHeader
 from megadistill.models.model_files import ModelFiles
+from megadistill.targets import find_method
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,7 +42,7 @@ def tensor_parallel_bytes(config: Config, files: ModelFiles) -> int | None:
         for name, tensor in body.items()
     )
     # Whole distributions are made on each rank by itself.
-    online = config.teacher.mode == "online" and config.targets.method in ("exact", "union")
+    online = config.teacher.mode == "online" and find_method(config.targets.method).whole_head
     return (values + (head if online else -(-head // tp))) * WIDTH[config.teacher.dtype]
 
 

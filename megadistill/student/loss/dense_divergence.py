@@ -21,7 +21,7 @@ import torch
 from megadistill.student.loss.divergences import Buckets, Divergence, divergence_terms
 from megadistill.student.loss.row_kernel import Entries, RowLosses, Terms, distill_rows
 from megadistill.student.loss.softmax import softmax_stats
-from megadistill.teacher.distributions import BLOCK
+from megadistill.targets.distributions import columns_near_the_top
 
 TILE = {False: 2**17, True: 2**24}  # elements, on a CPU and on a GPU
 
@@ -102,19 +102,9 @@ def union_entries(z_CV: torch.Tensor, teacher_CV: torch.Tensor, k: int) -> Entri
 
 
 def _best(values_CV: torch.Tensor, k: int) -> torch.Tensor:
-    """int64 [C, k]: the columns of the k largest values of each row, in any order.
-
-    They lie in the k blocks whose own maxima are largest, so that only these are looked into: one
-    pass through the row in place of torch.topk's several.
-    """
-    V = values_CV.shape[1]
-    if 2 * k * BLOCK > V:
+    """int64 [C, k]: the columns of the k largest values of each row, in any order."""
+    columns_CM = columns_near_the_top(values_CV, k)
+    if columns_CM is None:
         return values_CV.topk(k, 1, sorted=False).indices
-    whole = V - V % BLOCK
-    top_CB = values_CV[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
-    blocks_CK = top_CB.topk(k, 1, sorted=False).indices
-    columns_V = torch.arange(V, device=values_CV.device)
-    inside_CM = (blocks_CK[:, :, None] * BLOCK + columns_V[:BLOCK]).flatten(1)
-    columns_CM = torch.cat([inside_CM, columns_V[whole:].expand(len(values_CV), -1)], 1)
     best_CK = values_CV.gather(1, columns_CM).topk(k, 1, sorted=False).indices
     return columns_CM.gather(1, best_CK)

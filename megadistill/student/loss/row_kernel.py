@@ -26,7 +26,7 @@ import torch
 
 from megadistill.student.loss.divergences import Buckets, Divergence, divergence_terms
 from megadistill.student.loss.softmax import Norm, softmax_scale, softmax_stats
-from megadistill.targets import SAMPLED, SparseTargets
+from megadistill.targets import SparseTargets
 
 FORWARD_KL = Divergence()
 
@@ -58,7 +58,7 @@ class Entries:
             targets.tail.to(dtype),
             counts,
             int(counts.max()) if len(counts) else 0,
-            targets.method in SAMPLED,
+            targets.is_sampled,
         )
 
     def table(self, value_E: torch.Tensor, fill: float) -> torch.Tensor:

@@ -30,7 +30,7 @@ from megadistill.data.tokens import build_tokens
 from megadistill.models.layers import watched
 from megadistill.parallel import Mesh
 from megadistill.student.features import FeaturePlan, Features
-from megadistill.targets import SparseTargets
+from megadistill.targets import SparseTargets, find_method
 from megadistill.teacher.dense import DenseTargets
 from megadistill.teacher.engine import Teacher, load_teacher
 from megadistill.teacher.select import selection
@@ -57,10 +57,10 @@ class OnlineTeacher:
 
         key: where the configuration has it, for messages.
         """
-        method = config.targets.method
-        self._whole = method in ("exact", "union")
+        method = find_method(config.targets.method)
+        self._whole = method.whole_head
         # Whose tokens may be others than the teacher's.
-        self.tokenizers = Tokenizers(config) if method == "projected" else None
+        self.tokenizers = Tokenizers(config) if method.own_tokenizer else None
         own = None if self.tokenizers is None else self.tokenizers.teacher_ids
         self.teacher: Teacher = load_teacher(
             config,
@@ -114,7 +114,8 @@ class OnlineTeacher:
             count = int((rows_N[mine] >= 0)[batch.labels_N != -100].sum())
             return replace(batch, targets=said, kd_count=count)
         if self._whole:
-            k = self._config.targets.k if self._config.targets.method == "union" else None
+            method = find_method(self._config.targets.method)
+            k = method.read(self._config.targets).get("k")
             targets: Any = DenseTargets(hidden_NH[mine].clone(), self.teacher.head, k)
             return replace(batch, targets=targets, kd_count=batch.ce_count)
         targets = self._select(hidden_NH, labels_N, keys_N2).rows(mine.start, mine.stop)
@@ -201,7 +202,7 @@ def online_recipe(
 
     def known() -> dict[str, Any]:
         recipe = cache_recipe(config, store.store, key=f"{key}.model")
-        if config.targets.method == "projected":
+        if find_method(config.targets.method).own_tokenizer:
             recipe["teacher_tokenizer"] = Tokenizers(config).teacher_content
         return recipe
 

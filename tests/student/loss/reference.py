@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from megadistill.targets import SAMPLED, SparseTargets
+from megadistill.targets import SparseTargets
+from tests.cache.targets import SAMPLED
 
 STEPS = 2**20  # weights are multiples of 1 / STEPS, so that float32 rows sum to exactly 1
 

@@ -8,9 +8,9 @@ import torch
 from megadistill.errors import ConfigError
 from megadistill.student.head import distillation_terms
 from megadistill.targets import DIVERGENCES, SparseTargets
+from megadistill.targets.distributions import VocabularySlice
 from megadistill.teacher.chunked_head import TeacherHead
 from megadistill.teacher.dense import DenseTargets
-from megadistill.teacher.distributions import VocabularySlice
 from tests.student.loss.reference import dense_terms
 
 N, H, V, TEACHER_H = 11, 8, 53, 12

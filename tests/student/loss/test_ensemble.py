@@ -8,10 +8,10 @@ import torch
 from megadistill.errors import ConfigError
 from megadistill.student.head import distillation_terms, fused_linear_distillation
 from megadistill.student.loss.ensemble import Ensemble
-from megadistill.targets import METHODS, SAMPLED
 from megadistill.teacher.chunked_head import TeacherHead, VocabularySlice
 from megadistill.teacher.dense import DenseTargets
 from tests.allocation import AllocationWatch
+from tests.cache.targets import METHODS, SAMPLED
 from tests.student.loss.reference import random_targets
 from tests.student.test_head import COUNTS, LABELS, VOCAB, WIDTH
 

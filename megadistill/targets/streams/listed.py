@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.cache.codec.ragged_rows import like, offsets, places, ratio, repeat, zeros
-from megadistill.cache.codec.symbols import LEVELS, RANKS, SymbolReader, SymbolWriter
 from megadistill.errors import CorruptBlockError
-from megadistill.targets import SparseTargets
+from megadistill.targets.sparse import SparseTargets
+from megadistill.targets.streams.ragged_rows import like, offsets, places, ratio, repeat, zeros
+from megadistill.targets.streams.symbols import LEVELS, RANKS, SymbolReader, SymbolWriter
 
 Fields = dict[str, Any]
 STEPS = 16  # levels an octave
@@ -58,45 +58,41 @@ _FIXED = 1 << 40
 _FIXED_TABLE = np.rint(_TABLE * _FIXED).astype(np.int64)
 
 
-class LISTED:
-    """The most probable ids with their probabilities, and what they leave out."""
+def put_listed(writer: SymbolWriter, t: SparseTargets, ranks_E: np.ndarray) -> int:
+    """Append the streams."""
+    has_N = t.counts > 0
+    added_N = np.zeros(len(t), bool) if t.truth_added is None else t.truth_added.astype(bool)
+    listed_N = t.counts - added_N
+    levels_E = _levels(t.weights)
+    last = t.offsets[1:][added_N] - 1
+    keep = np.ones(len(ranks_E), bool)
+    keep[last] = False
+    row = np.repeat(np.arange(len(t)), listed_N)
+    levels, ranks = levels_E[keep], ranks_E[keep]
+    if ((np.diff(levels) < 0) & (np.diff(row) == 0)).any():
+        order = np.lexsort((ranks, levels, row))
+        levels, ranks = levels[order], ranks[order]
+    place = places(listed_N, np.zeros_like(listed_N), len(ranks))
+    steps = np.diff(levels, prepend=0)
+    writer.put(listed_N, LEVELS)
+    writer.put(levels[place == 0], LEVELS)
+    for low, high in _octaves(int(listed_N.max(initial=0))):
+        writer.put(steps[(place >= low) & (place < high)], LEVELS)
+    writer.put(np.where(t.tail > 0, _levels(t.tail) + 1, 0)[has_N], LEVELS)
+    if t.truth_added is not None:
+        writer.put(added_N[has_N], LEVELS)
+        writer.put(levels_E[last], LEVELS)
+        writer.put(ranks_E[last], RANKS)
+    writer.put(ranks, RANKS)
+    return 0
 
-    @staticmethod
-    def put(writer: SymbolWriter, t: SparseTargets, ranks_E: np.ndarray) -> int:
-        """Append the streams."""
-        has_N = t.counts > 0
-        added_N = np.zeros(len(t), bool) if t.truth_added is None else t.truth_added.astype(bool)
-        listed_N = t.counts - added_N
-        levels_E = _levels(t.weights)
-        last = t.offsets[1:][added_N] - 1
-        keep = np.ones(len(ranks_E), bool)
-        keep[last] = False
-        row = np.repeat(np.arange(len(t)), listed_N)
-        levels, ranks = levels_E[keep], ranks_E[keep]
-        if ((np.diff(levels) < 0) & (np.diff(row) == 0)).any():
-            order = np.lexsort((ranks, levels, row))
-            levels, ranks = levels[order], ranks[order]
-        place = places(listed_N, np.zeros_like(listed_N), len(ranks))
-        steps = np.diff(levels, prepend=0)
-        writer.put(listed_N, LEVELS)
-        writer.put(levels[place == 0], LEVELS)
-        for low, high in _octaves(int(listed_N.max(initial=0))):
-            writer.put(steps[(place >= low) & (place < high)], LEVELS)
-        writer.put(np.where(t.tail > 0, _levels(t.tail) + 1, 0)[has_N], LEVELS)
-        if t.truth_added is not None:
-            writer.put(added_N[has_N], LEVELS)
-            writer.put(levels_E[last], LEVELS)
-            writer.put(ranks_E[last], RANKS)
-        writer.put(ranks, RANKS)
-        return 0
 
-    @staticmethod
-    def take(reader: SymbolReader, n: int, parameter: int, truth: bool, file: str) -> Fields:
-        """Decodes the streams to fields of SparseTargets; `ranks` in place of ids, and `counts`."""
-        listed_N = reader.take(n, LEVELS)
-        total = int(listed_N.sum())
-        levels_E = _take_levels(reader, listed_N, total, file)
-        return _with_rest(reader, listed_N, levels_E, truth, file)
+def take_listed(reader: SymbolReader, n: int, truth: bool, file: str) -> Fields:
+    """Decodes the streams to fields of SparseTargets; `ranks` in place of ids, and `counts`."""
+    listed_N = reader.take(n, LEVELS)
+    total = int(listed_N.sum())
+    levels_E = _take_levels(reader, listed_N, total, file)
+    return _with_rest(reader, listed_N, levels_E, truth, file)
 
 
 def _take_levels(reader: SymbolReader, listed_N: Any, total: int, file: str) -> Any:

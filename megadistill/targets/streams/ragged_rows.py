@@ -84,3 +84,8 @@ def gaps(numbers: np.ndarray, counts: np.ndarray) -> np.ndarray:
     first = (np.cumsum(counts) - counts)[counts > 0]
     out[first] = numbers[first]
     return out
+
+
+def by_rank(entries: np.ndarray, row_E: np.ndarray, ranks_E: np.ndarray) -> np.ndarray:
+    """The entries of each row by rising rank."""
+    return entries[np.argsort((row_E[entries] << 32) | ranks_E[entries], kind="stable")]

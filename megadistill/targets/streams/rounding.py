@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from megadistill.storage.counter_rng import outputs
-from megadistill.targets import SparseTargets
+from megadistill.targets.sparse import SparseTargets
 
 GRID = 128
 _FIXED = 1 << 40

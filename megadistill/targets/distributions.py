@@ -18,7 +18,9 @@ candidates, M points, E found points.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +73,10 @@ class Distributions:
     def best(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The k most probable ids of the whole vocabulary: ids_NK, values_NK, fixed_NK, sorted."""
         vocabulary = self.vocabulary
-        columns_NK = _near_the_top(self.values_NV, k)
+        columns_NK = columns_near_the_top(self.values_NV, k, order=_ordered)
+        if columns_NK is None:
+            columns_NK = torch.arange(self.values_NV.shape[1], device=self.values_NV.device)
+            columns_NK = columns_NK.expand(self.values_NV.shape)
         keys_NK = _ordered(self.values_NV.gather(1, columns_NK), columns_NK + vocabulary.first)
         keys_NK = keys_NK.topk(min(k, keys_NK.shape[1]), dim=1).values
         fixed_NK = self.fixed_NV.gather(1, _id_of(keys_NK) - vocabulary.first)
@@ -95,6 +100,27 @@ class Distributions:
         padded = torch.nn.functional.pad(self.fixed_NV, (0, pad)) if pad else self.fixed_NV
         blocks_NBb = padded.view(N, (V + pad) // BLOCK, BLOCK)
         return blocks_NBb, blocks_NBb.sum(2).cumsum_(1)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions to select from. labels_N, truth_N (the label's log-probability) or None."""
+
+    distributions: Distributions
+    keys_N: torch.Tensor
+    labels_N: Any
+    truth_N: Any
+    entropy_N: Any
+
+    def rows(self, keep_N: torch.Tensor) -> Positions:
+        return Positions(
+            self.distributions.rows(keep_N),
+            self.keys_N[keep_N],
+            *(
+                None if x is None else x[keep_N]
+                for x in (self.labels_N, self.truth_N, self.entropy_N)
+            ),
+        )
 
 
 def find(
@@ -130,21 +156,30 @@ def offsets_of(counts_N: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(counts_N.cumsum(0), (1, 0))
 
 
-def _near_the_top(values_NV: torch.Tensor, k: int) -> torch.Tensor:
-    """int64 [N, at least K] columns, in no order, among which the k first are.
+def columns_near_the_top(
+    values_NV: torch.Tensor,
+    k: int,
+    *,
+    order: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """int64 [N, at least k] columns, in no order, that hold each row's k first.
 
-    The k first ids lie in the k first blocks, blocks ordered by their own first ids.
+    None stands for all columns: where k blocks are half of the row and more. The k first ids lie in
+    the k first blocks, blocks ordered by their own first ids: one pass through the row in place of
+    torch.topk's several. order: keys of values and their columns; default: the values, where of
+    equal ones any may come first.
     """
     V = values_NV.shape[1]
-    columns_V = torch.arange(V, device=values_NV.device)
     if 2 * k * BLOCK > V:
-        return columns_V.expand(values_NV.shape)
+        return None
+    columns_V = torch.arange(V, device=values_NV.device)
     whole = V - V % BLOCK
-    top_NB = values_NV[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
-    keys_NB = _ordered(top_NB, columns_V[: whole // BLOCK])
+    keys_NB = values_NV[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
+    if order is not None:
+        keys_NB = order(keys_NB, columns_V[: whole // BLOCK])
     blocks_NK = keys_NB.topk(k, dim=1, sorted=False).indices
-    inside_NK = (blocks_NK[:, :, None] * BLOCK + columns_V[:BLOCK]).flatten(1)
-    return torch.cat([inside_NK, columns_V[whole:].expand(len(values_NV), -1)], 1)
+    inside_NM = (blocks_NK[:, :, None] * BLOCK + columns_V[:BLOCK]).flatten(1)
+    return torch.cat([inside_NM, columns_V[whole:].expand(len(values_NV), -1)], 1)
 
 
 def _ordered(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Streams of numbers as bytes: what the methods' codecs are made of."""

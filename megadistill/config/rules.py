@@ -20,7 +20,7 @@ from megadistill.config.training import LossConfig
 from megadistill.config.training_rules import TRAINING
 from megadistill.errors import ConfigError
 from megadistill.storage.disk import is_url
-from megadistill.targets import SparseMethod, check_divergence, find_method, sparse_names
+from megadistill.targets import check_divergence, find_method, sparse_method, sparse_names
 
 NO_CORPUS = (
     "no corpus: set one of data.source=python-stdlib, data.files=[...] (local files) or "
@@ -31,9 +31,9 @@ MAX_SHARD_BYTES = 2**32 - 1  # MDS offsets have 32 bits
 
 def worst_bytes_per_position(config: Sections) -> float:
     """The most bytes that a position's targets can take in a cache, in any of its encodings."""
-    method = find_method(config.targets.method)
-    if not isinstance(method, SparseMethod):
-        return 0  # nothing is cached
+    if not find_method(config.targets.method).cached:
+        return 0
+    method = sparse_method(config.targets.method)
     return method.largest_bytes(method.read(config.targets))
 
 

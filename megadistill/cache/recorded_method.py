@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from megadistill.blocks import BlockReader
 from megadistill.errors import CorruptBlockError, StoreError
@@ -16,18 +16,30 @@ def method_of(store: BlockReader) -> SparseMethod:
 
     Raises StoreError where it is not installed, CorruptBlockError for a recipe that names none.
     """
-    name, origin = store.recipe.get("method"), store.recipe.get(DISTRIBUTION)
-    header = str(store.layout.header("cache"))
-    found = METHODS.distribution(name) if isinstance(name, str) and is_sparse(name) else None
-    if origin is not None and (found is None or found.name != origin):
-        instead = f"; {found.name} registers another method of this name" if found else ""
-        raise StoreError(
-            f"{header}: the method {name} of the distribution {origin} is not installed{instead}: "
-            f"install {origin} in this environment"
-        )
-    if not isinstance(name, str) or not is_sparse(name) or (origin is None and found is not None):
+    header, name = str(store.layout.header("cache")), store.recipe.get("method")
+    require_installed(store.recipe, where=header)
+    outside = DISTRIBUTION in store.recipe
+    if not _is_sparse(name) or (not outside and METHODS.distribution(name) is not None):
         raise CorruptBlockError(header, f"recipe.method, one of {', '.join(sparse_names())}", name)
     return sparse_method(name)
+
+
+def require_installed(recipe: dict[str, Any], *, where: str) -> None:
+    """StoreError where a recipe names a distribution that does not register its method here."""
+    name, origin = recipe.get("method"), recipe.get(DISTRIBUTION)
+    if origin is None:
+        return
+    found = METHODS.distribution(name) if _is_sparse(name) else None
+    if found is None or found.name != origin:
+        instead = f"; {found.name} registers another method of this name" if found else ""
+        raise StoreError(
+            f"{where}: the method {name} of the distribution {origin} is not installed{instead}: "
+            f"install {origin} in this environment"
+        )
+
+
+def _is_sparse(name: Any) -> TypeGuard[str]:
+    return isinstance(name, str) and is_sparse(name)
 
 
 def distribution_of(name: str) -> dict[str, str]:

@@ -20,12 +20,13 @@ from typing import Any
 
 from megadistill.blocks import BlockReader, open_store
 from megadistill.cache.cache_recipe import adapter_folder, config_hash, model_identity
+from megadistill.cache.recorded_method import require_installed
 from megadistill.config import Config
 from megadistill.config.curves import values
 from megadistill.config.schema import with_temperature
 from megadistill.data.names import shown_name
 from megadistill.data.tokenizer import open_tokenizer, tokenizer_identity
-from megadistill.errors import ConfigError, MegadistillError
+from megadistill.errors import ConfigError, MegadistillError, StoreError
 from megadistill.models.model_files import ModelFiles, find_model, may_be_hub_id
 from megadistill.storage.disk import is_url
 from megadistill.targets import check_divergence, find_method, is_sparse
@@ -100,6 +101,10 @@ def check_targets(config: Config, recipe: dict[str, Any], *, name: str, key: str
 
     key: where the configuration names it.
     """
+    try:
+        require_installed(recipe, where=name)
+    except StoreError as error:
+        raise ConfigError(f"{key}: {error}") from None
     try:
         for temperature in values(config.loss.temperature):
             check_divergence(

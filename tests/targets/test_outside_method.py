@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from megadistill import decode_targets, encode_targets, select_targets
+from megadistill.blocks import open_store
 from megadistill.cache.reader import open_cache
+from megadistill.cache.recorded_settings import check_targets
 from megadistill.cache.retruncate import retruncate_cache
 from megadistill.config import Config, load_config
 from megadistill.errors import ConfigError, CorruptBlockError, StoreError
@@ -244,6 +246,7 @@ def test_such_a_cache_is_retruncated(cache, tmp_path):
 
 
 def test_a_cache_whose_method_is_not_installed_is_refused_naming_it(cache, tmp_path):
+    recipe = open_store(cache).recipe
     with pytest.raises(StoreError) as error:
         open_cache(cache)
     assert str(error.value).endswith(
@@ -256,5 +259,7 @@ def test_a_cache_whose_method_is_not_installed_is_refused_naming_it(cache, tmp_p
     assert "another-method registers another method of this name: install tiny-method" in str(
         error.value
     )
+    with pytest.raises(ConfigError, match=r"^cache\.dir: .*: the method at_least of the dist"):
+        check_targets(load_config("demo.yaml"), recipe, name=str(cache), key="cache.dir")
     with pytest.raises(StoreError, match="the method at_least of the distribution tiny-method"):
         inspect_store(str(cache))

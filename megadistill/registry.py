@@ -53,10 +53,6 @@ class Registry(Generic[T]):
         """All registered names, megadistill's own first. Imports nothing."""
         return (*self._own, *sorted(name for name in self._others() if name not in self._own))
 
-    def own_names(self) -> tuple[str, ...]:
-        """The names of megadistill's own objects."""
-        return tuple(self._own)
-
     def __contains__(self, name: object) -> bool:
         return name in self._own or name in self._others()
 

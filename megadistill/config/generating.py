@@ -21,7 +21,7 @@ from megadistill.config.fields import (
     Text,
     WeightFloat,
 )
-from megadistill.config.registered_name import Registered
+from megadistill.config.registered import RegisteredName
 from megadistill.errors import ConfigError
 from megadistill.storage.disk import is_url
 from megadistill.targets import METHODS, find_method
@@ -216,7 +216,7 @@ class TeacherConfig(ModelConfig):
 class TargetsConfig(Section):
     """Targets that are kept of the teacher's distribution at each position."""
 
-    method: Annotated[str, Registered(METHODS, find_method)] = Field(
+    method: Annotated[str, AfterValidator(RegisteredName(METHODS, find_method))] = Field(
         default="varopt",
         description="`varopt` and `multinomial` sample without bias; `topk` keeps the k most "
         "probable ids, `topp` as many of them as have mass p. With `teacher.mode: online` also "

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megadistill.config.messages import section_model
-from megadistill.config.registered_name import Registered
+from megadistill.config.registered import RegisteredName
 from megadistill.config.schema import Config
 from megadistill.errors import ConfigError
 
@@ -72,9 +72,6 @@ def _default(field: FieldInfo) -> str:
 
 
 def _kind(annotation: Any, field: FieldInfo | None = None) -> str:
-    for each in field.metadata if field is not None else ():
-        if isinstance(each, Registered):
-            return ", ".join(f"`{name}`" for name in each.registry.own_names())
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _kind(inner[0]) + _bounds(inner[1:])
@@ -87,6 +84,10 @@ def _kind(annotation: Any, field: FieldInfo | None = None) -> str:
     if origin in (list, tuple):
         element = _kind(inner[0])
         return f"list of {element if '`' in element else element.partition(' ')[0] + 's'}"
+    validators = [getattr(each, "func", None) for each in (field.metadata if field else ())]
+    for validator in validators:
+        if isinstance(validator, RegisteredName):
+            return ", ".join(f"`{name}`" for name in validator.own)
     names = {int: "integer", float: "number", bool: "boolean", str: "text"}
     return names.get(annotation, "mapping") + _bounds(field.metadata if field is not None else ())
 

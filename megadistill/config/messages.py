@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import types
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -75,8 +73,8 @@ def message(detail: Any, path: KeyPath) -> str:
     if expected is None:
         said = detail["msg"].removeprefix("Value error, ")
         return f"{said}, found {_short(value)}"
-    if kind in ("literal_error", "registered_name") and isinstance(value, str):
-        near = context["near"] if "near" in context else closest(value, _choices(path))
+    if kind == "literal_error" and isinstance(value, str):
+        near = closest(value, expected.removeprefix("one of ").split(", "))
         if near is not None:
             return f"expected {expected}, found {value!r}, did you mean {near}?"
     if kind == "string_type" and isinstance(value, int | float):
@@ -89,21 +87,6 @@ def _short(value: Any) -> str:
     return shown if len(shown) < 80 else shown[:76] + " ..."
 
 
-def _choices(path: KeyPath) -> list[str]:
-    model = section_model(str(path[0]))
-    if model is None or [type(part) for part in path[1:]] not in ([str], [str, int]):
-        return []
-    return [c for c in _literals(model.model_fields[str(path[1])].annotation) if isinstance(c, str)]
-
-
-def _literals(annotation: Any) -> Iterator[Any]:
-    if typing.get_origin(annotation) is typing.Literal:
-        yield from typing.get_args(annotation)
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
-        for inner in typing.get_args(annotation):
-            yield from _literals(inner)
-
-
 def _expected(kind: str, context: dict) -> str | None:
     bounds = {
         "greater_than": ("above", "gt"),
@@ -114,8 +97,6 @@ def _expected(kind: str, context: dict) -> str | None:
     if kind in bounds:
         word, name = bounds[kind]
         return f"a number {word} {context[name]:g}"
-    if kind == "registered_name":
-        return f"one of {context['expected']}"
     if kind == "literal_error":
         return f"one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
     for start, said in (

@@ -48,9 +48,9 @@ def test_no_other_module_names_a_method():
 
 
 def test_every_registered_object_has_the_name_it_is_registered_by():
-    assert METHODS.own_names() == (*OWN, *ONLINE)
+    assert METHODS.names() == (*OWN, *ONLINE)
     assert sparse_names() == OWN
-    for name in METHODS.own_names():
+    for name in METHODS.names():
         method = find_method(name)
         assert method.name == name
         assert method.cached == isinstance(method, SparseMethod) == (name in OWN)

@@ -29,7 +29,7 @@ Names = list[tuple[int, int]]  # (store, sequence) of each row
 class Batches:
     """Prefetches this rank's micro-batches of each step, from step `first` on. A context manager.
 
-    What goes wrong in reading is raised by `next`, at its step.
+    `next` raises an error of reading at the step that it concerns.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Batches:
         return rank_rows(self._order.batch(step), self._rank, self._world)
 
     def _begin_next(self) -> None:
-        """Begin to read one more step, where there is one."""
+        """Starts reading the next step, if there is one."""
         for step in self._to_come:
             self._named.append(self.names(step))
             if self._fetch_ahead:
@@ -99,7 +99,7 @@ class Batches:
         )
 
     def _fetch(self, step: int, names: Names) -> None:
-        """Begin to download the shards of a step that were not asked for lately."""
+        """Starts downloading the shards of a step, less those requested recently."""
         for k, i in names:
             first = self._stores[k]
             for teacher, each in enumerate((first, *first.other_teachers)):

@@ -2,11 +2,11 @@
 
     average = d * average + (1 - d) * weights      d = min(decay, (1 + t) / (10 + t)), t = 0, 1, ...
 
-t counts the updates before, so that the average forgets its beginning: after n updates it reaches
-back about n / 9 of them until d is `decay`. A step that is skipped updates nothing.
+t counts earlier updates, so that the average forgets the initial weights: after n updates it
+reaches back about n / 9 of them until d is `decay`. A skipped step updates nothing.
 
 ZeRO-3 keeps the fp32 weights as flat partitions, one for each of its sub-groups, on each rank its
-own; the average is laid out alike and updated in place, without a word between ranks: 4 bytes a
+own; the average has the same layout and is updated in place, without communication: 4 bytes a
 parameter over all ranks, one pass over memory a step. To be resumed at any number of ranks, a rank
 saves its partitions with the layout that says which elements of which parameter they are. Nothing
 depends on a parameter's shape; one without any dimension DeepSpeed 0.19.8 itself cannot train (its
@@ -46,16 +46,16 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are after a step."""
+        """Updates the average with the weights after a step."""
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._flat, [flat.detach() for flat in self._masters], 1 - decay)
         self.updates += 1
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The engine computes with the average, rounded to its own type, instead of the weights.
+        """Swaps in the average: inside, the engine computes with it, rounded to its own type.
 
-        After an error inside it is left so, and of no more use.
+        After an error inside, the engine is not restored and cannot be used.
         """
         partitions = self._optimizer.fp16_partitioned_groups_flat
         # Not made anew from the fp32 weights: those may be the same memory.
@@ -121,7 +121,7 @@ class _Parts:
             )
 
     def copy(self, name: str, size: int, target: torch.Tensor, *, start: int) -> None:
-        """Elements of the parameter from `start` on into `target`, as many as there are."""
+        """Copies elements of the parameter, from `start` on, into `target`."""
         stop = min(start + target.numel(), size)
         for rank, places in enumerate(self._places):
             part = places[name]

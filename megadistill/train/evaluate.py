@@ -34,7 +34,7 @@ from megadistill.train.training_source import MicroBatch, micro_batch, open_sequ
 
 
 class Evaluation:
-    """A held-out cache, opened once, and what of it is known without the student."""
+    """Held-out cache, opened once, with the sums that do not depend on the student."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Evaluation:
         self.count = min(len(self.sequences), max_sequences or len(self.sequences))
 
     def require_labels(self) -> None:
-        """DataError where no sequence that is evaluated has a label with a target."""
+        """Raises DataError if no evaluated sequence has a label with a target."""
         for i in range(self.count):
             sample = self.sequences[i]
             if ((sample_labels(sample) != IGNORED) & (sample["targets"].counts > 0)).any():
@@ -77,7 +77,7 @@ class Evaluation:
         pack: Any,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """The figures of the current student; None where a stop is requested of any rank meanwhile.
+        """Returns the metrics of the current student; None if any rank requests a stop meanwhile.
 
         Collective: ranks run equally many forwards.
         """
@@ -133,7 +133,7 @@ def _teacher(batch: MicroBatch) -> torch.Tensor:
 def open_evaluation(
     asked: tuple[str, str] | None, *, max_sequences: int | None, local: LocalCopies | None = None
 ) -> Evaluation | None:
-    """The held-out cache, or None where there is none. asked: the key, and the folder or URL."""
+    """Opens the held-out cache; None without one. asked: the key, and the folder or URL."""
     if asked is None:
         return None
     key, path = asked

@@ -51,10 +51,10 @@ A causal language model trained with megadistill {version}.
 
 
 def gathered(student: Student, mesh: Mesh, *, file: Path | None = None) -> dict[str, torch.Tensor]:
-    """The model's parameters and buffers on rank 0; {} elsewhere. Collective.
+    """Returns the model's parameters and buffers on rank 0, {} on other ranks. Collective.
 
-    file: on rank 0 the parameters lie in this file, mapped; by default in host memory. Raises
-    StoreError on all ranks where the disk has no room for it.
+    file: the mapped file that holds the parameters on rank 0; default: host memory. Raises
+    StoreError on all ranks if the disk is too small for it.
     """
     import deepspeed
 
@@ -86,7 +86,7 @@ class _Places:
         self._mapped: mmap.mmap | None = None
 
     def allocate(self) -> None:
-        """Take the room on the disk: a mapped file that finds none when it is written kills."""
+        """Reserves the space on disk: writing to a mapped file on a full disk kills the process."""
         assert self._file is not None
         LOCAL.allocate(self._file, self._size)
         with self._file.open("r+b") as file:
@@ -152,9 +152,9 @@ def export(
 
 
 def student_tokenizer(config: Config) -> Any:
-    """The student's tokenizer: its own folder's, else that of the data. None where there is none.
+    """Returns the student's tokenizer: its own folder's, else the data's, else None.
 
-    A tokenizer that cannot be loaded is no reason not to train: ids are what the student sees.
+    A tokenizer that cannot be loaded does not stop training: the student sees ids only.
     """
     assert config.student is not None
     return _tokenizer(config.student.model, config.student.revision) or _tokenizer(
@@ -186,7 +186,7 @@ def model_card(
     steps: int,
     metrics: dict[str, float] | None,
 ) -> str:
-    """README.md of the exported model. made_at: the targets' temperature; None: whole ones."""
+    """Returns README.md of the exported model. made_at: temperature of the targets; None: dense."""
     from megadistill import __version__
 
     assert config.student is not None
@@ -237,10 +237,10 @@ def _feature_terms(config: Config) -> str:
 
 
 def check_tokenizer(config: Config, stored: dict[str, Any], *, store: str) -> int:
-    """The ids of the student's own tokenizer; 0 of a folder without one.
+    """Returns the number of ids of the student's own tokenizer; 0 if its folder has none.
 
-    stored: the tokenizer in the store's recipe. ConfigError where the student's gives other ids to
-    a text; it may have tokens that were added to the store's.
+    stored: the tokenizer in the store's recipe. Raises ConfigError if the student's tokenizer gives
+    other ids to a text. Added tokens are allowed.
     """
     from megadistill.data.tokenizer import count_ids, tokenizer_identity
 

@@ -9,7 +9,7 @@ from megadistill.errors import ConfigError
 
 
 def check_machine(config: Config) -> None:
-    """ConfigError for a number format or an offload that this machine does not have."""
+    """Raises ConfigError for a number format or an offload that this machine lacks."""
     _check_precision(config)
     _check_nvme(config)
 

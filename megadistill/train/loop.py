@@ -56,9 +56,9 @@ def train(config: Config, mesh: Mesh) -> Trained:
     """Train `config.student`, or resume the run in `train.out_dir`. Collective.
 
     Raises ConfigError, StoreError, TrainError before a model is loaded, LockedError while another
-    process trains in the folder, TrainError for numbers that are not finite and for a disk that
-    is full. On SIGINT, SIGTERM or
-    SIGHUP it finishes the step, saves where that fits (stopping.py), and returns.
+    process trains in the folder, TrainError for numbers that are not finite and for a full disk.
+    On SIGINT, SIGTERM or SIGHUP it finishes the step, saves if that fits (stopping.py), and
+    returns.
     """
     with disk_errors(config.train.out_dir):
         return _trained(config, mesh)
@@ -129,9 +129,9 @@ def run_steps(
     saving: Saving,
     stop: Stop,
 ) -> Ended:
-    """The steps from `start` on. Collective.
+    """Runs the steps from `start` on. Collective.
 
-    An evaluation that a stop cut short is done first, where the run resumes.
+    Begins with the evaluation that a stop interrupted, if there is one.
     """
     position, metrics, complete = start, None, True
     policy = NonFinite(run.config.train, mesh, run.stores, skipped=start.skipped)
@@ -179,10 +179,10 @@ def run_step(
     reporter: Reporter | None,
     flags: Flags,
 ) -> tuple[Position, bool] | None:
-    """The step after `position`: where it leads, and whether rank 0 asks for a checkpoint of it.
+    """Runs the step after `position`. Returns the new position, and whether to save it. Collective.
 
-    None, and no step, where any rank is asked to stop. LockedError on all ranks where the folder
-    is another run's by now. Collective.
+    Returns None without a step if any rank is asked to stop. Raises LockedError on all ranks if
+    another run has taken over the folder.
     """
     asked = Flags(*trainer.mesh.sum(torch.tensor(flags, dtype=torch.float64)).tolist())
     if asked.lost:
@@ -245,7 +245,7 @@ def run_step(
 def evaluate(
     run: Run, trainer: Trainer, position: Position, reporter: Reporter | None, stop: Stop
 ) -> dict[str, float] | None:
-    """The held-out figures of the student as it stands; None after a stop. Collective."""
+    """Returns the held-out metrics of the current student; None after a stop. Collective."""
     assert run.evaluation is not None
     with trainer.evaluation_weights():
         metrics = run.evaluation.run(

@@ -1,6 +1,6 @@
 """Whether train.steps of a run that has begun may grow.
 
-A longer run must be the one that it would have been from its first step on. So nothing that a done
+A longer run must equal one that had this length from its first step on. So nothing that a finished
 step used may depend on the length: not the learning rate, not a loss weight, not the order of the
 sequences.
 """
@@ -16,7 +16,7 @@ STEPS = "train.steps"
 def reason_against_growth(
     config: Config, others: list[str], *, old: int, new: int, done: int
 ) -> str | None:
-    """Why a run of `old` steps cannot become one of `new` after `done` steps; None where it can.
+    """Returns why a run of `old` steps cannot grow to `new` after `done` steps; None if it can.
 
     others: the other fields in which the two runs differ.
     """

@@ -1,16 +1,16 @@
 """Policy for a loss or a gradient that is not finite.
 
-A micro-batch whose loss is not finite gets gradients that are not (engine.py), and the norm of the
-gradient, which every rank knows, is taken before the optimizer updates anything: so one such number
-on one rank keeps all of them from updating. Here it is decided what follows:
+A micro-batch with a non-finite loss gets non-finite gradients (student_engine.py). Every rank knows
+the norm of the gradient before the optimizer updates anything, so one such number on one rank keeps
+all ranks from updating. The policy decides what follows:
 
     stop   the run ends with an error that names the sequences (the default)
     skip   the step is left out, on all ranks: no weight, moment or average changes. It counts as a
            step, and its sequences as consumed. More than train.skip_budget of them over the whole
            run, resumes included, stop it
 
-Nothing is zeroed or clipped to make it finite. What float16's loss scaler makes overflow is the
-scaler's to find out, and no concern of this policy while the losses are finite.
+Nothing is zeroed or clipped to make it finite. Overflows that float16's loss scaler causes are left
+to the scaler while the losses are finite.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFinite:
-    """The policy, and how often it had to skip."""
+    """The policy, with the number of skipped steps."""
 
     def __init__(
         self, config: TrainConfig, mesh: Mesh, stores: list[TrainingSource], *, skipped: int
@@ -37,10 +37,10 @@ class NonFinite:
     def handle(
         self, step: int, micro_batches: list[MicroBatch], suspects: list[MicroBatch]
     ) -> None:
-        """Step number `step`, from 1, had a loss or gradient that is not finite. Collective.
+        """Handles a non-finite loss or gradient at step number `step`, from 1. Collective.
 
-        share: this rank's micro-batches; suspects: those of them with a loss that is not finite.
-        TrainError where the policy, or its budget, says so.
+        micro_batches: of this rank; suspects: those of them with a non-finite loss. Raises
+        TrainError if the policy says stop, or if its budget is used up.
         """
         everyone = self._mesh.gather([_names(micro_batches), _names(suspects)])
         of_losses = [name for _, names in everyone for name in names]

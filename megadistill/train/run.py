@@ -1,7 +1,7 @@
-"""A run before its first step and after its last: what is checked, built, and left behind.
+"""Preparing, building and finishing a run: everything before its first step and after its last.
 
-`prepare` finds everything that can be found wrong without loading a model, in stores, folders and
-settings; `build` what only a loaded model can tell; `finish` exports.
+`prepare` checks stores, folders and settings without loading a model. `build` loads the models and
+runs the checks that need them. `finish` exports.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Run:
 
 
 def prepare(config: Config, mesh: Mesh) -> Run:
-    """Everything that can be found wrong without a model, found. Writes nothing."""
+    """Runs every check that needs no model. Writes nothing."""
     if config.student is None:
         raise ConfigError("student: there is nothing to train: set student.model")
     mesh.run_on_rank0(lambda: check_trackers(config, load=True))
@@ -186,9 +186,10 @@ def prepare(config: Config, mesh: Mesh) -> Run:
 
 
 def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[TrainingSource]) -> None:
-    """ConfigError where the student would read the held-out text otherwise than its teacher did.
+    """Raises ConfigError if student and teacher read the held-out text differently.
 
-    DataError for a text without a label. Warns of blocks that are trained on as well. For rank 0.
+    Raises DataError for a text without a label. Warns of blocks that are trained on as well. Rank 0
+    only.
     """
     evaluation.require_labels()
     held = evaluation.sequences
@@ -214,7 +215,7 @@ def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[Train
 
 
 def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> None:
-    """ConfigError, naming the held-out cache, where its sequences are too long for the student."""
+    """Raises ConfigError, naming the held-out cache, if its sequences are too long."""
     held = evaluation.sequences
     try:
         check_fits(student, vocab_size=vocab_size, seq_len=held.seq_len)
@@ -223,7 +224,7 @@ def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> N
 
 
 def _with_known(config: Config, stores: list[TrainingSource], mesh: Mesh) -> Config:
-    """The configuration with what the caches know; contradictions are refused. Collective."""
+    """Adds the settings recorded in the caches; refuses contradictions. Collective."""
 
     def check() -> None:
         check_known(config, [s.store for s in stores])
@@ -237,7 +238,7 @@ def _with_known(config: Config, stores: list[TrainingSource], mesh: Mesh) -> Con
 
 
 def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] | None:
-    """The blocks to train on of each store: those the run was begun on, else those there are."""
+    """Returns the blocks to train on of each store: those of the begun run, else all present."""
     if not config.cache.allow_incomplete:
         return None
     begun = folder.blocks()
@@ -247,7 +248,7 @@ def _blocks(config: Config, folder: RunFolder) -> list[tuple[int, ...] | None] |
 
 
 def build(run: Run, mesh: Mesh) -> Trainer:
-    """The student in its engine, and what only a loaded model can tell; then the online teacher.
+    """Loads the student into its engine, then the online teacher; runs the checks that need them.
 
     Collective.
     """
@@ -291,7 +292,7 @@ def build(run: Run, mesh: Mesh) -> Trainer:
 
 
 def finish(run: Run, trainer: Trainer, mesh: Mesh, metrics: dict[str, float] | None) -> None:
-    """Export the model, and the best one; with that the run is finished. Collective."""
+    """Exports the model and the best one, which finishes the run. Collective."""
     mesh.run_on_rank0(run.folder.require_lock)
     if run.config.train.keep_best:
         _export_best(run, trainer, mesh)
@@ -310,7 +311,7 @@ def finish(run: Run, trainer: Trainer, mesh: Mesh, metrics: dict[str, float] | N
 
 
 def _export_best(run: Run, trainer: Trainer, mesh: Mesh) -> None:
-    """The model of the lowest held-out loss; the trainer then stands at its end again."""
+    """Exports the model of the lowest held-out loss, then reloads the last checkpoint."""
     best = mesh.run_on_rank0(lambda: checkpoint.best(run.folder.checkpoints))
     if best is None:
         return

@@ -1,10 +1,10 @@
-"""train.out_dir: which run it holds, and whether that run resumes, is finished, or is another.
+"""The folder train.out_dir: which run it holds, and whether this run may resume it.
 
-run.lock        who writes here; there while a run lives
+run.lock        the process that writes; exists while a run lives
 run.json        what the run is, written first
-trackers.json   with train.trackers, what the run is called there
-metrics.jsonl   a line a step
-eval.jsonl      a line an evaluation
+trackers.json   with train.trackers, the names of the run there
+metrics.jsonl   a line per step
+eval.jsonl      a line per evaluation
 checkpoints/    of which the newest sound one is resumed
 model_best/     with train.keep_best, the model of the lowest held-out loss
 model/          the trained model; put in place last, so that it says the run is finished
@@ -84,11 +84,11 @@ class RunFolder:
         self._lock: StoreLock | None = None
 
     def claim(self, identity: dict[str, Any], config: Config, held: ExitStack) -> Claimed:
-        """Make the folder this run's own, or see that it is. For rank 0.
+        """Claims the folder for this run, or checks that it is this run's. Rank 0 only.
 
         held: holds the folder's lock from now on; a finished run is found without taking it.
-        LockedError while another process trains here, TrainError where the folder holds something
-        else or a damaged journal, RecipeError naming the key where it is a run of another
+        Raises LockedError while another process trains here, TrainError for a folder with other
+        content or a damaged jsonl file, RecipeError, naming the key, for a run of another
         configuration.
         """
         self._refuse_anything_else()
@@ -115,11 +115,11 @@ class RunFolder:
 
     @property
     def exported(self) -> bool:
-        """Whether the trained model is there: an empty folder is none."""
+        """Whether the trained model exists; an empty folder does not count."""
         return (self.model / "config.json").is_file()
 
     def require_lock(self) -> None:
-        """LockedError where another process has taken the folder over. For rank 0."""
+        """Raises LockedError if another process has taken over the folder. Rank 0 only."""
         if self._lock is not None:
             require_holder(self._lock.path, self._lock.token, what=self._lock.what)
 
@@ -133,7 +133,7 @@ class RunFolder:
         # Left by a run that died before run.json was in place.
         if any(p.name != ".run.json" and not p.name.startswith(LOCK) for p in self.path.iterdir()):
             raise TrainError(
-                f"train.out_dir: {self.path} holds something that is no run of ours (there is "
+                f"train.out_dir: {self.path} holds files, but no run of megadistill (there is "
                 f"no {self._identity.name}): choose another folder, or empty it"
             )
 
@@ -148,12 +148,12 @@ class RunFolder:
         return list(differences(self._begun(), identity))
 
     def _begun(self) -> dict[str, Any]:
-        """run.json. TrainError where it is damaged."""
+        """Returns run.json. Raises TrainError if it is damaged."""
         try:
             return read_json(self._identity)
         except CorruptBlockError as error:
             raise TrainError(
-                f"{self._identity}: is damaged, so that nobody knows which run this is: expected "
+                f"{self._identity}: is damaged, so the run cannot be identified: expected "
                 f"{error.expected}, found {error.found}: restore it from a copy, or choose "
                 "another train.out_dir"
             ) from error
@@ -164,7 +164,7 @@ class RunFolder:
         put_file(LOCAL, self._identity, encode_json(identity), temporary=temporary)
 
     def _begin_anew(self, identity: dict[str, Any]) -> None:
-        """A run that left no checkpoint: nothing of it can be resumed, whatever its settings."""
+        """Begins anew over a run without a checkpoint, of which nothing can be resumed."""
         done = max((r["step"] for r in read_records(self.path / JOURNALS[0])), default=0)
         lost = f", and the {done} step(s) it did are lost" if done else ""
         log.warning(
@@ -181,7 +181,7 @@ class RunFolder:
             self._write(identity)
 
     def _settle(self, identity: dict[str, Any], config: Config, found: Checkpoint | None) -> None:
-        """The run that is here is resumed: it must be this one, or may have grown."""
+        """Checks that the run in the folder may be resumed: it has these settings, or may grow."""
         different = self._differences(identity)
         if found is not None and STEPS in {name for name, _, _ in different}:
             old, new = (each["train"]["steps"] for each in (self._begun(), identity))
@@ -202,7 +202,7 @@ class RunFolder:
     def _refuse_another_run(
         self, identity: dict[str, Any], config: Config, *, but_for: tuple[str, ...] = (STEPS,)
     ) -> None:
-        """RecipeError where the run is of other settings, and of none of `but_for`."""
+        """Raises RecipeError if the run has other settings, those in `but_for` excepted."""
         if {name for name, _, _ in self._differences(identity)}.isdisjoint(but_for):
             begun = self._begun()
             require_same_recipe(
@@ -236,7 +236,7 @@ class RunFolder:
 
 
 def run_identity(config: Config, stores: list[TrainingSource], steps: int) -> dict[str, Any]:
-    """Everything the trained weights depend on and that the configuration decides."""
+    """Returns every setting that the trained weights depend on."""
     assert config.student is not None
     free = {*_FREE, "steps", "epochs", *(() if config.train.ema else _EMA)}
     train = config.train.model_dump(mode="json", exclude=free)
@@ -268,7 +268,7 @@ def _ensemble(store: TrainingSource) -> dict[str, Any]:
 
 
 def _ranges(blocks: tuple[int, ...]) -> str:
-    """Blocks 0 to 5 and 8 are "0-5,8"."""
+    """Returns blocks as text: 0 to 5 and 8 are "0-5,8"."""
     ends = [i for i, b in enumerate(blocks) if i + 1 == len(blocks) or blocks[i + 1] != b + 1]
     starts = [0, *(i + 1 for i in ends[:-1])]
     return ",".join(

@@ -17,7 +17,7 @@ _OF_A_CACHE = re.compile(r"cache\.(\d+)\.(?:ensemble\.(\d+)\.)?(.+)")
 
 
 def run_keys(config: Config) -> Keys:
-    """The keys of a run's fields under this configuration."""
+    """Returns the keys of a run's fields under this configuration."""
     return Keys(
         of=lambda field: _key(field, config),
         way_out="restore the setting to resume, or choose another train.out_dir",

@@ -8,7 +8,7 @@ from megadistill.config import TrainConfig
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of step `step` (from 0) of `steps`.
+    """Returns the learning rate of step `step` (from 0) of `steps`.
 
     Linear warm-up over warmup_steps, the first step already above 0; then by config.schedule:
     constant; cosine to lr * min_lr_ratio at the last step; or wsd, stable until the last
@@ -28,7 +28,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def decay_begins(steps: int, config: TrainConfig) -> int:
-    """With wsd: how many steps of a run of `steps` have the stable rate, or warm up to it."""
+    """Returns the number of steps before the decay of wsd, warm-up included."""
     return steps - _decay_steps(steps, config)
 
 

@@ -1,4 +1,4 @@
-"""When a run is saved, and what it leaves when it is stopped.
+"""Saving and stopping: when checkpoints are written, and what a stopped run leaves.
 
 A checkpoint is due every train.save_every steps, at the last step, at a new lowest loss with
 train.keep_best, and when train.save_minutes have passed since the last one by rank 0's clock. When
@@ -38,7 +38,7 @@ class Flags(NamedTuple):
 
 
 class Standing:
-    """Which step of a run is done and which is saved. Read by the watchdog's thread as well."""
+    """The last finished and the last saved step. The watchdog's thread reads them as well."""
 
     def __init__(self, *, step: int, steps: int) -> None:
         self.step, self.steps = step, steps
@@ -51,11 +51,11 @@ class Standing:
         return self._saved if self._sealed() else self._saved_before
 
     def save(self, step: int, sealed: Callable[[], bool]) -> None:
-        """A checkpoint of `step` is written, or will be when sealed() is True."""
+        """Records a checkpoint of `step`: written, or written once sealed() is True."""
         self._saved, self._saved_before, self._sealed = step, self.saved, sealed
 
     def account(self) -> str:
-        """Where a run that ends here resumes, in a line."""
+        """Returns a line that says where a run that ends here resumes."""
         done = f"stopped after step {self.step} of {self.steps}"
         if not self.saved:
             return f"{done}, no checkpoint yet: the same command starts at step 1"
@@ -97,7 +97,7 @@ class Saving:
         return asked or by_steps or step == self._run.steps
 
     def save(self, position: Position, metrics: dict[str, float] | None) -> None:
-        """Write a checkpoint of this step, with its evaluation if there was one."""
+        """Writes a checkpoint of this step, with its evaluation if there is one."""
         train, background = self._run.config.train, self._trainer.background
         began = self._clock()
         checkpoint.save(
@@ -117,7 +117,7 @@ class Saving:
         )
 
     def finish(self, position: Position, stop: Stop, *, complete: bool) -> None:
-        """At the end of the steps, or after a stop: save what is not saved yet, where it fits."""
+        """Saves the last step after the last step or a stop, if it is unsaved and time allows."""
         mesh, background = self._trainer.mesh, self._trainer.background
         if not complete:
             stop.wait(2.0)  # it may have been asked of another rank, and come here in a moment
@@ -129,7 +129,7 @@ class Saving:
             log.info("%s", self._last_line(position, stop))
 
     def _fits(self, stop: Stop) -> bool:
-        """Whether a save ends before the process is ended, as far as the last one tells."""
+        """Whether a save fits the time before the process is ended, judged by the last save."""
         background = self._trainer.background
         took_s = self._took_s if background is None else background.took_s
         return took_s is None or took_s <= stop.left_s

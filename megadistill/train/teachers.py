@@ -1,9 +1,9 @@
-"""Several teachers of one student: their caches read side by side, or all of them online.
+"""Several teachers of one student: caches of the same text, or online teachers.
 
 Sequence i of every cache must be the same text. The caches' blocks are compared when they are
 opened, by the hashes of their token ids in blocks.bin: 8 bytes a block, and no shard is read.
-Beside the student they answer one after the other, so that of those in host memory
-(`offload: cpu`) one at a time is on the device.
+Online teachers run one after the other, so that only one of those in host memory (`offload: cpu`)
+is on the device at a time.
 
 Shapes: none.
 """
@@ -33,9 +33,9 @@ from megadistill.train.training_source import (
 
 
 def with_caches(config: Config, stores: list[TrainingSource]) -> list[TrainingSource]:
-    """The stores, with cache.ensemble's beside the only one where there are some.
+    """Returns the stores; the only one has the caches of cache.ensemble attached.
 
-    ConfigError, StoreError, naming the key, for a cache of other tokens, or that is not there.
+    Raises ConfigError or StoreError, naming the key, for a cache of other tokens or a missing one.
     """
     if not config.cache.ensemble:
         return stores
@@ -50,9 +50,9 @@ def with_caches(config: Config, stores: list[TrainingSource]) -> list[TrainingSo
 
 
 def with_models(config: Config, stores: list[TrainingSource], mesh: Mesh) -> list[TrainingSource]:
-    """The stores, with the recipes of teacher.ensemble's answers added to the only one. Collective.
+    """Returns the stores; the only one has the recipes of teacher.ensemble attached. Collective.
 
-    For they are part of what the run is.
+    The recipes are part of the run's identity.
     """
     if not config.teacher.ensemble:
         return stores
@@ -76,7 +76,7 @@ class OnlineEnsemble:
     def __init__(
         self, config: Config, mesh: Mesh, store: TrainingSource, *, features: FeaturePlan | None
     ) -> None:
-        """Loads one after the other. Collective. features: to be kept of the first."""
+        """Loads one teacher after the other. Collective. features: of the first teacher."""
         self._teachers = [
             OnlineTeacher(
                 each, mesh, store, features=features if key == "teacher" else None, key=key
@@ -86,7 +86,7 @@ class OnlineEnsemble:
         self._weights = [s.teacher_weight for s in (store, *store.other_teachers)]
 
     def answer(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """The micro-batches with the targets of all. Collective. As `OnlineTeacher.answer`."""
+        """Returns the micro-batches with all targets. Collective. See `OnlineTeacher.answer`."""
         answers = [teacher.answer(micro_batches) for teacher in self._teachers]
         return [
             replace(batches[0], targets=Ensemble.of([b.targets for b in batches], self._weights))
@@ -97,13 +97,13 @@ class OnlineEnsemble:
 def load_online(
     config: Config, mesh: Mesh, store: TrainingSource, *, features: FeaturePlan | None = None
 ) -> OnlineTeacher | OnlineEnsemble:
-    """The online teacher or teachers. Collective."""
+    """Loads the online teacher or teachers. Collective."""
     kind = OnlineEnsemble if config.teacher.ensemble else OnlineTeacher
     return kind(config, mesh, store, features=features)
 
 
 def check_divergences(config: Config, store: TrainingSource) -> None:
-    """ConfigError where a teacher's targets cannot serve the loss at any time of the run."""
+    """Raises ConfigError if a teacher's targets cannot serve the loss at some time of the run."""
     for taught in (store, *store.other_teachers):
         check_targets(config, taught.recipe, name=taught.name, key=taught.key)
 
@@ -133,7 +133,7 @@ def _models_named(config: Config) -> str:
 
 
 def _taught_by(store: TrainingSource) -> str:
-    """The teacher's name where the cache has one, else the store's."""
+    """Returns the name of the teacher if the cache has it, else the name of the store."""
     name = store.store.names.get("teacher.model") if store.has_targets else None
     return f"`{name}`" if name else shown_name(store.name)
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class TrainingSource:
     """A store to train or evaluate on. `sequences[i]` is a sequence's columns, verified.
 
-    Of an unfinished store the sequences of some blocks, numbered without a gap.
+    An unfinished store gives the sequences of some blocks, numbered without a gap.
     """
 
     source: Any  # Cache or BlockReader
@@ -63,7 +63,7 @@ class TrainingSource:
         return self.source[self.number(index)]
 
     def number(self, index: int) -> int:
-        """The store's own number of a sequence."""
+        """Returns the number that the store itself gives a sequence."""
         if self.blocks is None:
             return index
         block, row = divmod(index, self.store.block_size)
@@ -83,7 +83,7 @@ class TrainingSource:
 
     @property
     def reads_targets(self) -> bool:
-        """Whether the targets lie in the store."""
+        """Whether the store holds the targets."""
         return self.has_targets and self.online is None
 
     @property
@@ -96,7 +96,7 @@ class TrainingSource:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that may occur: the teachers', or without one the tokenizer's."""
+        """Number of ids that may occur: the teachers', or the tokenizer's without a teacher."""
         own = int(self.recipe.get("vocab_size") or self.tokenizer["vocab_size"])
         return max([own, *(other.vocab_size for other in self.other_teachers)])
 
@@ -110,11 +110,11 @@ def open_sequences(
     local: LocalCopies | None = None,
     blocks: tuple[int, ...] | None = None,
 ) -> TrainingSource:
-    """The complete store at `path`. `key`: the configuration key, for messages.
+    """Opens the complete store at `path`. `key`: the configuration key, for messages.
 
-    `local`: see open_store. `blocks`: of an unfinished store, those to read. Raises
-    ConfigError for a token store where targets are needed, StoreError for one that is missing or
-    empty, and for an incomplete one, or blocks that it does not have.
+    `local`: see open_store. `blocks`: the blocks to read of an unfinished store.
+    Raises ConfigError for a token store if targets are needed. Raises StoreError for a missing or
+    empty store, an incomplete one, or missing blocks.
     """
     store = open_store(path, local=local)
     if with_targets and store.kind != "cache":
@@ -166,9 +166,9 @@ def _extent(store: BlockReader, count: int) -> str:
 def open_sources(
     config: Config, blocks: list[tuple[int, ...] | None] | None = None
 ) -> list[TrainingSource]:
-    """Every store of cache.dir. ConfigError where two of them cannot be mixed, naming both.
+    """Opens every store of cache.dir. Raises ConfigError, naming both, if two do not mix.
 
-    blocks: those to read of each, None for a store that must be complete.
+    blocks: the blocks to read of each store, None for a store that must be complete.
     """
     sources = config.cache.sources
     stores = [
@@ -188,7 +188,7 @@ def open_sources(
 
 
 def require_targets(config: Config, stores: list[TrainingSource]) -> None:
-    """DataError where no position of any store has a label, or one that the loss learns from."""
+    """Raises DataError if no position of any store has a label that the loss learns from."""
     alone = config.loss.learns_from_teacher and not any(values(config.loss.ce_weight))
     for store in stores:
         with_targets = alone and store.reads_targets
@@ -240,7 +240,7 @@ def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
 
 
 def local_copies(config: Config) -> LocalCopies:
-    """Where shards of remote stores are kept."""
+    """Returns the folder that keeps shards of remote stores, and its limit."""
     folder = config.cache.local_dir
     return LocalCopies(
         default_folder() if folder is None else Path(folder).expanduser(),
@@ -270,7 +270,7 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass; arrays until `on` brings them to a device.
+    """Sequences of one forward pass: numpy arrays, until `on` copies them to a device.
 
     names: (store, sequence) of each row. padding_B: int64, tokens of padding at each row's end.
     kd_count, ce_count: positions in each term. features: of an online teacher, on its
@@ -294,7 +294,7 @@ class MicroBatch:
         return self.tokens_BT.size - int(self.padding_B.sum())
 
     def on(self, model: nn.Module, device: torch.device, *, pack: Any) -> MicroBatch:
-        """The same as tensors on `device`, with the keyword arguments of `Student.forward`."""
+        """Returns the keyword arguments of `Student.forward` as tensors on `device`."""
         inputs: dict[str, Any]
         if runs_apart(model, pack):
             apart = DocumentsApart.of(self.tokens_BT, self.documents, device=device)
@@ -319,7 +319,7 @@ def micro_batch(
     with_targets: bool,
     empty: int = 0,
 ) -> MicroBatch:
-    """Read the named sequences. The last `empty` of them are there for their shape only."""
+    """Reads the named sequences. The last `empty` of them fill the shape only."""
     samples = [stores[store][sequence] for store, sequence in names]
     labels_BT = np.stack([sample_labels(s) for s in samples])
     if empty:
@@ -345,10 +345,10 @@ def micro_batch(
 
 
 def joined(parts: list[SparseTargets]) -> Targets:
-    """The targets of all sequences, one after another.
+    """Concatenates the targets of all sequences.
 
-    Of caches that were made in several ways, an Ensemble with a member for each way: the rows of
-    the others are empty there.
+    Returns an Ensemble for caches of several methods, with a member for each method; rows of other
+    methods are empty in it.
     """
     parts = [_without_notes(part) for part in parts]
     if any(part.entropy is None for part in parts):
@@ -367,7 +367,7 @@ def joined(parts: list[SparseTargets]) -> Targets:
 
 
 def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
-    """As many positions without a target, of another method and temperature."""
+    """Returns empty targets for as many positions, of another method and temperature."""
     method, temperature = way
     none = part.rows(0, 0)
     return replace(
@@ -385,7 +385,7 @@ def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
 def _of_all_teachers(
     store: TrainingSource, targets: SparseTargets, names: list[tuple[int, int]], valid_N: np.ndarray
 ) -> Ensemble:
-    """With the targets of the same sequences that lie beside. StoreError where they do not fit."""
+    """Returns the targets of all teachers for the same sequences. StoreError if they do not fit."""
     members = [targets]
     for other in store.other_teachers:
         theirs = concatenate([_without_notes(other[i]["targets"]) for _, i in names])

@@ -25,10 +25,10 @@ State = dict[str, torch.Tensor]
 def without_padding(
     student: Student, state: State, *, special: Sequence[int] = ()
 ) -> Iterator[State]:
-    """`state`, a whole model's, without padding; inside, the model's configuration says so too.
+    """Yields `state`, a whole model's, without padding. Inside, the configuration agrees.
 
-    A special token that stands among the padding keeps the rows up to it, whether the model's
-    configuration names it or `special` does (generation settings that are exported beside it).
+    A special token among the padding keeps the rows up to it. The model's configuration may name
+    it, or `special` (the generation settings that are exported with the model).
     """
     model, head = student.model, student.head
     rows = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
@@ -58,7 +58,7 @@ def without_padding(
 
 
 def _highest_special(model: Any) -> int:
-    """The largest of the ids that the model's settings name; -1 without any."""
+    """Returns the largest id that the model's settings name; -1 without any."""
     found = [-1]
     for settings in (model.config, model.config.get_text_config(), model.generation_config):
         for kind in ("bos", "eos", "pad"):

@@ -102,7 +102,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     config = make_config(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    refused(config, "TrainError", r"train\.out_dir: .*out holds something that is no run of ours")
+    refused(config, "TrainError", r"train\.out_dir: .*out holds files, but no run of megadistill")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 

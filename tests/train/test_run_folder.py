@@ -238,7 +238,7 @@ def test_a_damaged_run_json_is_said_of_the_run_and_not_of_a_cache(tmp_path, left
     with pytest.raises(TrainError) as refused:
         claim(config)
     text = str(refused.value)
-    assert "run.json: is damaged, so that nobody knows which run this is" in text
+    assert "run.json: is damaged, so the run cannot be identified" in text
     assert text.endswith("restore it from a copy, or choose another train.out_dir")
     assert "CACHE" not in text
 

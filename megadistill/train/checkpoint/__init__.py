@@ -6,12 +6,12 @@
       ema-00000.pt                 each rank's part of the moving average, with train.ema
       manifest.json                written last: size and xxh3 of every file, where the run stood
 
-DeepSpeed writes in place, without checks, and loads with pickle. So it writes into a folder of
-another name, everything is brought to disk, then the manifest, and the folder gets its name; it
-loses it before it is removed. What has the name was whole once, and nothing is loaded that the
-manifest does not confirm: a checkpoint without one, or with a file that differs, is passed over,
-loudly, for the one before. Of a run that died in its first save nothing has a name, so that it
-starts again. Rank 0 looks and decides for all. Another number of ranks loads through universal.py.
+DeepSpeed writes in place, without checks, and loads with pickle. So it writes into a temporary
+folder. All files are fsynced, then the manifest is written, and the folder is renamed. Before a
+checkpoint is removed it is renamed again. A checkpoint without a manifest, or with a file that
+differs from it, is skipped with a warning, and the one before is used. A run that died in its first
+save has none, so it starts again. Rank 0 chooses the checkpoint for all ranks. Another number of
+ranks loads through universal.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SAVING, _REMOVING = ".saving", ".removing"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: all there is to resume but weights, moments and random states."""
+    """Position of a run: everything to resume except weights, moments and random states."""
 
     step: int
     sequences: int
@@ -74,13 +74,13 @@ def save(
     metrics: dict[str, float] | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `folder`/step-NNNNNN; then remove all but the newest `keep`. Collective.
+    """Writes `folder`/step-NNNNNN, then removes all but the newest `keep`. Collective.
 
-    In the background, where the trainer has one: then it begins with waiting for the save before.
+    A trainer with a background writer first waits for the save before.
 
-    figures: of the held-out evaluation of this step. keep_best: of those that have figures, that of
-    the lowest loss stays as well. guard: called on rank 0 before the first file is written and
-    before the checkpoint gets its name; raises where the folder is another run's.
+    metrics: of the held-out evaluation of this step. keep_best: also keep the checkpoint of the
+    lowest held-out loss. guard: called on rank 0 before the first file is written and before
+    the checkpoint gets its name; raises if the folder belongs to another run.
     """
     mesh, background = trainer.mesh, trainer.background
     write: Callable[[Any, Path], None] = torch.save
@@ -117,9 +117,9 @@ def save(
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest sound checkpoint, every byte of it read. For rank 0.
+    """Returns the newest sound checkpoint, every byte verified. Rank 0 only.
 
-    TrainError where there are checkpoints and none is sound.
+    Raises TrainError if there are checkpoints and none is sound.
     """
     for name in (_SAVING, _REMOVING, FOLDER):  # of a run that died meanwhile
         LOCAL.remove_tree(folder / name)
@@ -138,9 +138,9 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def best(folder: Path) -> Checkpoint | None:
-    """The checkpoint of the lowest held-out loss, where there is one and it is sound. For rank 0.
+    """Returns the checkpoint of the lowest held-out loss, None without a sound one. Rank 0 only.
 
-    Where it is damaged that is said, and no other takes its place: its loss would be another.
+    A damaged one is logged. No other replaces it, because its loss would be another.
     """
     ranked = sorted(_losses(folder).items(), key=lambda item: (item[1], item[0]))
     if not ranked:
@@ -153,12 +153,12 @@ def best(folder: Path) -> Checkpoint | None:
 
 
 def lowest_loss(folder: Path) -> float:
-    """The lowest held-out loss of the checkpoints there are; infinity without one. For rank 0."""
+    """Returns the lowest held-out loss of all checkpoints; infinity without one. Rank 0 only."""
     return min(_losses(folder).values(), default=math.inf)
 
 
 def load(trainer: Trainer, found: Checkpoint) -> None:
-    """Weights, moments, averages, counters and, at the same number of ranks, random states.
+    """Loads weights, moments, averages, counters and, at the same rank count, random states.
 
     Collective.
     """
@@ -183,7 +183,7 @@ def load(trainer: Trainer, found: Checkpoint) -> None:
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything named like a checkpoint, sound or not."""
+    """Returns (step, folder) of every folder named like a checkpoint, sound or not."""
     if not folder.is_dir():
         return []
     named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
@@ -191,7 +191,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def verified(path: Path) -> Checkpoint:
-    """A checkpoint whose every file is as it was written.
+    """Returns a checkpoint after verifying every file.
 
     Raises TrainError where there is no manifest or a file differs, CorruptBlockError for a damaged
     manifest.
@@ -238,7 +238,7 @@ def _remove_all_but(folder: Path, *, keep: int, keep_best: bool) -> None:
 
 
 def _losses(folder: Path) -> dict[Path, float]:
-    """The held-out loss of every checkpoint that has one in a manifest that can be read."""
+    """Returns the held-out loss of every checkpoint whose readable manifest has one."""
     losses = {}
     for _, path in checkpoints(folder):
         with contextlib.suppress(FileNotFoundError, CorruptBlockError, StoreError):

@@ -7,7 +7,7 @@ Until then they lie under a name that is no checkpoint's, so that a run that die
 the one before, whole. Costs host memory for one checkpoint's part of a rank, 12 bytes a parameter
 over the ranks and 4 with an average, until it is written.
 
-One save at a time: the next waits for the one before, and raises what went wrong in it.
+One save at a time: the next waits for the one before, and raises its error.
 
 DeepSpeed's own writers (`deepspeed.checkpoint.writer`) are refused, see config/deepspeed_keys.py.
 """
@@ -55,7 +55,7 @@ class Background:
         self._files.append((path, buffer))
 
     def start(self, seal: Callable[[], None]) -> None:
-        """Write what was put; when all ranks have, seal() on rank 0."""
+        """Writes the files of `put`; rank 0 calls seal() when all ranks have."""
         files, self._files = self._files, []
         self._thread = threading.Thread(
             target=self._run, args=(files, next(_SAVES), seal), name="checkpoint", daemon=True
@@ -63,12 +63,12 @@ class Background:
         self._thread.start()
 
     def sealed(self) -> Callable[[], bool]:
-        """A function that says whether the save that is under way has been written."""
+        """Returns a function that tells whether the save in progress has been written."""
         thread = self._thread
         return lambda: thread is None or not (thread.is_alive() or self._failed)
 
     def wait(self) -> None:
-        """Until the save that is under way is sealed; its error on all ranks. Collective."""
+        """Waits until the save in progress is sealed; raises its error on all ranks. Collective."""
         if self._thread is None:
             return
         self._thread.join()
@@ -105,7 +105,7 @@ class Background:
                 self._failed = error
 
     def _gather(self, keys: list[str]) -> None:
-        """Wait for all ranks' files; TrainError where one could not write them."""
+        """Waits for all ranks' files. Raises TrainError if a rank could not write them."""
         while not self._mesh.store.check(keys):
             time.sleep(_POLL_S)
         failed = next((said for key in keys if (said := self._mesh.store.get(key))), b"")
@@ -116,7 +116,7 @@ class Background:
 
 
 def _written(files: list[tuple[Path, io.BytesIO]]) -> str:
-    """Write the files; what went wrong, or nothing."""
+    """Writes the files. Returns the error, or an empty text."""
     try:
         for path, buffer in files:
             LOCAL.unlink(path)  # DeepSpeed may have made it, empty

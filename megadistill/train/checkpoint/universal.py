@@ -10,7 +10,7 @@ has no manifest, so that nothing takes it for a checkpoint, and is removed by th
 DeepSpeed's loading has two bugs, which are cured here: it gives every parameter group the
 hyper-parameters of group 0 (biases and norms would decay), and makes one tensor the step count of
 every sub-group (AdamW would count each step once a sub-group). It brings back fp32 weights, moments
-and the loss scaler; random states and averages are ours (checkpoint/, ema.py).
+and the loss scaler; random states and averages are ours (checkpoint/, train/ema.py).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _ROOM = 2.1  # of the optimizer's files: fragments and merged, and names
 
 
 def load_universal(engine: Any, mesh: Mesh, path: Path, *, written_by: int) -> None:
-    """Weights, moments and counters of a checkpoint that `written_by` ranks wrote. Collective.
+    """Loads weights, moments and counters of a checkpoint of `written_by` ranks. Collective.
 
-    TrainError where the disk has no room to convert.
+    Raises TrainError if the disk has no room to convert.
     """
     folder = path.parent / FOLDER
     if mesh.rank == 0:
@@ -85,7 +85,7 @@ def _convert(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _universal(engine: Any) -> Iterator[None]:
-    """DeepSpeed's switch, which its configuration would leave on for good."""
+    """Switches DeepSpeed to universal checkpoints inside, and off again."""
     settings = engine._config
     before, settings.load_universal_checkpoint = settings.load_universal_checkpoint, True
     try:
@@ -96,7 +96,7 @@ def _universal(engine: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_hyperparameters(optimizer: Any) -> Iterator[None]:
-    """After the body each group has the hyper-parameters it had, each state a step of its own."""
+    """Restores each group's hyper-parameters, and gives each state its own step, at the end."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     # Saved from a GPU, a step comes back on the GPU it was on, whichever rank loads it.
     devices = {p: s["step"].device for p, s in optimizer.state.items() if "step" in s}

@@ -1,4 +1,4 @@
-"""A teacher with other tokens than the student's: what it reads, and how its projector begins.
+"""A teacher with another tokenizer: its input tokens, and the initial projector.
 
     the student's tokens -> the same text in the teacher's -> its hidden states, at the student's
     positions that have read the same -> projector -> the student's own head (student/projection.py)
@@ -47,12 +47,12 @@ class Tokenizers:
 
     @functools.cached_property
     def alignment(self) -> Alignment | None:
-        """None where both are one. Made when it is first asked for, which takes half a second."""
+        """None if both are one tokenizer. Built at first use, in half a second."""
         return None if self.same else Alignment(self.student, self.teacher)
 
     @property
     def teacher_ids(self) -> int:
-        """Ids that the teacher has tokens for."""
+        """Number of ids that the teacher has tokens for."""
         return count_ids(self.teacher)
 
     def read(
@@ -107,9 +107,9 @@ def projected(hidden_MH: torch.Tensor, rows_N: np.ndarray) -> ProjectedTargets:
 def begin_projection(
     student: Student, teacher: Teacher, tokenizers: Tokenizers, mesh: Mesh
 ) -> None:
-    """Set the projector to where it begins, see `student.projection`. Collective.
+    """Sets the initial projector, see `student.projection`. Collective.
 
-    Each rank adds up the shared tokens of its own slice of the teacher's head.
+    Each rank sums the shared tokens of its own slice of the teacher's head.
     """
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param

@@ -21,7 +21,7 @@ from megadistill.train.reporting.flops import Flops, peak_flops
 
 
 class DeviceStats:
-    """Takes them, on rank 0."""
+    """Collects device statistics. Rank 0 only."""
 
     def __init__(
         self, flops: Flops, *, device: torch.device, world: int, dtype: torch.dtype
@@ -42,7 +42,7 @@ class DeviceStats:
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """(in use, there is) in bytes."""
+    """Returns (used, total) in bytes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
@@ -52,7 +52,7 @@ def memory(device: torch.device) -> tuple[int, int]:
 
 
 def readings_line(record: dict[str, float]) -> str:
-    """Them, for people, as the end of a step's line."""
+    """Formats the statistics as the end of a step's line."""
     used, total = (record[f"memory_{name}"] / 2**30 for name in ("used", "total"))
     mfu = f"  mfu {100 * record['mfu']:.1f} %" if "mfu" in record else ""
     return f"  mem {used:.1f}/{total:.1f} GiB{mfu}"

@@ -1,4 +1,4 @@
-"""A disk that is full, or cannot be written, as one line in place of a traceback.
+"""Errors of a full or unwritable disk, as one line instead of a traceback.
 
 Files of a run are written by torch, DeepSpeed, safetensors and ourselves, and each has an error of
 its own for it. What they wrote so far is no checkpoint yet, so the run resumes from the last one.
@@ -22,7 +22,7 @@ _OF_TORCH = ("PytorchStreamWriter", "inline_container.cc")
 
 @contextmanager
 def disk_errors(folder: str) -> Iterator[None]:
-    """TrainError, naming the file if it is known, for what cannot be written under `folder`."""
+    """Raises TrainError, naming the file if known, for a failed write under `folder`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -2,8 +2,8 @@
 
 A line is written when its step is done, so that a killed run leaves half a line at most, and that
 at the end. After a resume the lines of steps that are done again are dropped: the file of an
-interrupted run reads like that of an undisturbed one (times aside). What a run did is known from
-here; trackers are given the same and may lose it.
+interrupted run reads like that of an undisturbed one (times aside). These files are the
+record of a run; trackers receive the same lines and may lose some.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ JOURNALS = ("metrics.jsonl", "eval.jsonl")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, in order; half a line at its end is left out. [] where none is.
+    """Returns the records of a file, in order, without a half line at the end; [] without a file.
 
-    Raises TrainError, naming the line, where one is no record of a step.
+    Raises TrainError, naming the line, if a line is no record of a step.
     """
     return [record for _, record in _lines(path)]
 
@@ -47,7 +47,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class JsonlLog:
-    """A journal that is written, cut back to the step that a resumed run continues from."""
+    """A jsonl file for appending, truncated to the step that a resumed run continues from."""
 
     def __init__(self, path: Path, *, done: int) -> None:
         lines = list(_lines(path))

@@ -1,11 +1,11 @@
-"""Experiment trackers: what the journals hold, in TensorBoard, Weights & Biases and trackio.
+"""Experiment trackers: the metrics of a run in TensorBoard, Weights & Biases and trackio.
 
     run's loop -> Reporter -> metrics.jsonl, eval.jsonl
                            -> Trackers -> a queue and a thread each -> the tracker's own library
 
-A tracker must not hold up or end a run: rank 0 only puts figures into a queue, a thread for each
-tracker takes them out, and what its library raises, or never comes back from, is said once, and
-the run continues without it. The journals hold everything in any case.
+A tracker must not delay or end a run: rank 0 only puts metrics into a queue, and a thread for each
+tracker takes them out. An error or a hang of its library is logged once, and the run continues
+without the tracker. metrics.jsonl and eval.jsonl hold everything in any case.
 
 A resumed run continues the same curve. Of the steps that are done again
     tensorboard  draws the new ones over the old ones: events from the resumed step on are purged
@@ -94,7 +94,7 @@ class Tracker(Protocol):
 
     @staticmethod
     def leave() -> None:
-        """Nothing of the library is to hold up the end of the process."""
+        """Keeps the library from delaying the end of the process."""
 
 
 class TensorBoard:
@@ -191,7 +191,7 @@ class Feed:
     def __init__(
         self, name: str, setup: Setup, *, given: dict[str, int], begun: Callable[[], None]
     ) -> None:
-        """given: by kind of figures, the last step that the tracker has. begun: called once."""
+        """given: by kind of metrics, the last step that the tracker has. begun: called once."""
         self.name, self._setup, self._given, self._begun = name, setup, given, begun
         self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue(QUEUED)
         self._failed = False  # the run, not the tracker
@@ -208,7 +208,7 @@ class Feed:
             self._lose(f"takes nothing since {QUEUED} figures, at step {step}")
 
     def end(self, *, failed: bool) -> None:
-        """Nothing more comes; the thread ends by itself, and `wait` sees whether it did."""
+        """Closes the queue; the thread ends by itself, and `wait` tells whether it did."""
         self._failed = failed
         try:
             self._queue.put_nowait(None)
@@ -277,7 +277,7 @@ class Trackers:
             self._feeds.append(Feed(name, setup, given=kept, begun=begun))
 
     def log(self, kind: str, record: dict[str, Any]) -> None:
-        """kind: train or eval. record: of a journal; what is no number of it is left out."""
+        """kind: train or eval. record: of a jsonl file; only its numbers are sent."""
         metrics = {
             f"{kind}/{key}": float(value)
             for key, value in record.items()
@@ -300,7 +300,7 @@ def run_name(config: Config) -> str:
 
 
 class Known:
-    """trackers.json: what this run is called by the trackers that have begun with it."""
+    """trackers.json: the names of this run in the trackers that have started."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._lock = file, threading.Lock()

@@ -116,6 +116,21 @@ def test_docstrings_begin_with_their_subject() -> None:
     assert found == []
 
 
+def test_docstrings_name_modules_that_exist() -> None:
+    files = [f"/{file.as_posix()}" for file in tracked_files()]
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = [
+        f"{file}: {name}"
+        for file in tracked_files()
+        if file.suffix == ".py" and file.parts[0] in {"megadistill", "launch", "tools"}
+        for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8")))
+        if isinstance(node, documented)
+        for name in re.findall(r"(?<![\w/.])((?:\w+/)*\w+\.py)\b", ast.get_docstring(node) or "")
+        if not any(each.endswith(f"/{name}") for each in files)
+    ]
+    assert found == []
+
+
 def test_every_package_folder_is_installed() -> None:
     modules = {(ROOT / file).parent for file in tracked_files() if file.parts[0] == "megadistill"}
     assert [str(folder) for folder in modules if not (folder / "__init__.py").exists()] == []

@@ -1,7 +1,7 @@
 """Hash of a block's content, in integers: the same whoever wrote it, with whatever library.
 
 A shard's bytes depend on how its symbols were deflated, which zlib does not promise to keep. The
-content hash is taken over what stands below that: token ids, documents, masks, and the targets' own
+content hash covers the integers below that: token ids, documents, masks, and the targets' own
 ids, counts and level codes.
 """
 

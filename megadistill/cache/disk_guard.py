@@ -1,10 +1,10 @@
-"""The disk's reserve while a cache is generated: below it, all ranks stop cleanly.
+"""Free disk space while a cache is generated: below the reserve, all ranks stop cleanly.
 
 A disk that runs full under a store of weeks fails every writer on it. So after each commit the
 rank that committed asks how much is free (one statvfs), and compares with what is still to come, by
 the bytes that this run's blocks have taken so far: it stops where less than `cache.reserve` of that
 is free (a half), or less than `cache.min_free`. The error is left in the process group's store, and
-every rank looks there before it begins another block: nobody is left alone in a collective. At most
+every rank looks there before it begins another block, so no rank is left in a collective. At most
 two blocks a group are committed after that, the one in hand and the one being written.
 
 A writer that fails (the disk is full all the same, an I/O error) stops all ranks the same way.
@@ -41,7 +41,7 @@ FreeBytes = Callable[[Path], int]
 
 
 class DiskGuard:
-    """Counts what is durable, of all ranks, and stops them together. One for each run and rank.
+    """Counts the durable blocks of all ranks, and stops the ranks together. One per run and rank.
 
     run         a number that this run alone has, equal on all ranks
     missing     blocks to do
@@ -64,7 +64,7 @@ class DiskGuard:
         self._asking = threading.Lock()
 
     def committed(self, block: int) -> None:
-        """Count a durable block; ask all ranks to stop where the disk is too full to go on."""
+        """Counts a durable block; asks all ranks to stop if the disk is too full to continue."""
         size = block_bytes(self._store, block)
         blocks, total = _both(self._mesh.store.add(self._durable, _A_BLOCK + -(-size // _UNIT)))
         error = self._too_little(to_come=total * (self._missing - blocks) // blocks)
@@ -72,11 +72,11 @@ class DiskGuard:
             self.ask_to_stop(error)
 
     def durable(self) -> tuple[int, int]:
-        """(blocks, bytes) that this run has made durable so far, on all ranks."""
+        """Returns (blocks, bytes) that this run has made durable so far, on all ranks."""
         return _both(self._mesh.store.add(self._durable, 0))
 
     def ask_to_stop(self, error: BaseException) -> None:
-        """Tell all ranks to stop before their next block, and why. Safe from any thread."""
+        """Asks all ranks to stop before their next block, with the reason. Safe from any thread."""
         if isinstance(error, dist.DistError):
             return  # rank 0 is gone, and with it whom to tell: the watchdog stops us
         if not isinstance(error, MegadistillError):
@@ -87,11 +87,11 @@ class DiskGuard:
                 self._mesh.store.set(self._error, pickle.dumps(error))  # type: ignore[arg-type]
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank asked. Not collective: ranks may hear it one block apart."""
+        """Whether any rank asked. Not collective: ranks may see it one block apart."""
         return self._mesh.store.check([self._error])
 
     def raise_if_stopped(self) -> None:
-        """On all ranks, after a barrier behind their last commit: the error, if there was one."""
+        """Raises the error, if any, on all ranks, after a barrier behind their last commit."""
         if self.asked_to_stop():
             error = pickle.loads(self._mesh.store.get(self._error))  # noqa: S301 - a rank's own
             error.common = True
@@ -125,11 +125,11 @@ class DiskGuard:
 
 
 def _both(counter: int) -> tuple[int, int]:
-    """(blocks, bytes) of the counter."""
+    """Returns (blocks, bytes) of the counter."""
     blocks, units = divmod(counter, _A_BLOCK)
     return blocks, units * _UNIT
 
 
 def block_bytes(store: BlockReader, block: int) -> int:
-    """Bytes that a committed block takes on the disk: its shard and its marker."""
+    """Returns the bytes that a committed block takes on disk: its shard and its marker."""
     return sum(p.stat().st_size for p in (store.layout.shard(block), store.layout.marker(block)))

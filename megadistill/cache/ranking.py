@@ -1,4 +1,4 @@
-"""The ids' ranking: frequent tokens get small numbers, and small numbers cost few bits.
+"""Ranking of token ids: frequent tokens get small numbers, and small numbers cost few bits.
 
 Made from the counts in the token store, before the teacher runs, and kept beside the cache as
 ids.bin. It changes no target, only what an id costs.
@@ -39,7 +39,7 @@ class IdRanking:
         return len(self.ids)
 
     def ids_like(self, other: Any) -> Any:
-        """`ids` where `other` is: numpy, or a torch tensor on its device, sent there once."""
+        """Returns `ids` like `other`: numpy, or a torch tensor on its device, copied there once."""
         if isinstance(other, np.ndarray):
             return self.ids
         import torch
@@ -50,11 +50,11 @@ class IdRanking:
 
     @classmethod
     def from_counts(cls, counts_V: np.ndarray) -> IdRanking:
-        """By falling count; equal counts by rising id."""
+        """Ranks by falling count; equal counts by rising id."""
         return cls(np.argsort(-counts_V, kind="stable"))
 
     def to_bytes(self) -> bytes:
-        """ids.bin."""
+        """Returns the bytes of ids.bin."""
         return _HEAD.pack(_MAGIC, _VERSION, len(self)) + self.ids.astype("<u4").tobytes()
 
     @classmethod
@@ -71,7 +71,7 @@ class IdRanking:
 
 
 def ranking_of(store: BlockReader, *, vocab_size: int) -> IdRanking | None:
-    """The ranking that a cache was made with; None where it has none. CorruptBlockError."""
+    """Returns the ranking that a cache was made with, or None. Raises CorruptBlockError."""
     data = store.ids_bin()
     if data is None:
         return None
@@ -79,7 +79,7 @@ def ranking_of(store: BlockReader, *, vocab_size: int) -> IdRanking | None:
 
 
 def rank_ids(tokens: BlockReader, *, vocab_size: int) -> IdRanking:
-    """The ranking for a teacher of `vocab_size` ids over this text."""
+    """Returns the ranking for a teacher of `vocab_size` ids over this text."""
     blocks = tokens.committed()
     step = -(-len(blocks) // _COUNTED_BLOCKS)
     counts = token_counts(tokens, blocks[::step])

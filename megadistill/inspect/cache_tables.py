@@ -16,7 +16,7 @@ _UNITS = {
 
 
 def table(facts: dict[str, Any]) -> str:
-    """Returns the facts of `inspect_store` as text, a line a fact."""
+    """Formats the facts of `inspect_store`, one per line."""
     state = "complete" if facts["complete"] else "DAMAGED" if facts["findings"] else "INCOMPLETE"
     title = f"{facts['path']}: {facts['kind']}, format {facts['format_version']}, {state}"
     return "\n".join([title, *_lines(_rows(facts)), *_findings(facts["findings"])])
@@ -159,7 +159,7 @@ def _of(part: int, whole: int | None) -> str:
 
 
 def _human(number: int, base: int) -> str:
-    """The exact number, and the same in units that can be read at a glance."""
+    """Returns the exact number, and the same in readable units."""
     value, unit = float(number), 0
     while value >= base and unit + 1 < len(_UNITS[base]):
         value, unit = value / base, unit + 1
@@ -176,7 +176,7 @@ def _weight(value: float | None) -> str:
 
 
 def _spread(values: dict[str, float] | None, unit: str) -> str:
-    """Mean and quantiles, in words."""
+    """Formats mean and quantiles."""
     if values is None:
         return "-"
     return (
@@ -192,7 +192,7 @@ def _listed(blocks: list[int]) -> str:
 
 
 def _text(value: Any) -> str:
-    """Returns a recipe's member in a line: hashes shortened, for people; --json has them whole."""
+    """Formats a member of a recipe in a line, with shortened hashes; --json has them whole."""
     if value is None:
         return "-"
     if isinstance(value, dict):

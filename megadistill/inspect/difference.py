@@ -1,9 +1,9 @@
-"""In what two stores differ, most telling first: the facts behind `inspect_cache.py --diff`.
+"""Differences of two stores, most important first, for `tools/inspect_cache.py --diff`.
 
 Blocks are compared by what their markers say, so that two caches of any size are compared in the
 time of reading the markers; only the first block that differs is read, down to the first position.
 What blocks were made with, and files that follow from the markers, may differ between caches of
-equal content: that is told, and does not count.
+equal content: that is reported, and does not count.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def diff_stores(left_path: str | Path, right_path: str | Path) -> Facts:
 
 
 def _compared(store: BlockReader) -> Facts:
-    """The header without names, which say nothing about the content."""
+    """Returns the header without names, which say nothing about the content."""
     return {key: value for key, value in store.header.items() if key != NAMES}
 
 
@@ -91,7 +91,7 @@ def _blocks(left: BlockReader, right: BlockReader) -> Facts:
 
 
 def _first(left: BlockReader, right: BlockReader, block: int) -> Facts:
-    """Where two copies of a block part: the first sequence and position, and both sides of it."""
+    """Returns where two copies of a block differ first: sequence, position, and both sides."""
     ours, theirs = _samples(left, block), _samples(right, block)
     place: Facts = {"block": block, "sequence": None, "position": None, "left": None, "right": None}
     for row, (a, b) in enumerate(zip(ours, theirs, strict=False)):

@@ -1,7 +1,7 @@
 """Sequence of a cache, for people: the text, and beside it what the teacher expects next.
 
-The facts behind `inspect_cache.py --show`. A cache holds ids; the text of an id is the tokenizer's
-to tell, and the recipe knows the tokenizer by a hash of its content only.
+The facts behind `tools/inspect_cache.py --show`. A cache holds ids. Their text needs the tokenizer,
+of which the recipe has a hash of the content only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reports of one or several training runs, read from their folders: a table as Markdown.
 
-The folder says it all: run.json the run, metrics.jsonl a line a step, eval.jsonl a line a held-out
-evaluation. It may be looked at while the run continues. Imports no torch.
+The folder has run.json, metrics.jsonl (a line per step) and eval.jsonl (a line per held-out
+evaluation). The run may still be training. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LAST = 0.1  # of the steps so far: what the loss in the table is the mean of, f
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run as its folder tells it."""
+    """Records of a run, read from its folder."""
 
     path: Path
     name: str  # what tables and pictures call it
@@ -34,7 +34,7 @@ class RunRecords:
 
 
 def read_run(path: str | Path, *, name: str | None = None) -> RunRecords:
-    """The run in a folder. TrainError where there is none, or where it has no step yet."""
+    """Reads the run in a folder. Raises TrainError if there is none, or if it has no step yet."""
     path = Path(path)
     identity = path / "run.json"
     if not identity.is_file():
@@ -52,7 +52,7 @@ def read_run(path: str | Path, *, name: str | None = None) -> RunRecords:
 
 
 def read_runs(paths: list[str]) -> list[RunRecords]:
-    """Runs; several are called by as little of their paths as tells them from one another."""
+    """Reads runs; several are named by the shortest part of their paths that distinguishes them."""
     if len(paths) == 1:
         return [read_run(paths[0])]
     whole = [Path(path).resolve() for path in paths]
@@ -73,7 +73,7 @@ def values(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]
 
 
 def report(runs: list[RunRecords], *, picture: str | None = None) -> str:
-    """Markdown: a row a run, and the held-out evaluations. picture: a file to show above them."""
+    """Returns Markdown: runs and held-out evaluations in rows. picture: a file to show above."""
     title = "Training run" if len(runs) == 1 else f"{len(runs)} training runs"
     parts = [f"# {title}"]
     if picture is not None:
@@ -85,7 +85,7 @@ def report(runs: list[RunRecords], *, picture: str | None = None) -> str:
 
 
 def run_table(runs: list[RunRecords]) -> str:
-    """A row a run: how far it is, what it reached in training, how fast it was."""
+    """Returns a row per run: steps, losses of training, and speed."""
     columns: dict[str, Callable[[RunRecords], str]] = {
         "run": lambda run: _code(run.name),
         "steps": lambda run: f"{run.steps[-1]['step']:,} of {run.planned:,}",
@@ -116,7 +116,7 @@ HELD_OUT = {
 
 
 def held_out_table(runs: list[RunRecords]) -> str:
-    """The last evaluation of each run, and that of the lowest loss where it is another."""
+    """Returns the last evaluation of each run, and that of the lowest loss if it is another."""
     rows = []
     for run in runs:
         if not run.evaluations:

@@ -1,4 +1,4 @@
-"""Packed sequences into a model: documents that share a sequence do not see each other.
+"""Inputs of packed sequences: documents that share a sequence do not attend to each other.
 
 Teacher and student call the same function, so that the distributions of the cache and those of the
 student are conditioned on the same context.
@@ -97,7 +97,7 @@ _ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 def check_isolation(
     model: Any, *, name: str, seq_len: int, vocab_size: int, device: torch.device | str = "cpu"
 ) -> None:
-    """ConfigError where `model` lets a document see the one before it in its sequence.
+    """Raises ConfigError if `model` lets a document see the one before it in its sequence.
 
     model: anything that returns `last_hidden_state`; `name` is for the message. Compares a sequence
     of several documents of random tokens with each document alone, two forwards of seq_len tokens.

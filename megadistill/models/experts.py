@@ -19,10 +19,10 @@ def expert_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def gather_experts_together(model: nn.Module) -> None:
-    """Have ZeRO-3 take each block of experts as one module; before DeepSpeed's engine is made.
+    """Has ZeRO-3 gather each block of experts as one module. Called before the engine is made.
 
-    Experts without a token on a rank are not called there. Gathered one by one, as modules are
-    otherwise, ranks would come to different collectives, and wait for each other for ever.
+    Experts without a token on a rank are not called there. If ZeRO-3 gathered them one by one,
+    ranks would enter different collectives and hang.
     """
     from deepspeed.utils import set_z3_leaf_module
 

@@ -1,4 +1,4 @@
-"""Host memory that is given back as soon as it is freed, while a model is taken apart.
+"""Returns freed host memory to the system at once, while a model is partitioned.
 
 glibc serves pieces from its heap up to the size of the largest that was freed, at most 32 MiB. A
 rank that partitions a model frees each whole weight after it has made its share of it, and shares
@@ -20,7 +20,7 @@ _INSIDE = 1 << 20
 
 @contextlib.contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """Inside, what is freed is no longer this process's. Without glibc nothing changes."""
+    """Inside, freed memory returns to the system at once. No effect without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         yield

@@ -1,4 +1,4 @@
-"""The layers of a model, and what comes out of chosen ones during a forward pass.
+"""The layers of a model, and hooks that capture the outputs of chosen layers.
 
 For aligning a student's features with its teacher's. Chosen outputs are caught by hooks on the
 layers themselves: transformers' own `output_hidden_states` returns every layer's, of a teacher of
@@ -38,7 +38,7 @@ class Seen:
 def watched(
     model: nn.Module, *, hidden: Sequence[int] = (), attention: Sequence[int] = ()
 ) -> Iterator[Seen]:
-    """Inside, a forward pass of `model` leaves the outputs of these layers, 1 to L.
+    """Captures the outputs of these layers, 1 to L, of forward passes of `model` inside.
 
     Hooks are put last, after DeepSpeed's own, and taken away again, so that what a backward pass
     computes again is not caught. ConfigError where attention weights are not to be had.

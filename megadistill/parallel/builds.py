@@ -1,8 +1,8 @@
-"""Operators that are compiled at first use, and what a build that was killed leaves behind.
+"""Operators that are compiled at first use, and the locks that a killed build leaves.
 
 torch compiles an extension (DeepSpeed's operators are such) in a folder of its own and marks the
 build by a file named `lock` there. A process that is killed leaves the file, and torch's
-`FileBaton` waits for it forever, in every later start, without a word.
+`FileBaton` waits for it forever, in every later start, without a message.
 
 A builder keeps its lock file open, so `/proc` tells whether one is alive. `install` teaches the
 baton to look: the lock of a process that is gone is removed and the build done again, once the
@@ -53,7 +53,7 @@ _COMPILERS = (
 
 
 def install() -> None:
-    """Have torch's `FileBaton` look for its holder. Twice is once."""
+    """Makes torch's `FileBaton` look for the holder of its lock. Idempotent."""
     from torch.utils.file_baton import FileBaton
 
     if FileBaton.try_acquire is not _try_acquire:

@@ -50,12 +50,12 @@ class Line:
         return self.connection.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send, or leave it: whoever cannot be reached is found out by reading."""
+        """Sends, and ignores errors: reading detects a lost connection."""
         with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> tuple[list[dict[str, Any]], str | None]:
-        """(messages that have come, None or how the connection ended). Call when readable."""
+        """Returns (messages, None or how the connection ended). Call when readable."""
         try:
             data = self.connection.recv(MAX_MESSAGE)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The process group, joined and left, and where a rank stands in it.
+"""The process group: joining it, leaving it, and the place of a rank in it.
 
 world = tp x dp. Consecutive ranks form a tensor-parallel group; rank = dp_rank * tp + tp_rank.
 """
@@ -43,7 +43,7 @@ choose_accelerator()
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands. Made once by `start`.
+    """Place of this rank in tp x dp, with collectives. Made once by `start`.
 
     store: the process group's key-value store, counters and keys that every rank sees. Threads may
     use it until the process ends, also when the process group is gone; where its server, rank 0, is
@@ -76,14 +76,14 @@ class Mesh:
         self.sum(torch.zeros(1))
 
     def broadcast(self, value: Any, *, group: dist.ProcessGroup | None = None) -> Any:
-        """`value` of the group's first rank (default: rank 0), on every rank of the group."""
+        """Returns the `value` of the group's first rank (default: rank 0) on every rank of it."""
         box = [value]
         source = 0 if group is None else dist.get_global_rank(group, 0)
         dist.broadcast_object_list(box, src=source, group=group, device=self.device)
         return box[0]
 
     def gather(self, value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Everybody's `value`, in rank order, on every rank of the group (default: all ranks)."""
+        """Returns all values, in rank order, on every rank of the group (default: all ranks)."""
         if dist.get_world_size(group) == 1:
             return [value]
         everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -91,7 +91,7 @@ class Mesh:
         return everyone
 
     def run_once_per_tp_group(self, function: Callable[[], Any]) -> Any:
-        """function() on the first rank of each tp group; what it returned, or raised, on all of it.
+        """Runs function() on the first rank of each tp group; returns or raises its result on all.
 
         Collective over the group, so function() must not take long.
         """
@@ -109,7 +109,7 @@ class Mesh:
         return value
 
     def run_on_rank0(self, function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
-        """function() on rank 0 alone; what it returned, or raised, on every rank.
+        """Runs function() on rank 0 alone; returns its result, or raises its error, on every rank.
 
         The others ask the key-value store, so that rank 0 may take hours: a collective would time
         out. Collective over all ranks.
@@ -118,10 +118,10 @@ class Mesh:
         return self._answers([0], key, function, shared=True, poll_s=poll_s)[0]
 
     def on(self, ranks: Sequence[int], function: Callable[[], Any], *, poll_s: float = 0.2) -> Any:
-        """function() on these ranks; what it returned there, None elsewhere, when all have ended.
+        """Runs function() on these ranks. Returns its result there, None elsewhere.
 
-        A MegadistillError of any of them is raised on every rank. Waits as `first` does. Collective
-        over all ranks, which must name the same `ranks`.
+        A MegadistillError of any of them is raised on every rank. Waits as `run_on_rank0` does.
+        Collective over all ranks, which must name the same `ranks`. Returns when all have ended.
         """
         key = f"megadistill/on/{next(_FIRST)}"
         return self._answers(ranks, key, function, shared=False, poll_s=poll_s).get(self.rank)
@@ -168,7 +168,7 @@ class Mesh:
         return answers
 
     def first_of_hosts(self, *, among: Iterable[int]) -> list[int]:
-        """The lowest rank of `among` on each host that has one, in rank order. Collective."""
+        """Returns the lowest rank of `among` on each host, in rank order. Collective."""
         hosts = self.gather(socket.gethostname())
         lowest: dict[str, int] = {}
         for rank in sorted(among):
@@ -176,7 +176,7 @@ class Mesh:
         return sorted(lowest.values())
 
     def sum(self, tensor: torch.Tensor, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-        """The sum over all ranks, or those of a group, on the device of `tensor`."""
+        """Returns the sum over all ranks, or those of a group, on the device of `tensor`."""
         moved = tensor.to(self.device, copy=True)
         dist.all_reduce(moved, group=group)
         return moved.to(tensor.device)
@@ -206,7 +206,7 @@ def start(
     heartbeat_s: int = 60,
     cpu_threads: int = 1,
 ) -> Mesh:
-    """Join the process group and lay out the mesh. Collective over all ranks.
+    """Joins the process group and lays out the mesh. Collective over all ranks.
 
     heartbeat_s: seconds without an answer from another host until its ranks count as gone.
     cpu_threads: torch's threads a rank. Set here, since sums, and so a cache's bytes, depend on it.
@@ -299,10 +299,10 @@ def start(
 
 @contextlib.contextmanager
 def joined(**settings: Any) -> Iterator[Mesh]:
-    """The mesh of `start`, left at the end: with the others, or taking them along.
+    """Yields the mesh of `start`. Leaves it at the end; an error here stops the other ranks.
 
-    Where another rank's end is what went wrong here, SystemExit takes the error's place: the cause
-    has been reported where it was.
+    An error that follows from another rank's end becomes SystemExit, since that rank has reported
+    the cause.
     """
     error: BaseException | None = None
     try:
@@ -326,7 +326,7 @@ def joined(**settings: Any) -> Iterator[Mesh]:
 
 
 def stop(error: BaseException | None = None) -> None:
-    """Leave the process group. Without this a rank may die noisily at exit."""
+    """Leaves the process group. Without this a rank may crash at exit."""
     if _WATCHDOG and error is not None:
         _WATCHDOG[0].conclude()
         _WATCHDOG[0].failed(error)
@@ -342,7 +342,7 @@ def stop(error: BaseException | None = None) -> None:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Stop]:
-    """A `Stop` that is set when all ranks are to stop; the body has 15 s to end by itself."""
+    """Yields the `Stop` that is set when all ranks must stop; the body then has 15 s to end."""
     if _WATCHDOG:
         with _WATCHDOG[0].graceful_stop() as stop:
             yield stop
@@ -352,10 +352,10 @@ def graceful_stop() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def accounted(account: Callable[[], str]) -> Iterator[None]:
-    """Have account(), a line that says what is saved, logged where a stop ends the body.
+    """Logs account(), a line that says what is saved, if a stop ends the body.
 
-    Once, and on one rank: as SystemExit or an error leaves the body, or when the process is ended
-    where it stands. account() runs in any thread and must not wait for anything.
+    Logs once, on one rank: when SystemExit or an error leaves the body, or when the process is
+    ended inside it. account() runs in any thread and must not wait for anything.
     """
     if not _WATCHDOG:
         yield

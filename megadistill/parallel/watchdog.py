@@ -1,7 +1,7 @@
 """Watchdog thread of each rank: all ranks stop together, within 20 s.
 
-It waits for a signal to this process, the launcher's end, and news over the circle's connections
-(liveness.py). The first cause that any rank sees is told to all. Then, on each rank:
+It waits for a signal to this process, the end of the launcher, and messages of the other ranks
+(liveness.py). The first cause that any rank sees is sent to all. Then, on each rank:
 
     the main thread may leave by itself   0 s after a signal, 2 s after another rank's failure: it
                                           may be about to raise the same error, or a better one
@@ -80,7 +80,7 @@ class Cause:
 
 
 class Stop:
-    """Whether the ranks are to stop, for work inside `graceful_stop`."""
+    """The stop event, for work inside `graceful_stop`: set when the ranks must stop."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -97,7 +97,7 @@ class Stop:
         return self._until - time.monotonic()
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long for a request; whether there is one."""
+        """Waits up to `seconds` for a stop request. Returns whether there is one."""
         return self._event.wait(seconds)
 
     def set(self, code: int, until: float) -> None:
@@ -169,7 +169,7 @@ class Watchdog:
         take_over()
 
     def join(self, store: dist.Store, *, master: str, heartbeat_s: float) -> None:
-        """Watch the other ranks, too. Collective over all ranks."""
+        """Watches the other ranks as well. Collective over all ranks."""
         self._heartbeat_s, self._joined_at = heartbeat_s, time.monotonic()
         if self.rank == 0:
             self._hub, self._token = open_hub(store, world=self.world)
@@ -183,7 +183,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def graceful_stop(self) -> Iterator[Stop]:
-        """A `Stop` in place of SystemExit: the main thread has SAVING_S to leave by itself."""
+        """Yields a `Stop` instead of raising SystemExit: the main thread has SAVING_S to leave."""
         stop, done = Stop(), False
         with self._lock:
             self._graceful = stop
@@ -200,7 +200,7 @@ class Watchdog:
                     self._forget()  # what was asked for is done
 
     def settled(self, wait_s: float) -> Cause | None:
-        """Why another rank's end may be what went wrong here; waits so long for news of it."""
+        """Waits up to wait_s for a cause of stopping. Returns it, or None."""
         self._known.wait(wait_s)
         return self.cause
 
@@ -249,7 +249,7 @@ class Watchdog:
                 self._see(Cause(min(away), "did not come", FAILED, PATIENCE_S))
 
     def _see(self, cause: Cause) -> None:
-        """Take the first cause for ours, and tell whom we can reach."""
+        """Adopts the first cause, and sends it to every rank that can be reached."""
         if self.cause is not None:
             return
         self.cause, self._seen_at = cause, time.monotonic()
@@ -275,7 +275,7 @@ class Watchdog:
                 signal.pthread_kill(self._main.ident, signal.SIGTERM)  # type: ignore[arg-type]
 
     def speak(self) -> None:
-        """Log once why the ranks stop. On rank 0; where rank 0 is lost, on all others."""
+        """Logs once why the ranks stop: on rank 0, or on all others if rank 0 is lost."""
         if self.cause is None or self._spoken or self.cause.reported:
             return
         self._spoken = True
@@ -295,7 +295,7 @@ class Watchdog:
         )
 
     def conclude(self) -> None:
-        """Log once what `account` returns: what is saved. On the ranks that `speak`."""
+        """Logs once the line of `account`, which says what is saved. On the ranks that `speak`."""
         account, self.account = self.account, None
         if account is not None and self.cause is not None and self._speaks(self.cause):
             log.warning("%s", account())
@@ -323,7 +323,7 @@ class Watchdog:
         self._see(Cause(self.rank, reason, code))
 
     def _end_at_once(self) -> None:
-        """End this process in the next round, and all others."""
+        """Ends this process, and all others, in the next round."""
         if not self._at_once:
             self._at_once = True
             for line in list(self._lines.values()):
@@ -383,7 +383,7 @@ class Watchdog:
         self._interrupted_at, self._raised = None, False
 
     def close(self) -> None:
-        """Let go of signals and connections."""
+        """Restores signal handlers and closes connections."""
         self._restore()
         for held in (*self._lines.values(), *self._strangers, self._hub):
             if held is not None:

@@ -5,7 +5,7 @@ training  16 bytes a parameter for weights, gradients and Adam, 18 in bfloat16, 
           hidden unit in 16 bits (arXiv 2205.05198, without the attention matrix), twice that in 32;
           with activation checkpointing 2 of them, a layer's input, and the 34 of one layer. What is
           offloaded to the host does not count
-teacher   the weights of the rank (plan/shares.py), 16 live values a token and hidden unit, and the
+teacher   the weights of the rank (shares.py), 16 live values a token and hidden unit, and the
           chunk of the head
 """
 

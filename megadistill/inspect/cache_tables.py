@@ -45,6 +45,9 @@ def _rows(facts: dict[str, Any]) -> Rows:
         rows += _target_rows(facts)
     else:
         counted = {k: v for k, v in facts["statistics"].items() if isinstance(v, int)}
+        if "cut_tokens" not in counted and "cut_documents" in counted:
+            # Stores of before best-fit packing counted each cut of a document.
+            counted = {"cuts" if k == "cut_documents" else k: v for k, v in counted.items()}
         rows += [(k.replace("_", " "), _human(v, 1000)) for k, v in counted.items()]
     rows.append(("checked", "every byte" if facts["verified"] else "markers; --verify for bytes"))
     if facts["unfinished"]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megadistill.inspect.pictures import count_along_x, new_figure, plain, save_figure
+from megadistill.inspect.pictures import count_along_x, leave_air, new_figure, plain, save_figure
 from megadistill.inspect.training_report import RunRecords, values
 
 _POINTS = 1000  # of a curve; longer ones are drawn as means of neighbours
@@ -61,7 +61,7 @@ def plot_runs(runs: list[RunRecords], file: Path, *, panels: tuple[Panel, ...] =
         axes.set_ylabel(panel.unit)
         if panel.key == "grad_norm":
             axes.set_yscale("log")
-        axes.set_xlim(left=0)
+        leave_air(axes)
         count_along_x(axes, "step")
     for axes in all_axes[len(drawn) :]:
         axes.set_visible(False)

@@ -17,7 +17,8 @@ from typing import Any
 
 from megadistill.bench.rounds import ratio
 from megadistill.blocks import open_store
-from megadistill.cache.build import create_store, score
+from megadistill.cache.build import score
+from megadistill.cache.cache_store import create_store
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
 from megadistill.errors import StoreError

@@ -13,7 +13,14 @@ from typing import Any
 
 from megadistill.blocks.install import temporary_folder
 from megadistill.blocks.layout import Layout, same_bytes
-from megadistill.blocks.recipe import differences, shown_differences
+from megadistill.blocks.reader import BlockReader
+from megadistill.blocks.recipe import (
+    NAMES,
+    Keys,
+    differences,
+    require_same_recipe,
+    shown_differences,
+)
 from megadistill.storage.files import Files
 from megadistill.storage.records import encode_json, put_file
 
@@ -48,6 +55,18 @@ def must_begin_anew(
     """Whether a store with the header `held` is not the one that `header` and ids.bin announce."""
     damaged = ids_bin is not None and not same_bytes(layout.ids_bin, ids_bin)
     return damaged or any(differences(shape_of(held), shape_of(header)))
+
+
+def require_same_shape(store: BlockReader, header: dict[str, Any], keys: Keys | None) -> None:
+    """RecipeError, naming the keys, where a store has another header than the one asked for."""
+    require_same_recipe(
+        shape_of(store.header),
+        shape_of(header),
+        file=str(store.layout.header(store.kind)),
+        other="this run's is",
+        keys=keys or Keys(),
+        names=(store.names, header.get(NAMES, {})),
+    )
 
 
 def replace_header(

@@ -92,6 +92,16 @@ def prepare_folder(layout: Layout, kind: str, files: Files) -> str | None:
 
     StoreError for a folder that holds anything else: nothing in it is touched.
     """
+    found = check_folder(layout, kind)
+    files.mkdir(layout.blocks)
+    return found
+
+
+def check_folder(layout: Layout, kind: str) -> str | None:
+    """Whether the folder holds a store of `kind` (returned), or can become one (None).
+
+    StoreError for a folder that holds anything else. Writes nothing.
+    """
     path = layout.path
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path}: is a file, expected a folder: choose another place")
@@ -114,7 +124,6 @@ def prepare_folder(layout: Layout, kind: str, files: Files) -> str | None:
                 + (f" and {len(others) - 1} other entries" if others[1:] else "")
                 + f" but no {KINDS[kind]}: choose an empty folder, or one that is not there yet"
             )
-    files.mkdir(layout.blocks)
     return found
 
 

@@ -18,7 +18,7 @@ from megadistill.blocks.anew import (
     log_begun_anew,
     must_begin_anew,
     replace_header,
-    shape_of,
+    require_same_shape,
     write_header,
 )
 from megadistill.blocks.derived import RECORD, encode_blocks_bin, encode_index, read_blocks_bin
@@ -42,7 +42,7 @@ from megadistill.blocks.layout import (
     shard_name,
 )
 from megadistill.blocks.reader import BlockReader, Sample, kind_in
-from megadistill.blocks.recipe import NAMES, Keys, require_same_recipe
+from megadistill.blocks.recipe import Keys
 from megadistill.blocks.remote.object_store import read_only
 from megadistill.blocks.shard import write_shard
 from megadistill.errors import CorruptBlockError, StoreError
@@ -107,14 +107,7 @@ class BlockWriter(BlockReader):
         store = cls(path, kind=kind, files=files)
         if store.begin_anew(full, ids_bin):
             store = cls(path, kind=kind, files=files)
-        require_same_recipe(
-            shape_of(store.header),
-            shape_of(full),
-            file=str(layout.header(kind)),
-            other="this run's is",
-            keys=keys or Keys(),
-            names=(store.names, full.get(NAMES, {})),
-        )
+        require_same_shape(store, full, keys)
         return store
 
     @classmethod

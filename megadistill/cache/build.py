@@ -22,29 +22,33 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from megadistill.blocks import BlockReader, BlockWriter, open_store
-from megadistill.blocks.layout import kind_of
-from megadistill.cache.cache_recipe import cache_recipe, made_with
+from megadistill.cache.cache_recipe import made_with
+from megadistill.cache.cache_store import (
+    blocks_to_do,
+    caches_to_build,
+    create_store,
+    is_done,
+    outdated_blocks,
+    require_positions,
+    require_shards,
+)
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.disk_guard import DiskGuard, FreeBytes
 from megadistill.cache.generation_progress import Progress
-from megadistill.cache.ranking import rank_ids
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
-from megadistill.config.held_out import held_out, in_eval_keys
+from megadistill.config.held_out import in_eval_keys
 from megadistill.data.counts import count_tokens
 from megadistill.data.learned import require_learned
-from megadistill.data.names import store_names
-from megadistill.data.recipe_keys import keys_of
 from megadistill.data.tokens import build_tokens
-from megadistill.errors import DataError, MegadistillError, StoreError, TeacherError
+from megadistill.errors import MegadistillError, TeacherError
 from megadistill.models.packed_sequences import sample_labels
 from megadistill.parallel import Mesh, accounted
 from megadistill.storage.disk import free_bytes
@@ -108,31 +112,9 @@ def build_cache(
     return built[0]
 
 
-def caches_to_build(config: Config) -> list[Config]:
-    """The configuration of each cache that a run of `config` makes: the main one, the held-out one.
-
-    Of several parts the first makes the held-out cache. With the teacher online it is the only one.
-    """
-    main = [] if config.teacher.mode == "online" else [config]
-    extra = held_out(config) if config.cache.part_index[0] == 0 else None
-    return main + ([] if extra is None else [extra])
-
-
 def _finish(store: BlockWriter) -> None:
     store.finish()
-    _require_positions(store)
-
-
-def _require_positions(store: BlockReader) -> None:
-    """DataError for a whole cache without a target: a threshold of entropy may leave none."""
-    if store.missing():
-        return  # the other parts'
-    if not sum(store.marker(b)["statistics"]["positions"] for b in store.committed()):
-        raise DataError(
-            f"{store.name}: not one position has a target, so that there is nothing to learn: set "
-            "targets.min_entropy lower, or targets.positions to all or loss_mask, and cache.dir to "
-            "another folder"
-        )
+    require_positions(store)
 
 
 def _account(config: Config) -> str:
@@ -161,10 +143,8 @@ def _prepare(config: Config, held: contextlib.ExitStack, *, is_held_out: bool = 
         tokens = build_tokens(config)
         require_learned(tokens, key="data.dir")
         store = create_store(config, tokens)
-    outdated = _outdated(store, tokens)
-    planned = store.num_sequences == len(tokens) and not outdated
-    if planned and not _to_do(config, store) and store.consistent():
-        _require_positions(store)
+    outdated = outdated_blocks(store, tokens)
+    if is_done(config, store, tokens):
         return []
     held.enter_context(store.lock())
     require_shards(store)
@@ -179,64 +159,10 @@ def _prepare(config: Config, held: contextlib.ExitStack, *, is_held_out: bool = 
         store.plan(None)
         store.retract(outdated)
     store.plan(len(tokens))
-    missing = _to_do(config, store)
+    missing = blocks_to_do(config, store)
     if not missing:
         store.finish()
     return missing
-
-
-def _outdated(store: BlockReader, tokens: BlockReader) -> list[int]:
-    """The blocks whose token ids are others in the token store, which has grown since.
-
-    The last sequences of a token store are padded, or fewer than a block, until more documents
-    come. From blocks.bin of both stores, where it is there; no shard is read.
-    """
-    now = dict(zip(tokens.committed(), tokens.tokens_xxh3().tolist(), strict=True))
-    then = zip(store.committed(), store.tokens_xxh3().tolist(), strict=True)
-    return [block for block, found in then if now.get(block) != found]
-
-
-def require_shards(store: BlockReader) -> None:
-    """StoreError, before a teacher is loaded, where shards of committed blocks are gone."""
-    lost = store.lost_shards()
-    if lost:
-        raise StoreError(
-            f"{store.name}: {lost[0]} is missing or of another size ({len(lost)} such shard(s)): "
-            f"run `python tools/merge_and_inspect.py --repair {store.name}`, then this command "
-            "again, which makes the blocks anew"
-        )
-
-
-def create_store(config: Config, tokens: BlockReader) -> BlockWriter:
-    """The cache's store in `cache.dir`, for the sequences of `tokens`; reads the teacher once."""
-    recipe = cache_recipe(config, tokens)
-    called = store_names(config) | {k: v for k, v in tokens.names.items() if k != "teacher.model"}
-    names = ("tokens", "documents", "loss_mask", "padding")
-    columns = {name: tokens.columns[name] for name in names if name in tokens.columns}
-    return BlockWriter.create(
-        config.cache.folder,
-        kind="cache",
-        header={"recipe": recipe, "names": called},
-        columns={**columns, "targets": "bytes"},
-        block_size=tokens.block_size,
-        ids_bin=_ids_bin(config, tokens, vocab_size=recipe["vocab_size"]),
-        keys=keys_of(config, kind="cache"),
-    )
-
-
-def _ids_bin(config: Config, tokens: BlockReader, *, vocab_size: int) -> bytes | None:
-    """The ranking of ids: that of the cache's blocks, whatever tokens have joined since."""
-    if kind_of(Path(config.cache.folder)) == "cache":
-        store = open_store(config.cache.folder)
-        if store.present():
-            return store.ids_bin()
-    return rank_ids(tokens, vocab_size=vocab_size).to_bytes()
-
-
-def _to_do(config: Config, store: BlockReader) -> list[int]:
-    """The missing blocks of this run's part."""
-    index, parts = config.cache.part_index
-    return [block for block in store.missing() if block % parts == index]
 
 
 def _tell(config: Config, store: BlockReader, *, computed: int) -> None:

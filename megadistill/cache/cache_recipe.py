@@ -19,7 +19,8 @@ import xxhash
 from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.layout import kind_of
 from megadistill.cache.recorded_method import distribution_of, version_of
-from megadistill.config import Config
+from megadistill.config import Config, TeacherConfig
+from megadistill.data.token_plan import TokenPlan
 from megadistill.errors import ConfigError, first_line
 from megadistill.models.adapters import SETTINGS, WEIGHTS
 from megadistill.models.checkpoint_files import weight_files
@@ -32,16 +33,23 @@ _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", 
 
 
 def cache_recipe(
-    config: Config, tokens: BlockReader, *, key: str = "teacher.model"
+    config: Config,
+    tokens: BlockReader | TokenPlan,
+    *,
+    key: str = "teacher.model",
+    identity: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The recipe of the cache that `config` asks for, over a token store.
 
-    key: where the configuration names the teacher, for messages. Reads every byte of its weights
-    once. Raises ConfigError when they cannot be found.
+    key: where the configuration names the teacher, for messages. identity: the teacher's, where it
+    is known; else every byte of its weights is read once. Raises ConfigError when they cannot be
+    found.
     """
     tokens_recipe = tokens.recipe
     teacher, targets = config.teacher, config.targets
-    files = find_model(teacher.model, key=key, revision=teacher.revision)
+    if identity is None:
+        files = find_model(teacher.model, key=key, revision=teacher.revision)
+        identity = model_identity(_with_weights(files), adapter_folder(files))
     chosen = find_method(targets.method, "targets.method")
     method = chosen.record(chosen.read(targets)) | distribution_of(targets.method)
     if targets.positions == "entropy":
@@ -57,7 +65,7 @@ def cache_recipe(
         "positions": chosen_positions(config, tokens),
         "seed": targets.seed,
         "seq_len": config.data.seq_len,
-        "teacher": model_identity(_with_weights(files), adapter_folder(files)),
+        "teacher": identity,
         "temperature": targets.temperature,
         "tokenizer": tokens_recipe["tokenizer"],
         "tokens": tokens_recipe,
@@ -68,7 +76,7 @@ def cache_recipe(
     }
 
 
-def chosen_positions(config: Config, tokens: BlockReader) -> str:
+def chosen_positions(config: Config, tokens: BlockReader | TokenPlan) -> str:
     """`targets.positions`, or where it is not set what the data suggests.
 
     A cache that was begun keeps to its own. ConfigError for `loss_mask` without a loss mask.
@@ -170,6 +178,12 @@ def _with_weights(files: ModelFiles) -> Path:
         raise ConfigError(
             f"{files.key}: {files.name} cannot be downloaded from the hub: {first_line(error)}"
         ) from error
+
+
+def weights_are_here(teacher: TeacherConfig) -> bool:
+    """Whether the teacher's weights can be read without a download."""
+    files = find_model(teacher.model, key="teacher.model", revision=teacher.revision)
+    return not files.on_hub or files.tensors() is not None
 
 
 def _file_hash(path: Path) -> bytes:

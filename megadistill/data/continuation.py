@@ -56,14 +56,7 @@ def continue_from(store: BlockWriter | None, data: DataConfig) -> tuple[int | No
     blocks = store.committed() if store is not None else []
     if store is None or not blocks:
         return 0, Cursor()
-    last = store.marker(blocks[-1])
-    held = last["end"]["documents_read"] if "end" in last else _documents_read(last)
-    if data.max_samples is not None and held > data.max_samples:
-        raise RecipeError(
-            f"{data.dir}: holds the tokens of {held} documents, data.max_samples is "
-            f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another "
-            "folder"
-        )
+    require_no_fewer(store, data)
     if covers(store, data):
         return None, Cursor()
     if store.num_sequences is not None:
@@ -76,6 +69,21 @@ def continue_from(store: BlockWriter | None, data: DataConfig) -> tuple[int | No
         return 0, Cursor()
     log.info("%s: %d blocks are there, going on", data.dir, number)
     return number, Cursor(**store.marker(number - 1)["cursor"])
+
+
+def require_no_fewer(store: BlockReader, data: DataConfig) -> None:
+    """RecipeError where the store holds more documents than are asked for."""
+    blocks = store.committed()
+    if data.max_samples is None or not blocks:
+        return
+    last = store.marker(blocks[-1])
+    held = last["end"]["documents_read"] if "end" in last else _documents_read(last)
+    if held > data.max_samples:
+        raise RecipeError(
+            f"{data.dir}: holds the tokens of {held} documents, data.max_samples is "
+            f"{data.max_samples}: set data.max_samples to {held} or more, or data.dir to another "
+            "folder"
+        )
 
 
 def _documents_read(marker: dict[str, Any]) -> int:

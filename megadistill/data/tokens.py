@@ -14,38 +14,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megadistill.blocks import BlockReader, BlockWriter, open_store
-from megadistill.blocks.layout import kind_of
+from megadistill.blocks import BlockReader, BlockWriter
 from megadistill.config import Config, DataConfig
-from megadistill.data.chat.encoder import ChatSpec
-from megadistill.data.chat.settings import find_chat
 from megadistill.data.continuation import continue_from, covers, lasting_blocks
 from megadistill.data.corpus_progress import Progress
 from megadistill.data.counts import statistics
 from megadistill.data.encode import EncoderSpec, Unit
-from megadistill.data.names import token_names
 from megadistill.data.packing.best_fit import BestFit
 from megadistill.data.packing.in_order import InOrder
 from megadistill.data.packing.stream import Block, Cursor, Stream
-from megadistill.data.recipe_keys import keys_of
 from megadistill.data.skipped import Skipped
-from megadistill.data.sources.corpus_columns import configured
-from megadistill.data.sources.source import count_documents, documents, resolved, source_identity
-from megadistill.data.tokenizer import (
-    chat_identity,
-    encoder_spec,
-    load_tokenizer,
-    tokenizer_identity,
-)
-from megadistill.data.workers import Workers
-from megadistill.errors import BadDocumentError, ConfigError, DataError, RecipeError
+from megadistill.data.sources.source import count_documents, documents
+from megadistill.data.token_plan import plan_tokens
+from megadistill.data.workers import InProcess, Workers
+from megadistill.errors import BadDocumentError, DataError
 from megadistill.models.packed_sequences import Sequence
 
 log = logging.getLogger(__name__)
@@ -69,29 +57,17 @@ def build_tokens(
     sequence (nothing is written), ConfigError for its tokenizer, RecipeError and StoreError for
     what is at `data.dir`.
     """
-    config = config.model_copy(update={"data": resolved(config.data)})
-    data = config.data
-    if config.targets.positions == "loss_mask" and data.text_field is not None:
-        raise ConfigError(
-            f"targets.positions: loss_mask needs text that is part prompt, part completion, found "
-            f"the column {data.text_field!r} alone: set targets.positions=all"
-        )
-    tokenizer = load_tokenizer(config)
-    config, chat = find_chat(config, tokenizer)
-    data = config.data
-    spec = encoder_spec(tokenizer, chat=chat, columns=configured(data))
-    settings = store_settings(config, tokenizer, chat, packing=_packing(data, spec))
+    planned = plan_tokens(config)
+    data, spec, settings = planned.data, planned.spec, planned.settings
     with ExitStack() as stack:
         store = None
-        if _occupied(data.dir):
+        if planned.is_begun:
             store = BlockWriter.create(data.dir, **settings)
-            if covers(store, data) and store.complete():
-                return store
-            if blocks is not None and set(range(blocks)) <= set(lasting_blocks(store, data)):
+            if holds_enough(store, data, blocks):
                 return store
             _lock(store, stack)
         number, cursor = continue_from(store, data)
-        run = _Run(data, _stream(settings, spec, number or 0, cursor), cursor, progress)
+        run = CorpusRun(data, open_stream(settings, spec, number or 0, cursor), cursor, progress)
         if number is not None:
             workers = stack.enter_context(Workers(spec, count=_cores(data)))
             log.info("%s: tokenising in %d processes", data.dir, _cores(data))
@@ -108,64 +84,23 @@ def build_tokens(
                     break  # a gap is closed
         run.skipped.write()
         if store is None or not covers(store, data):
-            raise DataError(_too_short(data, run))
-        _check_learned(store)
+            raise DataError(too_short(data, run))
+        check_learned(statistics(store), name=str(store.path))
         store.plan(len(store))
         store.finish()
     _report(store)
     return store
 
 
-def store_settings(
-    config: Config, tokenizer: Any, chat: ChatSpec | None, *, packing: str | None
-) -> dict[str, Any]:
-    """The arguments of BlockWriter.create: the recipe and the columns.
-
-    packing: "best_fit", "in_order", or None: in order, and no continuation begins with a BOS. So
-    all stores without the field in their recipe were packed.
-    """
-    data = config.data
-    columns = {"tokens": f"ndarray:uint32:{data.seq_len}", "documents": "ndarray:uint32"}
-    if chat is not None or data.completion_field is not None:
-        columns["loss_mask"] = f"ndarray:uint8:{data.seq_len}"
-    if packing == "best_fit":
-        columns["padding"] = "uint64"
-    recipe = {
-        "source": source_identity(data),
-        "tokenizer": tokenizer_identity(tokenizer) | ({} if chat is None else chat_identity(chat)),
-        "seq_len": data.seq_len,
-        "pack": data.pack,
-        **({} if packing is None else {"packing": packing}),
-    }
-    return {
-        "kind": "tokens",
-        "header": {"recipe": recipe, "names": token_names(config)},
-        "columns": columns,
-        "block_size": data.block_size,
-        "keys": keys_of(config, kind="tokens"),
-    }
+def holds_enough(store: BlockReader, data: DataConfig, blocks: int | None) -> bool:
+    """Whether a token store is complete, or has its first `blocks` blocks."""
+    if covers(store, data) and store.complete():
+        return True
+    return blocks is not None and set(range(blocks)) <= set(lasting_blocks(store, data))
 
 
-def _packing(data: DataConfig, spec: EncoderSpec) -> str | None:
-    """The recipe's packing: that of the store which is there, unless another one is asked for."""
-    if data.pack == "concat":
-        return None
-    store = open_store(data.dir) if kind_of(Path(data.dir)) == "tokens" else None
-    if store is not None and store.present():  # one without blocks begins anew
-        found = store.recipe.get("packing")
-        if data.packing is None or data.packing == (found or "in_order"):
-            return found
-        raise RecipeError(
-            f"{data.dir}: was packed by data.packing {found or 'in_order'}, found "
-            f"{data.packing}: leave data.packing out, or set data.dir to another folder"
-        )
-    if data.packing == "in_order":
-        # Without a BOS nothing differs from the stores that have no such field.
-        return None if spec.bos is None else "in_order"
-    return "best_fit"
-
-
-def _stream(settings: dict[str, Any], spec: EncoderSpec, number: int, cursor: Cursor) -> Stream:
+def open_stream(settings: dict[str, Any], spec: EncoderSpec, number: int, cursor: Cursor) -> Stream:
+    """The stream of a token store from block `number` on. settings: of `TokenPlan`."""
     recipe = settings["header"]["recipe"]
     packing = recipe.get("packing")
     shape = {
@@ -180,7 +115,7 @@ def _stream(settings: dict[str, Any], spec: EncoderSpec, number: int, cursor: Cu
     return InOrder(isolate=recipe["pack"] == "isolate", **shape)
 
 
-class _Run:
+class CorpusRun:
     """Run over the corpus, from a cursor on."""
 
     def __init__(
@@ -191,7 +126,7 @@ class _Run:
         self.progress = progress
         self.skipped = Skipped(data.dir)
 
-    def blocks(self, workers: Workers) -> Iterator[Block]:
+    def blocks(self, workers: Workers | InProcess) -> Iterator[Block]:
         total = count_documents(self.data)
         bar = Progress(total=total, done=self.cursor.document, show=self.progress)
         with bar:
@@ -236,11 +171,6 @@ def _batches(units: Iterator[Unit]) -> Iterator[list[Unit]]:
         yield batch
 
 
-def _occupied(folder: str) -> bool:
-    path = Path(folder)
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
-
-
 def _cores(data: DataConfig) -> int:
     return data.workers or min(16, len(os.sched_getaffinity(0)))
 
@@ -268,22 +198,25 @@ def _sample(sequence: Sequence) -> dict[str, Any]:
     return sample
 
 
-def _check_learned(store: BlockReader) -> None:
-    """DataError where the loss mask leaves nothing to learn; a warning where it leaves little."""
-    counted = statistics(store)
+def check_learned(counted: Mapping[str, int], *, name: str) -> None:
+    """DataError where the loss mask leaves nothing to learn; a warning where it leaves little.
+
+    counted: the statistics of the token store `name`.
+    """
     learned, tokens = counted.get("learned_tokens"), counted["tokens"]
     if learned == 0:
         raise DataError(
-            f"{store.path}: none of the {tokens} tokens is learned: expected turns of the "
+            f"{name}: none of the {tokens} tokens is learned: expected turns of the "
             "assistant in the chats, or completions: check the roles of the turns and the "
             "data.*_field keys, or set data.text_field to learn from all of a text"
         )
     if learned is not None and learned < LITTLE * tokens:
         percent = f"{100 * learned / tokens:.2f} % of the tokens are learned"
-        log.warning("%s: only %s (%d of %d)", store.path, percent, learned, tokens)
+        log.warning("%s: only %s (%d of %d)", name, percent, learned, tokens)
 
 
-def _too_short(data: DataConfig, run: _Run) -> str:
+def too_short(data: DataConfig, run: CorpusRun) -> str:
+    """The message for a corpus that ended before its first sequence."""
     where = data.source or data.name or ", ".join(data.files or [])
     if run.stream.held == 0:
         skipped = f", {run.skipped.count} of them skipped" if run.skipped.count else ""

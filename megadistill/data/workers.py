@@ -74,8 +74,25 @@ class Workers:
         self._threads.shutdown(wait=True)
 
 
+class InProcess:
+    """Encoder in this process, with the interface of Workers: for a few documents."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._encoder = Encoder(spec)
+
+    def encode(self, batches: Iterable[list[Unit]]) -> Iterator[tuple[list[Unit], Any]]:
+        """As Workers.encode."""
+        for batch in batches:
+            yield _with_problems(batch, *self._encoder.answer(batch))
+
+
 def _answered(units: list[Unit], future: Future) -> tuple[list[Unit], Any]:
-    problems, encoded = future.result()
+    return _with_problems(units, *future.result())
+
+
+def _with_problems(
+    units: list[Unit], problems: dict[int, str], encoded: Any
+) -> tuple[list[Unit], Any]:
     if problems:
         units = [replace(u, problem=problems.get(i, u.problem)) for i, u in enumerate(units)]
     return units, encoded

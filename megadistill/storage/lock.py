@@ -93,6 +93,12 @@ class StoreLock:
             os.close(self._handle)
             self._handle = None
 
+    def require_free(self) -> None:
+        """LockedError while another process holds the lock. Takes and writes nothing."""
+        holder = _read(self.path)
+        if holder is not None and not self._dead(holder):
+            raise self._held_by(holder)
+
     def held(self) -> bool:
         """Whether the lock is still ours: False after another run took us for dead."""
         return token_of(self.path) == self.token
@@ -108,13 +114,16 @@ class StoreLock:
             if holder is None:
                 continue  # released since
             if not self._dead(holder):
-                raise LockedError(
-                    f"{self.what}: is being written by {_who(holder)}: wait for it, or stop it"
-                )
+                raise self._held_by(holder)
             if self._take_over(ours, holder):
                 log.warning("%s: took over the lock of %s, which is dead", self.what, _who(holder))
                 return
         raise StoreError(f"{self.path}: could not be taken: remove it if no run is alive")
+
+    def _held_by(self, holder: dict[str, Any]) -> LockedError:
+        return LockedError(
+            f"{self.what}: is being written by {_who(holder)}: wait for it, or stop it"
+        )
 
     def _take_over(self, ours: Path, holder: dict[str, Any]) -> bool:
         # Two observers may find the same dead holder: the second lock decides who replaces it, so

@@ -16,7 +16,7 @@ from megadistill.blocks import BlockWriter, open_store
 from megadistill.blocks.install import retract_block
 from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.blocks.padding import without_padding
-from megadistill.data import tokens
+from megadistill.data import token_plan
 from megadistill.data.counts import statistics, token_counts
 from megadistill.data.packing import best_fit
 from megadistill.data.tokens import build_tokens
@@ -186,7 +186,7 @@ def test_a_store_without_padding_or_bos_grows_as_it_was_packed(
     config, corpus, tmp_path, monkeypatch
 ):
     # Stores of before had no field `packing` in their recipe: in order, without a BOS.
-    monkeypatch.setattr(tokens, "_packing", lambda data, spec: None)
+    monkeypatch.setattr(token_plan, "_packing", lambda data, spec: None)
     build_tokens(config(files=corpus, max_samples=60))
     build_tokens(config(files=corpus, dir=str(tmp_path / "undisturbed")))
     monkeypatch.undo()

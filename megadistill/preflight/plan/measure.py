@@ -20,7 +20,8 @@ import torch
 
 from megadistill.blocks import BlockWriter
 from megadistill.blocks.padding import without_padding
-from megadistill.cache.build import create_store, score
+from megadistill.cache.build import score
+from megadistill.cache.cache_store import create_store
 from megadistill.cache.disk_guard import block_bytes
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config

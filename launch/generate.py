@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv, __doc__, extra=options)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megadistill.preflight.plan import show_plan
+        from megadistill.preflight import dry_run_generate
 
-        show_plan(config)
+        dry_run_generate(config)
         return 0
 
     from megadistill import parallel

@@ -20,10 +20,9 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv, __doc__)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megadistill.preflight.cache_checks import check_caches
-        from megadistill.preflight.plan import show_plan
+        from megadistill.preflight import dry_run_train
 
-        show_plan(check_caches(config))
+        dry_run_train(config)
         return 0
 
     from megadistill import parallel

@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     args = parse(argv, "Tokenise the corpus into the token store.")
     config = load_config(args.config, args.overrides)
     if args.dry_run:
+        from megadistill.data.token_checks import check_tokens
+
+        check_tokens(config)
         sys.stdout.write(to_yaml(config))
         return 0
     from megadistill.data.counts import statistics

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megadistill.cli.command_line import amount, count, parse, run
 from megadistill.config import Config, load_config
-from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from megadistill.preflight.plan.measure import Measured
@@ -54,16 +53,14 @@ def main(argv: list[str]) -> int:
     args = parse(argv, __doc__, extra=options)
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        from megadistill.preflight.plan import show_plan
+        from megadistill.preflight import dry_run_plan
 
-        show_plan(config)
+        dry_run_plan(config)
         return 0
 
-    if config.teacher.mode == "online":
-        raise ConfigError(
-            "teacher.mode: online keeps no cache whose size could be planned: `--dry_run` tells "
-            "what the run takes; or set teacher.mode=cached"
-        )
+    from megadistill.preflight.dry_run import require_cached
+
+    require_cached(config)
     from megadistill.preflight.plan import make_plan
     from megadistill.preflight.plan.plan_report import Report
 

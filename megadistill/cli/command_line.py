@@ -68,7 +68,7 @@ def parse(
             "--dry_run",
             "--dry-run",
             action="store_true",
-            help="print the resolved configuration and the plan, and do nothing",
+            help="make every check of the start, print the plan, and write nothing",
         )
         parser.add_argument(
             "overrides", nargs="*", metavar="a.b=value", help="keys to set, such as train.lr=1e-4"

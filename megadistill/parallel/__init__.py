@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from megadistill.parallel.ranks import (
     Mesh,
+    Unjoined,
     accounted,
+    check_hosts,
     check_layout,
     choose_accelerator,
     graceful_stop,
+    hosts_from_environment,
     joined,
     rank_from_environment,
     start,
@@ -27,10 +30,13 @@ from megadistill.parallel.watchdog import Stop
 __all__ = [
     "Mesh",
     "Stop",
+    "Unjoined",
     "accounted",
+    "check_hosts",
     "check_layout",
     "choose_accelerator",
     "graceful_stop",
+    "hosts_from_environment",
     "joined",
     "rank_from_environment",
     "start",

@@ -182,6 +182,18 @@ class Mesh:
         return moved.to(tensor.device)
 
 
+@dataclass(frozen=True)
+class Unjoined:
+    """Rank 0 of `world` ranks that have not joined: for checks, which ask for rank 0's answer."""
+
+    world: int
+    rank: int = 0
+
+    def run_on_rank0(self, function: Callable[[], Any]) -> Any:
+        """As Mesh.run_on_rank0."""
+        return function()
+
+
 def rank_from_environment() -> tuple[int, int, int]:
     """(rank, world, local rank) as the launcher set them; (0, 1, 0) for plain python."""
     env = os.environ
@@ -196,6 +208,25 @@ def check_layout(*, tp: int, world: int) -> None:
             f"{tp} ranks, or set teacher.tp to one of "
             f"{', '.join(str(t) for t in range(1, world + 1) if world % t == 0)}"
         )
+
+
+def check_hosts(expect_hosts: int | None, names: Sequence[str]) -> None:
+    """ConfigError where the run has another number of hosts than it should. names: theirs."""
+    if expect_hosts is not None and len(names) != expect_hosts:
+        raise ConfigError(
+            f"parallel.expect_hosts: expected {expect_hosts} hosts, found {len(names)} "
+            f"({', '.join(names)}): check the hostfile's path, which DeepSpeed only "
+            "warns about when it is missing"
+        )
+
+
+def hosts_from_environment() -> list[str]:
+    """Names of the run's hosts before they meet: this one's, and numbers for the others."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    # torchrun names the ranks of this host, DeepSpeed's launcher the number of hosts.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    hosts = int(os.environ.get("CROSS_SIZE", -(-world // here)))
+    return [socket.gethostname(), *(f"host {number}" for number in range(1, hosts))]
 
 
 def start(
@@ -269,12 +300,7 @@ def start(
     names: list[Any] = [None] * world
     dist.all_gather_object(names, socket.gethostname())
     hosts = len(set(names))
-    if expect_hosts is not None and hosts != expect_hosts:
-        raise ConfigError(
-            f"parallel.expect_hosts: expected {expect_hosts} hosts, found {hosts} "
-            f"({', '.join(sorted(set(names)))}): check the hostfile's path, which DeepSpeed only "
-            "warns about when it is missing"
-        )
+    check_hosts(expect_hosts, sorted(set(names)))
     if rank == 0:
         log.info(
             "%d host(s) x %d rank(s), tp %d x dp %d, on %s",

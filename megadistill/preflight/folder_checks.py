@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megadistill.blocks.layout import KINDS, kind_of
-from megadistill.config import Config
+from megadistill.config import Config, DataConfig
 from megadistill.config.rules import NO_CORPUS
 from megadistill.errors import ConfigError
 from megadistill.preflight.plan import Plan
@@ -17,14 +17,14 @@ _FEWER = "keep fewer checkpoints (train.keep)"
 _RUN_ENTRIES = {"run.json", ".run.json", "metrics.jsonl", "checkpoints", "model"}
 
 
-def check_corpus(config: Config) -> None:
+def check_corpus(data: DataConfig) -> None:
     """A corpus is named; local files are there, not empty, and of a kind that can be read."""
-    if not (config.data.source or config.data.files or config.data.name):
+    if not (data.source or data.files or data.name):
         raise ConfigError(f"data: {NO_CORPUS}")
-    if config.data.files is not None:
+    if data.files is not None:
         from megadistill.data.sources import text_files
 
-        text_files.kind(text_files.find(config.data.files))
+        text_files.kind(text_files.find(data.files))
 
 
 def check_apart(training: list[str], held_out: list[str]) -> None:
@@ -76,16 +76,11 @@ def check_store_folder(path: str, key: str, kind: str) -> None:
         )
 
 
-def check_cache_folder(config: Config) -> None:
-    """The cache can be made, or gone on with, where cache.dir says."""
-    check_store_folder(config.cache.folder, "cache.dir", "cache")
-
-
-def check_run_folder(config: Config) -> None:
+def check_run_folder(out_dir: str) -> None:
     """A training run can be made, or gone on with, in train.out_dir."""
-    if is_url(config.train.out_dir):
+    if is_url(out_dir):
         raise ConfigError("train.out_dir: a URL cannot be trained into: set it to a folder")
-    folder = Path(config.train.out_dir)
+    folder = Path(out_dir)
     _can_be_written(folder, "train.out_dir")
     others = _entries(folder) if folder.is_dir() else []
     # A run that was killed before it wrote run.json leaves its lock.

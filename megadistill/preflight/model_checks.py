@@ -21,13 +21,6 @@ from megadistill.student.features import feature_plan
 log = logging.getLogger(__name__)
 
 
-def check_ranks(config: Config, world: int) -> None:
-    """tp divides the ranks."""
-    from megadistill.parallel import check_layout
-
-    check_layout(tp=config.teacher.tp, world=world)
-
-
 def find_section_model(
     section: TeacherConfig | StudentConfig, key: str, *, fetch: bool = True
 ) -> ModelFiles:
@@ -176,19 +169,18 @@ def _safetensors(model: ModelFiles) -> None:
     )
 
 
-def check_seq_len(config: Config, model: ModelFiles) -> None:
+def check_seq_len(seq_len: int, model: ModelFiles) -> None:
     """The sequences are no longer than the model was made for."""
     longest = model.max_positions
-    if longest is not None and config.data.seq_len > longest:
+    if longest is not None and seq_len > longest:
         raise ConfigError(
-            f"data.seq_len: {config.data.seq_len} is beyond the {longest} positions of "
+            f"data.seq_len: {seq_len} is beyond the {longest} positions of "
             f"{model.key} ({model.name}): set data.seq_len to {longest} or less"
         )
 
 
-def check_heads(config: Config, teacher: ModelFiles) -> None:
-    """tp divides the teacher's attention heads and key-value heads."""
-    tp = config.teacher.tp
+def check_heads(tp: int, teacher: ModelFiles) -> None:
+    """The tp ranks of a group divide the teacher's attention heads and key-value heads."""
     for what, count in (("attention heads", teacher.heads), ("key-value heads", teacher.kv_heads)):
         if count is not None and count % tp:
             fitting = [

@@ -124,7 +124,7 @@ def load_teacher(
     Raises ConfigError when the model cannot be loaded, or run in its dtype on this machine.
     TeacherError when it has no head, or says something else under its engine than by itself.
     """
-    _check_dtype(config.teacher, key=key)
+    check_dtype(config.teacher, key=key)
     zero3 = config.teacher.engine == "zero3"
     build = _zero3 if zero3 else _tensor_parallel
     with return_freed_memory():
@@ -160,8 +160,13 @@ def load_teacher(
     return teacher
 
 
-def _check_dtype(config: TeacherConfig, *, key: str) -> None:
-    """ConfigError for a dtype in which DeepSpeed does not run on this machine."""
+def check_dtype(config: TeacherConfig, *, key: str) -> None:
+    """ConfigError for a dtype in which DeepSpeed does not run on this machine.
+
+    key: where the configuration names the teacher's model.
+    """
+    if config.dtype == "float32":
+        return  # which every accelerator has
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from megadistill.config import Config
 from megadistill.errors import ConfigError
 
 
-def check_machine(config: Config) -> None:
-    """Raises ConfigError for a number format or an offload that this machine lacks."""
-    _check_precision(config)
-    _check_nvme(config)
+def check_machine(deepspeed: Mapping[str, Any]) -> None:
+    """ConfigError for a number format or an offload that this machine does not have.
+
+    deepspeed: the section of the configuration.
+    """
+    _check_precision(deepspeed)
+    _check_nvme(deepspeed)
 
 
-def _check_precision(config: Config) -> None:
-    asked = {n: bool((config.deepspeed.get(n) or {}).get("enabled")) for n in ("bf16", "fp16")}
+def _check_precision(deepspeed: Mapping[str, Any]) -> None:
+    asked = {n: bool((deepspeed.get(n) or {}).get("enabled")) for n in ("bf16", "fp16")}
     if asked["fp16"] and not torch.cuda.is_available():
         raise ConfigError(
             "deepspeed.fp16.enabled: true, and there is no GPU here, expected one: float16 with "
@@ -29,8 +34,8 @@ def _check_precision(config: Config) -> None:
         )
 
 
-def _check_nvme(config: Config) -> None:
-    zero = config.deepspeed.get("zero_optimization") or {}
+def _check_nvme(deepspeed: Mapping[str, Any]) -> None:
+    zero = deepspeed.get("zero_optimization") or {}
     if (zero.get("offload_param") or {}).get("device") == "nvme" and not _has_async_io():
         raise ConfigError(
             "deepspeed.zero_optimization.offload_param.device: nvme, and DeepSpeed cannot build "

@@ -14,31 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from megadistill.cache.recorded_settings import check_known, other_targets, pack_of, with_known
+from megadistill.cache.recorded_settings import check_known, other_targets, with_known
 from megadistill.config import ALL_TERMS_FROM, FEATURES_FROM, Config
-from megadistill.config.held_out import evaluation_cache
 from megadistill.data.order import Order
-from megadistill.errors import ConfigError
 from megadistill.models.attention import check_isolation
 from megadistill.models.documents_apart import log_apart
 from megadistill.models.pretrained import backbone, model_settings
-from megadistill.parallel import Mesh
+from megadistill.parallel import Mesh, Unjoined
 from megadistill.student.features import FeaturePlan, feature_plan
-from megadistill.student.model import check_fits, load_student, student_settings
+from megadistill.student.model import load_student
 from megadistill.targets import find_method
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
-from megadistill.train.evaluate import Evaluation, open_evaluation
-from megadistill.train.export import check_tokenizer, export, model_card, student_tokenizer
-from megadistill.train.hardware_checks import check_machine
+from megadistill.train.evaluate import Evaluation
+from megadistill.train.export import export, model_card, student_tokenizer
 from megadistill.train.online.online_teacher import OnlineTeacher, open_online
 from megadistill.train.online.projected_teacher import begin_projection
 from megadistill.train.own_files import own_files
 from megadistill.train.reporting.jsonl_log import read_records
-from megadistill.train.reporting.trackers import check_trackers
+from megadistill.train.run_checks import check_settings, check_student, open_held_out
 from megadistill.train.run_folder import RunFolder
 from megadistill.train.student_engine import Trainer, deepspeed_config
 from megadistill.train.teachers import (
@@ -51,7 +47,6 @@ from megadistill.train.teachers import (
 from megadistill.train.training_source import (
     TrainingSource,
     blocks_there,
-    local_copies,
     open_sources,
     require_targets,
 )
@@ -93,70 +88,19 @@ class Run:
         )
 
 
-def prepare(config: Config, mesh: Mesh) -> Run:
+def prepare(config: Config, mesh: Mesh | Unjoined) -> Run:
     """Runs every check that needs no model. Writes nothing."""
-    if config.student is None:
-        raise ConfigError("student: there is nothing to train: set student.model")
-    mesh.run_on_rank0(lambda: check_trackers(config, load=True))
-    deepspeed_config(config, mesh.world)
-    check_machine(config)
-    section = "activation_checkpointing"
-    if config.deepspeed.get(section) and mesh.rank == 0:
-        log.warning(
-            "deepspeed.%s is for models that call DeepSpeed's own function, and transformers' do "
-            "not: it changes nothing here; train.%s=true is what does",
-            section,
-            section,
-        )
+    check_settings(config, mesh)
     folder = RunFolder(config.train.out_dir)
-    if config.teacher.mode == "online":
-        stores = with_models(config, open_online(config, mesh), mesh)
-    else:
-        # One rank looks: a cache that is being made may grow between two looks.
-        stores = open_sources(config, mesh.run_on_rank0(lambda: _blocks(config, folder)))
-        config = _with_known(config, stores, mesh)
-        stores = with_caches(config, stores)
+    config, stores = _open_stores(config, folder, mesh)
     store = stores[0]
     for each in stores:
         if each.has_targets:
             check_divergences(config, each)
     mesh.run_on_rank0(lambda: require_targets(config, stores))
-    if config.loss.curriculum and mesh.rank == 0:
-        log.info(
-            "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
-            "states and attention%s, from %g on the true tokens as well",
-            config.loss.curriculum,
-            FEATURES_FROM,
-            "" if config.loss.aligned else " (which have no weight here)",
-            ALL_TERMS_FROM,
-        )
-    asked = evaluation_cache(config)
-    evaluation = open_evaluation(
-        asked, max_sequences=config.eval.max_sequences, local=local_copies(config)
-    )
-    if evaluation and evaluation.sequences.tokenizer["content"] != store.tokenizer["content"]:
-        other = evaluation.sequences
-        raise ConfigError(
-            f"{other.key}: {other.name} was made with another tokenizer than {store.name}: "
-            "generate it again with this run's data.tokenizer"
-        )
-    if evaluation:
-        mesh.run_on_rank0(lambda: _check_evaluation(config, evaluation, stores))
-    own = mesh.run_on_rank0(lambda: check_tokenizer(config, store.tokenizer, store=store.name))
-    stored = [s.vocab_size for s in (store, evaluation and evaluation.sequences) if s]
-    vocab_size = max(own, *stored)  # tokens that were added to the student's are tokens, too
-    assert config.student is not None
-    student = student_settings(config.student)
-    check_fits(student, vocab_size=vocab_size, seq_len=store.seq_len)
-    if evaluation and evaluation.sequences.seq_len != store.seq_len:
-        _check_length(evaluation, student, vocab_size=vocab_size)
-    if student.vocab_size > vocab_size and mesh.rank == 0:
-        log.info(
-            "the student has %d rows, data and tokenizer %d ids: the rows above are padding, which "
-            "takes no part in the softmax; the exported model has none",
-            student.vocab_size,
-            vocab_size,
-        )
+    _log_curriculum(config, mesh)
+    evaluation = open_held_out(config, mesh, store, stores)
+    student, vocab_size = check_student(config, mesh, store, evaluation)
     order = Order(
         [len(s) for s in stores],
         block_size=[s.store.block_size for s in stores],
@@ -185,45 +129,31 @@ def prepare(config: Config, mesh: Mesh) -> Run:
     )
 
 
-def _check_evaluation(config: Config, evaluation: Evaluation, stores: list[TrainingSource]) -> None:
-    """Raises ConfigError if student and teacher read the held-out text differently.
+def _open_stores(
+    config: Config, folder: RunFolder, mesh: Mesh | Unjoined
+) -> tuple[Config, list[TrainingSource]]:
+    """(the configuration with what the caches know, the stores to learn from)."""
+    if config.teacher.mode == "online":
+        return config, with_models(config, open_online(config, mesh), mesh)
+    # One rank looks: a cache that is being made may grow between two looks.
+    stores = open_sources(config, mesh.run_on_rank0(lambda: _blocks(config, folder)))
+    config = _with_known(config, stores, mesh)
+    return config, with_caches(config, stores)
 
-    Raises DataError for a text without a label. Warns of blocks that are trained on as well. Rank 0
-    only.
-    """
-    evaluation.require_labels()
-    held = evaluation.sequences
-    pack = pack_of(held.recipe)
-    if pack not in (None, config.data.pack):
-        raise ConfigError(
-            f"{held.key}: the teacher of {held.name} read its sequences with data.pack={pack}, and "
-            f"the student reads them with {config.data.pack}: generate it again with "
-            f"data.pack={config.data.pack}"
+
+def _log_curriculum(config: Config, mesh: Mesh | Unjoined) -> None:
+    if config.loss.curriculum and mesh.rank == 0:
+        log.info(
+            "loss.curriculum=%s: the teacher's targets alone, from %g of the run on its hidden "
+            "states and attention%s, from %g on the true tokens as well",
+            config.loss.curriculum,
+            FEATURES_FROM,
+            "" if config.loss.aligned else " (which have no weight here)",
+            ALL_TERMS_FROM,
         )
-    for store in stores:
-        both = np.isin(held.store.tokens_xxh3(), store.store.tokens_xxh3())
-        if both.any():
-            log.warning(
-                "%s: %d of %d blocks of %s are trained on as well, in %s: the figures are not "
-                "those of held-out text",
-                held.key,
-                both.sum(),
-                len(both),
-                held.name,
-                store.name,
-            )
 
 
-def _check_length(evaluation: Evaluation, student: Any, *, vocab_size: int) -> None:
-    """Raises ConfigError, naming the held-out cache, if its sequences are too long."""
-    held = evaluation.sequences
-    try:
-        check_fits(student, vocab_size=vocab_size, seq_len=held.seq_len)
-    except ConfigError as error:
-        raise ConfigError(f"{held.key}: {held.name}: {error}") from None
-
-
-def _with_known(config: Config, stores: list[TrainingSource], mesh: Mesh) -> Config:
+def _with_known(config: Config, stores: list[TrainingSource], mesh: Mesh | Unjoined) -> Config:
     """Adds the settings recorded in the caches; refuses contradictions. Collective."""
 
     def check() -> None:

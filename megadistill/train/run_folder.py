@@ -96,8 +96,7 @@ class RunFolder:
             self._check_journals()
             return Claimed(True, None)
         LOCAL.mkdir(self.path)
-        what = f"train.out_dir: {self.path}"
-        self._lock = StoreLock(self.path / LOCK, what=what, patience_s=_PATIENCE_S)
+        self._lock = self._new_lock()
         held.enter_context(self._lock)
         self._refuse_anything_else()
         begun = self._identity.exists()
@@ -112,6 +111,29 @@ class RunFolder:
         else:
             self._settle(identity, config, found)
         return Claimed(self.exported, found)
+
+    def check(self, identity: dict[str, Any] | None, config: Config) -> None:
+        """Refuses what `claim` refuses, as far as that is known without the folder's lock.
+
+        identity: None where it is not known yet. Takes no lock and writes nothing; reads the newest
+        checkpoint. For a dry run.
+        """
+        self._refuse_anything_else()
+        self._check_journals()
+        begun = self._identity.exists() and identity is not None
+        if begun and self._is(identity or {}) and self.exported:
+            return
+        self._new_lock().require_free()
+        if identity is None or not begun:
+            return
+        if checkpoint.checkpoints(self.checkpoints) or self.exported:
+            self._refuse_another_run(identity, config)
+            found = checkpoint.newest_sound(self.checkpoints)
+            self._require_resumable(identity, config, found)
+
+    def _new_lock(self) -> StoreLock:
+        what = f"train.out_dir: {self.path}"
+        return StoreLock(self.path / LOCK, what=what, patience_s=_PATIENCE_S)
 
     @property
     def exported(self) -> bool:
@@ -182,6 +204,14 @@ class RunFolder:
 
     def _settle(self, identity: dict[str, Any], config: Config, found: Checkpoint | None) -> None:
         """Checks that the run in the folder may be resumed: it has these settings, or may grow."""
+        grown = self._require_resumable(identity, config, found)
+        if grown is not None:
+            self._grow(identity, *grown)
+
+    def _require_resumable(
+        self, identity: dict[str, Any], config: Config, found: Checkpoint | None
+    ) -> tuple[int, int] | None:
+        """(steps before, steps now) of a run that grows, else None; RecipeError for another run."""
         different = self._differences(identity)
         if found is not None and STEPS in {name for name, _, _ in different}:
             old, new = (each["train"]["steps"] for each in (self._begun(), identity))
@@ -190,14 +220,14 @@ class RunFolder:
                 config, others, old=old, new=new, done=found.position.step
             )
             if reason is None and not others:
-                self._grow(identity, old, new)
-                return
+                return old, new
             if reason is not None:
                 raise RecipeError(
                     f"{self._identity}: {STEPS} is {old}, this run's is {new}: {reason}: set "
                     f"{STEPS}={old}, or choose another train.out_dir"
                 )
         self._refuse_another_run(identity, config, but_for=())
+        return None
 
     def _refuse_another_run(
         self, identity: dict[str, Any], config: Config, *, but_for: tuple[str, ...] = (STEPS,)

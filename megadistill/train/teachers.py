@@ -20,7 +20,7 @@ from megadistill.config import Config
 from megadistill.data.names import data_names, shown_name
 from megadistill.data.recipe_keys import CORPUS_KEYS
 from megadistill.errors import ConfigError, StoreError
-from megadistill.parallel import Mesh
+from megadistill.parallel import Mesh, Unjoined
 from megadistill.student.features import FeaturePlan
 from megadistill.student.loss.ensemble import Ensemble
 from megadistill.train.online.online_teacher import OnlineTeacher, online_recipe
@@ -49,7 +49,9 @@ def with_caches(config: Config, stores: list[TrainingSource]) -> list[TrainingSo
     return [replace(first, other_teachers=tuple(other_teachers))]
 
 
-def with_models(config: Config, stores: list[TrainingSource], mesh: Mesh) -> list[TrainingSource]:
+def with_models(
+    config: Config, stores: list[TrainingSource], mesh: Mesh | Unjoined
+) -> list[TrainingSource]:
     """Returns the stores; the only one has the recipes of teacher.ensemble attached. Collective.
 
     The recipes are part of the run's identity.

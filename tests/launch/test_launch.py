@@ -170,7 +170,8 @@ def test_dry_run_prints_the_configuration_and_the_plan_and_writes_nothing(place)
         "cache.dir=runs/never",
         "data.dir=runs/never_tokens",
     )
-    assert "method: varopt" in said
+    assert said.startswith("# The plan, on 1 rank(s):\n")
+    assert "# Keys that differ from their defaults:\n" in said
     assert not (place / "runs/never").exists()
     assert not (place / "runs/never_tokens").exists()
 

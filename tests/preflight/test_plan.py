@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megadistill.blocks import BlockWriter, open_store
 from megadistill.config import load_config
@@ -170,14 +171,23 @@ def test_memory_falls_by_what_is_offloaded_or_computed_again(place):
     assert max(optimizer, weights, activations) < plain
 
 
-def test_dry_run_prints_a_configuration_that_loads_and_the_plan_as_comments(place, capsys):
+def test_the_plan_is_printed_first_and_then_the_keys_that_differ_from_the_defaults(place, capsys):
     config = load_config("demo.yaml", ["teacher.model=./teacher", "train.lr=3e-5"])
     show_plan(config)
     printed = capsys.readouterr().out
     Path("again.yaml").write_text(printed)
     assert load_config("again.yaml") == config
-    assert "# The plan, on 1 rank(s):\n#   sequences " in printed
-    assert all(line.startswith("#") for line in printed.partition("# The plan")[2].splitlines()[1:])
+    plan, changed = printed.split("\n\n")
+    assert plan.startswith("# The plan, on 1 rank(s):\n#   sequences ")
+    assert all(line.startswith("#") for line in plan.splitlines())
+    assert changed.startswith("# Keys that differ from their defaults:\n")
+    sections = yaml.safe_load(changed)
+    assert float(sections["train"]["lr"]) == 3e-5
+    for name, section in sections.items():
+        if name == "deepspeed":  # DeepSpeed's own keys
+            continue
+        fields = type(getattr(config, name)).model_fields
+        assert [key for key, value in section.items() if value == fields[key].default] == []
 
 
 def test_other_ranks_print_no_plan(place, capsys, monkeypatch):

@@ -19,13 +19,13 @@ def test_float16_is_refused_on_a_cpu_before_a_model_is_loaded(tmp_path):
     with pytest.raises(
         ConfigError, match=r"deepspeed\.fp16\.enabled: true, .* no GPU here, expected one"
     ):
-        check_machine(config)
+        check_machine(config.deepspeed)
     for kind, text in run_ranks(1, "tests.train.runs:message", config=config):
         assert kind == "ConfigError"
         assert "\n" not in text
         assert text.startswith("deepspeed.fp16.enabled: true, and there is no GPU here, expected")
     assert not (tmp_path / "out").exists()
-    check_machine(make_config(tmp_path, deepspeed={"bf16": {"enabled": True}}))
+    check_machine({"bf16": {"enabled": True}})
 
 
 @pytest.mark.parametrize(

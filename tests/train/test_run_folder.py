@@ -203,7 +203,7 @@ def test_a_lock_that_a_killed_start_left_alone_is_no_other_content(tmp_path):
     out.mkdir()
     (out / LOCK).write_text(json.dumps(_identity() | {"nonce": "old", "started": "1"}))
     (out / f"{LOCK}.0123").write_text("{}")
-    check_run_folder(config)
+    check_run_folder(config.train.out_dir)
     assert not claim(config).finished
 
 
@@ -212,14 +212,14 @@ def test_a_link_to_nothing_is_said_before_anything_is_loaded(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     said = r"^train.out_dir: .*/out is a link to .*/gone, which does not exist: make that folder"
     with pytest.raises(ConfigError, match=said):
-        check_run_folder(config)
+        check_run_folder(config.train.out_dir)
 
 
 def test_a_run_through_a_link_is_the_run_in_the_folder(tmp_path):
     config = make_config(tmp_path)
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
-    check_run_folder(config)
+    check_run_folder(config.train.out_dir)
     claim(config)
     assert (tmp_path / "real/run.json").exists()
     with (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from megadistill.blocks import open_store
 from megadistill.blocks.remote.object_store import shown
-from megadistill.config import Config, StudentConfig, TeacherConfig, to_yaml
+from megadistill.config import Config, StudentConfig, TeacherConfig, write_yaml
 from megadistill.config.held_out import held_out
 from megadistill.errors import MegadistillError
 from megadistill.models.model_files import ModelFiles, find_model
@@ -46,9 +46,9 @@ class Plan:
 
 
 def show_plan(config: Config, *, world: int | None = None) -> None:
-    """Print the resolved configuration and, as comments below it, the plan. On rank 0 only.
+    """Print the plan, as comments, and below it the keys that differ from the defaults.
 
-    The output is itself a configuration file.
+    The output is itself a configuration file. On rank 0 only.
     """
     if int(os.environ.get("RANK", 0)) != 0:
         return
@@ -56,7 +56,11 @@ def show_plan(config: Config, *, world: int | None = None) -> None:
     plan = make_plan(config, world=world)
     width = max(len(name) for name, _ in plan.lines)
     comments = "".join(f"#   {name:<{width}}  {said}\n" for name, said in plan.lines)
-    sys.stdout.write(f"{to_yaml(config)}\n# The plan, on {world} rank(s):\n{comments}")
+    changed = write_yaml(config.model_dump(mode="json", exclude_defaults=True))
+    sys.stdout.write(
+        f"# The plan, on {world} rank(s):\n{comments}\n"
+        f"# Keys that differ from their defaults:\n{changed}"
+    )
     sys.stdout.flush()
 
 

@@ -123,6 +123,11 @@ def latest(folder: Path) -> Checkpoint | None:
     """
     for name in (_SAVING, _REMOVING, FOLDER):  # of a run that died meanwhile
         LOCAL.remove_tree(folder / name)
+    return newest_sound(folder)
+
+
+def newest_sound(folder: Path) -> Checkpoint | None:
+    """As `latest`, and leaves the folder as it is."""
     found = sorted(checkpoints(folder), reverse=True)
     for step, path in found:
         try:

@@ -28,7 +28,7 @@ from megadistill.cache.cache_recipe import cache_recipe
 from megadistill.config import Config
 from megadistill.data.tokens import build_tokens
 from megadistill.models.layers import watched
-from megadistill.parallel import Mesh
+from megadistill.parallel import Mesh, Unjoined
 from megadistill.student.features import FeaturePlan, Features
 from megadistill.targets import SparseTargets, find_method
 from megadistill.teacher.dense import DenseTargets
@@ -170,24 +170,24 @@ def tokenise(config: Config, mesh: Mesh) -> None:
     """Make what is missing of the token store, on rank 0. Collective."""
 
     def work() -> None:
-        build_tokens(config, blocks=_blocks_needed(config))
+        build_tokens(config, blocks=blocks_needed(config))
 
     mesh.run_on_rank0(work)
 
 
-def _blocks_needed(config: Config) -> int | None:
+def blocks_needed(config: Config) -> int | None:
     """Blocks to read of a corpus without a known end; None for all there are."""
     if not config.stream_is_unbounded:
         return None
     return math.ceil(config.sequences_needed / config.data.block_size)
 
 
-def open_online(config: Config, mesh: Mesh) -> list[TrainingSource]:
+def open_online(config: Config, mesh: Mesh | Unjoined) -> list[TrainingSource]:
     """The token store, as sequences whose targets the teacher gives when they are needed.
 
     Collective; rank 0 reads the teacher's files, since what it is, is part of what the run is.
     """
-    needed, blocks = _blocks_needed(config), None
+    needed, blocks = blocks_needed(config), None
     if needed is not None and not open_store(config.data.dir).complete():
         blocks = tuple(range(needed))
     store = open_sequences(config.data.dir, key="data.dir", with_targets=False, blocks=blocks)
@@ -196,7 +196,7 @@ def open_online(config: Config, mesh: Mesh) -> list[TrainingSource]:
 
 
 def online_recipe(
-    config: Config, mesh: Mesh, store: TrainingSource, *, key: str = "teacher"
+    config: Config, mesh: Mesh | Unjoined, store: TrainingSource, *, key: str = "teacher"
 ) -> dict[str, Any]:
     """Returns what the targets of `config`'s teacher depend on. Collective; rank 0 reads files."""
 

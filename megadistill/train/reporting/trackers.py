@@ -26,7 +26,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,13 +47,13 @@ Metrics = dict[str, float]
 _IMPORTED = {"tensorboard": "torch.utils.tensorboard"}  # what brings the rest; else the package
 
 
-def check_trackers(config: Config, *, load: bool = False) -> None:
+def check_trackers(names: Sequence[str], *, load: bool = False) -> None:
     """ConfigError, a line each, for trackers whose library is not installed.
 
     load: import them as well, and refuse what cannot be.
     """
     lines = []
-    for name in config.train.trackers:
+    for name in names:
         way_out = f"pip install {name}, or leave {name} out of train.trackers"
         if importlib.util.find_spec(name) is None:
             lines.append(

@@ -190,14 +190,14 @@ def test_a_library_that_is_missing_or_broken_is_a_line_before_anything_is_loaded
     monkeypatch.syspath_prepend(tmp_path)
     config = make_config(tmp_path, trackers=["wandb", "trackio", "tensorboard"])
     with pytest.raises(ConfigError) as caught:
-        check_trackers(config)
+        check_trackers(config.train.trackers)
     missing = (
         "train.trackers: wandb needs the package wandb, which is not installed: pip install wandb, "
         "or leave wandb out of train.trackers"
     )
     assert str(caught.value) == missing
     with pytest.raises(ConfigError) as caught:
-        check_trackers(config, load=True)
+        check_trackers(config.train.trackers, load=True)
     assert str(caught.value).splitlines() == [
         missing,
         "train.trackers: the package trackio cannot be imported (ImportError: no pillow): "

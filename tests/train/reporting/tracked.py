@@ -72,7 +72,7 @@ def main(folder, *, trackers, done=0, until, shift=0.0, hurt=None, **train):
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     config = make_config(folder, trackers=trackers, **train)
-    check_trackers(config, load=True)
+    check_trackers(config.train.trackers, load=True)
     with Reporter(folder, config, done=done, steps=20) as reporter:
         report(reporter, [done + 1], shift=shift)
         if hurt is not None:

@@ -19,20 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megadistill.blocks.remote.object_store import shown
 from megadistill.blocks.remote.upload import copy_store
 from megadistill.cli.command_line import count, run
+from megadistill.storage.progress import BlockProgress
 
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    from tqdm import tqdm
-
-    # None: no bar where standard error is not a terminal.
-    with tqdm(desc="copying", unit=" blocks", disable=None) as bar:
+    with BlockProgress("copying", total=None) as bar:
         copied = copy_store(
-            args.source,
-            args.dest,
-            verify=args.verify,
-            workers=args.workers,
-            progress=lambda _: bar.update(),
+            args.source, args.dest, verify=args.verify, workers=args.workers, progress=bar.add
         )
     print(f"{shown(args.dest)}: {copied.sent} blocks sent, {copied.there} were there")
     return 0

@@ -21,6 +21,7 @@ from megadistill.cache.retruncate import retruncate_cache
 from megadistill.cli.command_line import run
 from megadistill.inspect.cache_tables import table
 from megadistill.inspect.inspection import inspect_store
+from megadistill.storage.progress import BlockProgress
 
 
 def main(arguments: list[str]) -> int:
@@ -63,10 +64,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def retruncate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    # None: no bar where standard error is not a terminal.
-    with tqdm(desc="retruncating", unit=" blocks", disable=None) as bar:
+    with BlockProgress("retruncating", total=None) as bar:
         retruncate_cache(
             args.cache,
             args.out,
@@ -75,7 +73,7 @@ def retruncate(args: argparse.Namespace) -> None:
             p=args.p,
             options=dict(args.option),
             seed=args.seed,
-            progress=lambda _: bar.update(),
+            progress=bar.add,
         )
 
 

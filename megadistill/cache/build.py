@@ -40,12 +40,11 @@ from megadistill.cache.cache_store import (
 )
 from megadistill.cache.codec import decode_targets, encode_targets
 from megadistill.cache.disk_guard import DiskGuard, FreeBytes
-from megadistill.cache.generation_progress import Progress
+from megadistill.cache.generation_progress import GenerationProgress
 from megadistill.cache.reader import Cache, open_cache
 from megadistill.cache.writer import CacheWriter
 from megadistill.config import Config
 from megadistill.config.held_out import in_eval_keys
-from megadistill.data.counts import count_tokens
 from megadistill.data.learned import require_learned
 from megadistill.data.tokens import build_tokens
 from megadistill.errors import MegadistillError, TeacherError
@@ -194,31 +193,33 @@ def _compute(
     groups = mesh.world if teacher.lockstep else mesh.dp
     index, parts = config.cache.part_index
     part_blocks = len(range(index, store.num_blocks or 0, parts))
-    tokens_a_block = count_tokens(tokens) / (tokens.num_blocks or 1) if mesh.rank == 0 else 0
-    bar = Progress(
-        mesh, reserve, missing, blocks=part_blocks, groups=groups, tokens_a_block=tokens_a_block
+    progress = GenerationProgress(
+        mesh, reserve, tokens, store, missing, blocks=part_blocks, groups=groups
     )
-    with CacheWriter(
-        store,
-        made_with=made_with(
-            device=mesh.device.type,
-            accelerator=_accelerator(mesh),
-            cpu_threads=torch.get_num_threads(),
-            method=config.targets.method,
-        ),
-        on_commit=reserve.committed,
-        on_error=reserve.ask_to_stop,
-    ) as writer:
-        for block in _claims(mesh, teacher, missing, run, reserve):
-            samples = (
-                [] if block is None else mesh.run_once_per_tp_group(partial(tokens.block, block))
-            )
-            first = 0 if block is None else block * store.block_size
-            targets = score(config, teacher, samples, first=first, block_size=store.block_size)
-            if block is not None and mesh.tp_rank == 0:
-                writer.submit(block, samples, targets)
-            bar.update()
-    bar.close()
+    with progress:
+        with CacheWriter(
+            store,
+            made_with=made_with(
+                device=mesh.device.type,
+                accelerator=_accelerator(mesh),
+                cpu_threads=torch.get_num_threads(),
+                method=config.targets.method,
+            ),
+            on_commit=reserve.committed,
+            on_error=reserve.ask_to_stop,
+        ) as writer:
+            for block in _claims(mesh, teacher, missing, run, reserve):
+                samples = (
+                    []
+                    if block is None
+                    else mesh.run_once_per_tp_group(partial(tokens.block, block))
+                )
+                first = 0 if block is None else block * store.block_size
+                targets = score(config, teacher, samples, first=first, block_size=store.block_size)
+                if block is not None and mesh.tp_rank == 0:
+                    writer.submit(block, samples, targets)
+                progress.update()
+        progress.finish()
     reserve.raise_if_stopped()
 
 

@@ -1,47 +1,57 @@
-"""How far generating is: rank 0's bar, and what the first durable blocks say of the whole."""
+"""Progress of generating: rank 0 counts the durable blocks, and estimates the whole from the first.
+
+The estimate is made in tokens, not in blocks: the last block may be short, and padding costs next
+to nothing on disk.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 
-from tqdm import tqdm
-
-from megadistill.cache.disk_guard import DiskGuard
+from megadistill.blocks import BlockReader
+from megadistill.cache.disk_guard import DiskGuard, block_bytes
+from megadistill.data.counts import tokens_of_blocks
 from megadistill.parallel import Mesh
 from megadistill.storage.disk import readable_bytes
+from megadistill.storage.durations import readable_seconds
+from megadistill.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
-class Progress:
-    """Rank 0's bar of durable blocks, of all ranks; on the other ranks nothing.
+class GenerationProgress:
+    """Counts durable blocks of all ranks. Rank 0 shows them; the other ranks do nothing.
 
-    blocks  that this run is to see done, with those that are there
-    groups  blocks that are computed at the same time
-    tokens_a_block  on average, without padding
+    A context manager, which closes the bar.
+
+    tokens   the token store
+    missing  blocks to do
+    blocks   blocks of this run's part, with those that are there
+    groups   blocks that are computed at the same time
     """
 
     def __init__(
         self,
         mesh: Mesh,
         reserve: DiskGuard,
+        tokens: BlockReader,
+        store: BlockReader,
         missing: list[int],
         *,
         blocks: int,
         groups: int,
-        tokens_a_block: float,
     ) -> None:
-        self._mesh, self._reserve, self._tokens_a_block = mesh, reserve, tokens_a_block
-        self._missing, self._groups = len(missing), min(groups, len(missing))
-        self._own, self._measured = 0, False
+        self._mesh, self._reserve, self._store = mesh, reserve, store
+        self._missing, self._blocks, self._groups = missing, blocks, min(groups, len(missing))
+        self._own = self._shown = 0
+        self._measured = False
         self._started = self._warm = time.monotonic()
-        self._bar = None
+        self._progress = None
         if mesh.rank == 0:
-            self._before = blocks - len(missing)
-            self._bar = tqdm(
-                total=blocks, initial=self._before, unit="block", desc="generate", mininterval=1.0
-            )
+            self._tokens = tokens_of_blocks(tokens, missing)
+            done = blocks - len(missing)
+            self._progress = Progress("generate", total=blocks, unit="blocks", done=done)
 
     def update(self) -> None:
         """Once rank 0 has handed over a block, or gone through a round of padding."""
@@ -50,35 +60,44 @@ class Progress:
             self._warm = time.monotonic()
         self._show()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """After the last block. Collective over all ranks."""
         self._mesh.barrier()
         self._show()
-        if self._bar is not None:
-            self._bar.close()
+
+    def __enter__(self) -> GenerationProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
 
     def _show(self) -> None:
-        if self._bar is None:
+        if self._progress is None:
             return
-        blocks, size = self._reserve.durable()
-        self._bar.update(self._before + blocks - self._bar.n)
+        blocks, _ = self._reserve.durable()
+        self._progress.add(blocks - self._shown)
+        self._shown = blocks
         if blocks and not self._measured:
             self._measured = True
-            self._bar.clear()  # else the line continues the bar's
-            log.info("%s", self._measure(blocks, size))
+            log.info("%s", self._measure())
 
-    def _measure(self, blocks: int, size: int) -> str:
+    def _measure(self) -> str:
         """By the durable blocks' bytes, and by rank 0's pace, without its first block if it can."""
-        tokens = self._tokens_a_block
+        durable = self._tokens.keys() & set(self._store.present())
+        done = sum(self._tokens[block] for block in durable)
+        total = sum(self._tokens.values())
+        bytes_per_token = sum(block_bytes(self._store, block) for block in durable) / max(1, done)
         now = time.monotonic()
         if self._own > 1:
-            pace = (self._own - 1) * self._groups / (now - self._warm)
+            blocks_per_s = (self._own - 1) * self._groups / (now - self._warm)
         else:
-            pace = max(self._own * self._groups, blocks) / (now - self._started)
-        left = self._missing - blocks
-        whole = (self._before + self._missing) * size // blocks
+            blocks_per_s = max(self._own * self._groups, len(durable)) / (now - self._started)
+        tokens_per_s = blocks_per_s * total / len(self._missing)
+        left = bytes_per_token * (total - done)
+        whole = bytes_per_token * total * self._blocks / len(self._missing)
         return (
-            f"measured: {size / (blocks * tokens):.2f} bytes a token on disk, "
-            f"{pace * tokens:,.0f} tokens/s; the cache will take {readable_bytes(whole)}, "
-            f"{readable_bytes(left * size // blocks)} and {left / pace / 3600:.2f} hours to come"
+            f"cache: {readable_bytes(whole)} when complete ({readable_bytes(left)}, about "
+            f"{readable_seconds((total - done) / tokens_per_s)} remaining); "
+            f"{bytes_per_token:.2f} bytes per token on disk, {tokens_per_s:,.0f} tokens/s"
         )

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.launcher import INTERRUPTED, leave_with_launcher
+from megadistill.storage.progress import LineHandler
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 def start_logging() -> None:
     """Configures logging to stderr with time, host and rank: INFO from rank 0, else WARNING."""
-    handler = logging.StreamHandler()
+    handler = LineHandler()
     handler.addFilter(_add_rank)
     handler.setFormatter(
         logging.Formatter(

@@ -1,63 +1,36 @@
-"""Progress over a corpus: a bar where somebody watches, else a line in the log now and then."""
+"""Progress over a corpus: documents against their number, with the tokens and their rate."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
 
-from tqdm import tqdm
-
-log = logging.getLogger(__name__)
-
-LINE_EVERY_S = 30.0
+from megadistill.storage.progress import Progress
 
 
-class Progress:
+class CorpusProgress:
     """Counts documents against `total` (None: unknown). A context manager.
 
-    `show`: a bar; None: where rank 0 has a terminal.
+    show  a bar; None: where rank 0 has a terminal
     """
 
     def __init__(self, *, total: int | None, done: int = 0, show: bool | None = None) -> None:
         if show is None:
             show = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc="tokenising",
-            unit=" documents",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not show,
+        self._progress = Progress(
+            "tokenising", total=total, unit="documents", done=done, show=show, unit_scale=True
         )
-        self._lines = not show
-        self._total, self._done, self._tokens = total, done, 0
-        self._begun = self._said = time.monotonic()
+        self._tokens, self._begun = 0, time.monotonic()
 
     def add(self, documents: int, *, tokens: int) -> None:
-        self._done += documents
         self._tokens += tokens
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._begun, 1e-9)
-        self._bar.set_postfix_str(
-            f"{self._tokens / 1e6:.1f}M tokens, {rate / 1e6:.2f}M/s", refresh=False
-        )
-        self._bar.update(documents)
-        if self._lines and now - self._said >= LINE_EVERY_S:
-            self._said = now
-            of = "" if self._total is None else f" of {self._total}"
-            log.info(
-                "tokenising: document %d%s, %.1fM tokens, %.2fM/s",
-                self._done,
-                of,
-                self._tokens / 1e6,
-                rate / 1e6,
-            )
+        rate = self._tokens / max(time.monotonic() - self._begun, 1e-9)
+        details = [f"{self._tokens / 1e6:.1f}M tokens", f"{rate / 1e6:.2f}M tokens/s"]
+        self._progress.add(documents, details=details)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> CorpusProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._progress.close()

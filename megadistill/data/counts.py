@@ -29,6 +29,16 @@ def count_tokens(store: BlockReader) -> int:
     return total - sum(marker["statistics"]["padding_tokens"] for marker in markers)
 
 
+def tokens_of_blocks(store: BlockReader, blocks: list[int]) -> dict[int, int]:
+    """Tokens of each of the blocks, without padding. Reads their markers where there is padding."""
+    size, seq_len = store.block_size, store.recipe["seq_len"]
+    tokens = {b: min(size, len(store) - b * size) * seq_len for b in blocks}
+    if "padding" in store.columns:
+        for block in blocks:
+            tokens[block] -= store.marker(block)["statistics"]["padding_tokens"]
+    return tokens
+
+
 def statistics(store: BlockReader) -> dict[str, int]:
     """The counts of all blocks together, and how the corpus ended."""
     total = {"sequences": len(store), "tokens": count_tokens(store)}

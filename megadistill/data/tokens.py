@@ -23,7 +23,7 @@ import numpy as np
 from megadistill.blocks import BlockReader, BlockWriter
 from megadistill.config import Config, DataConfig
 from megadistill.data.continuation import continue_from, covers, lasting_blocks
-from megadistill.data.corpus_progress import Progress
+from megadistill.data.corpus_progress import CorpusProgress
 from megadistill.data.counts import statistics
 from megadistill.data.encode import EncoderSpec, Unit
 from megadistill.data.packing.best_fit import BestFit
@@ -128,7 +128,7 @@ class CorpusRun:
 
     def blocks(self, workers: Workers | InProcess) -> Iterator[Block]:
         total = count_documents(self.data)
-        bar = Progress(total=total, done=self.cursor.document, show=self.progress)
+        bar = CorpusProgress(total=total, done=self.cursor.document, show=self.progress)
         with bar:
             for units, encoded in workers.encode(_batches(self._units())):
                 self._note_problems(units)
@@ -256,10 +256,11 @@ def _report(store: BlockReader) -> None:
         )
     if "cut_tokens" in s:  # older stores counted cuts
         log.info(
-            "%s: %d documents (%.1f %%) cut; %d tokens (%.1f %%) lie behind a cut, without the "
-            "document's beginning",
+            "%s: %d of %d documents (%.1f %%) are cut; %d tokens (%.1f %%) lie behind a cut, "
+            "without the document's beginning",
             store.path,
             s["cut_documents"],
+            s["documents"],
             100 * s["cut_documents"] / documents,
             s["cut_tokens"],
             100 * s["cut_tokens"] / tokens,

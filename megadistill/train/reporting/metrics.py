@@ -12,9 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from megadistill.config import Config
+from megadistill.storage.progress import Bar
 from megadistill.train.reporting.device_stats import readings_line
 from megadistill.train.reporting.jsonl_log import JsonlLog
 from megadistill.train.reporting.trackers import Trackers
@@ -53,12 +52,12 @@ class Reporter:
         given = {"train": self.metrics.reached, "eval": self.evaluations.reached}
         self._trackers = Trackers(config, folder, done=done, given=given)
         self._done, self._steps, self._spoke = done, steps, 0.0
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Reporter:
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=self._steps, initial=self._done, unit="step", desc="train", smoothing=0.05
+            self._bar = Bar(
+                "train", total=self._steps, done=self._done, unit="steps", smoothing=0.05
             )
         return self
 
@@ -79,8 +78,8 @@ class Reporter:
             return  # a step that was skipped; why has been said
         line = step_line(record, self._steps)
         if self._bar is not None:
+            self._bar.details(line.split("  ")[1:])
             self._bar.update()
-            self._bar.set_postfix_str(line.split("  ", 1)[1])
         elif time.monotonic() - self._spoke > QUIET_S or record["step"] == self._steps:
             log.info("%s", line)
             self._spoke = time.monotonic()

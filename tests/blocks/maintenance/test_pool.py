@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import pytest
 
 from megadistill.blocks.maintenance.pool import BLOCKS_A_PROCESS, each_block
 from megadistill.errors import CorruptBlockError, StoreError
-from megadistill.storage import progress
-from megadistill.storage.progress import BlockProgress
 
 MANY = list(range(5 * BLOCKS_A_PROCESS))
 
@@ -43,32 +40,3 @@ def test_an_error_is_raised_as_it_was() -> None:
 def test_a_process_that_dies_is_told() -> None:
     with pytest.raises(StoreError, match="a process that checked blocks died"):
         list(each_block(named, "dies", MANY, workers=2))
-
-
-def test_progress_is_a_bar_with_rate_and_time_to_go(capsys: pytest.CaptureFixture[str]) -> None:
-    with BlockProgress("verifying", total=4, show=True) as bar:
-        for block in range(4):
-            bar.add(block)
-        bar._bar.refresh()
-    error = capsys.readouterr().err
-    assert "verifying" in error
-    assert "4/4" in error
-    assert "blocks/s" in error
-
-
-def test_progress_is_a_line_now_and_then_without_a_terminal(
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Handlers that programs run by other tests left, on streams that are closed by now.
-    monkeypatch.setattr(logging.getLogger("megadistill"), "handlers", [])
-    caplog.set_level(logging.INFO, logger="megadistill")
-    with BlockProgress("verifying", total=4) as bar:
-        bar.add(0)
-        monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-        bar.add(1)
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("verifying: block 2 of 4, ")
-    assert caplog.messages[0].endswith(" s to go")
-    assert capsys.readouterr().err == ""

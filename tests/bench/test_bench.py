@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,38 +18,11 @@ from megadistill.bench.storage import storage
 from megadistill.bench.variance import Variances
 from megadistill.blocks import open_store
 from megadistill.config import Config
-from megadistill.data.tokens import build_tokens
 from megadistill.errors import StoreError
 from megadistill.teacher.select import select_targets
-from tests.models.made import teacher_and_text, tiny_llama
+from tests.bench.small import bench, config
 from tests.ranks import run_ranks
 from tests.teacher.test_variance import multinomial_variance, varopt_variance
-
-TOOL = Path(__file__).resolve().parents[2] / "tools/bench.py"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A teacher in `teacher`, and the token store of a text in `tokens`."""
-    folder = teacher_and_text(tmp_path_factory.mktemp("bench"), documents=300)
-    build_tokens(config(folder), progress=False)
-    return folder
-
-
-def config(folder: Path) -> Config:
-    return Config.model_validate(
-        {
-            "data": {
-                "files": [str(folder / "text.jsonl")],
-                "dir": str(folder / "tokens"),
-                "seq_len": 32,
-                "block_size": 8,
-            },
-            "teacher": {"model": str(folder / "teacher")},
-            "cache": {"dir": str(folder / "cache"), "min_free": 0},
-            "targets": {"tau": 0.1},
-        }
-    )
 
 
 def test_a_synthetic_distribution_is_the_same_each_time_and_sums_to_one():
@@ -214,16 +183,6 @@ def test_a_token_store_too_short_for_the_angle_is_refused(corpus):
     assert "expected at least 8016: set --batches lower" in run.stderr
 
 
-def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, TOOL, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-
-
 def test_the_tool_measures_a_teacher_and_synthetic_distributions(corpus):
     run = bench(
         corpus,
@@ -306,182 +265,3 @@ def test_bad_arguments_are_refused_in_a_line(tmp_path, arguments, said):
     assert run.returncode == 2
     assert said in run.stderr
     assert "Traceback" not in run.stderr
-
-
-def test_step_times_whole_steps_of_both_sides_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    rows = run_ranks(2, "tests.bench.test_bench:stepped", folder=str(tmp_path))
-    for row, losses in rows:
-        assert row["pairs"] == 2
-        assert row["least"] <= row["ratio"] <= row["most"]
-        # A pair to warm up, then two; sides change places. Labels alone have no distillation term.
-        kinds = ["cache" if kd else "labels" for kd in losses]
-        assert kinds == ["cache", "labels", "labels", "cache", "cache", "labels"]
-    assert not list(tmp_path.glob("megadistill-*"))
-
-
-def stepped(mesh, folder: str):
-    """The row, and of each micro-batch's loss whether it has a distillation term."""
-    import tempfile
-
-    from megadistill.bench import step
-    from megadistill.train.student_engine import Trainer
-
-    seen, backward = [], Trainer.backward
-
-    def watched(self, *args, **kwargs):
-        terms = backward(self, *args, **kwargs)
-        seen.append(terms.kd_count > 0)
-        return terms
-
-    Trainer.backward, tempfile.tempdir = watched, folder  # the rank is older than TMPDIR
-    try:
-        sizes = step.StepSizes(
-            vocab=300, hidden=32, layers=1, seq_len=32, global_batch=4, micro_batch=2
-        )
-        return step.step_cost(sizes, mesh, pairs=2), seen
-    finally:
-        Trainer.backward, tempfile.tempdir = backward, None
-
-
-def online_rows(mesh, config):
-    from megadistill.bench.online_step import online_cost
-
-    return list(online_cost(config, mesh, rounds=2))
-
-
-def test_a_step_with_the_teacher_beside_it_is_timed_against_one_from_the_cache(corpus, tmp_path):
-    tiny_llama(tmp_path / "student", vocab_size=512, hidden_size=32, intermediate_size=48)
-    asked = config(corpus).model_dump(mode="json")
-    asked["teacher"]["dtype"] = "float32"
-    asked["cache"]["dir"] = str(tmp_path / "cache")
-    asked["student"], asked["order"] = {"model": str(tmp_path / "student")}, {}
-    asked["train"] |= {
-        "out_dir": str(tmp_path / "out"),
-        "steps": 9,
-        "global_batch": 4,
-        "micro_batch": 2,
-    }
-    asked = Config.model_validate(asked)
-    run_ranks(2, "tests.cache.test_build:build", config=asked)
-    rows, others = run_ranks(2, "tests.bench.test_bench:online_rows", config=asked)
-    assert (
-        [row["method"] for row in rows]
-        == ["varopt", "topk", "union", "exact"]
-        == [row["method"] for row in others]
-    )
-    for row in rows:
-        assert row["least"] <= row["ratio"] <= row["most"]
-        assert 0 < row["teacher"] < 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_losses_on_given_logits_that_are_timed_have_the_same_gradient():
-    from megadistill.bench.subset import listed, union, whole
-
-    generator = torch.Generator().manual_seed(0)
-    student_CV, noise_CV = torch.randn(2, 9, 3000, generator=generator)
-    teacher_CV = student_CV + noise_CV
-    ours_CV = union(student_CV.clone(), teacher_CV.clone(), 20)
-    torch.testing.assert_close(ours_CV, listed(student_CV, teacher_CV, 20), rtol=1e-3, atol=1e-6)
-    every_CV = union(student_CV.clone(), teacher_CV.clone(), 3000)
-    torch.testing.assert_close(every_CV, whole(student_CV, teacher_CV), rtol=1e-3, atol=1e-6)
-
-
-def test_the_subset_bench_prints_a_row_for_each_number_of_entries():
-    found = subprocess.run(
-        [
-            sys.executable,
-            str(TOOL),
-            "subset",
-            "--pairs",
-            "2",
-            "--positions",
-            "4",
-            "--vocab_size",
-            "500",
-            "--entries",
-            "3",
-            "5",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [json.loads(line) for line in found.stdout.splitlines()]
-    assert [row["data"].split(", ")[-1] for row in rows] == [
-        "3 ids of each side",
-        "5 ids of each side",
-    ]
-    for name in ("whole", "listed", "step"):
-        for row in rows:
-            assert row[f"{name}_least"] <= row[f"{name}_ratio"] <= row[f"{name}_most"]
-
-
-def test_the_projector_bench_prints_a_row_for_each_vocabulary_of_the_student():
-    found = subprocess.run(
-        [
-            sys.executable,
-            str(TOOL),
-            "projector",
-            "--pairs",
-            "2",
-            "--positions",
-            "4",
-            "--vocab_size",
-            "500",
-            "--hidden",
-            "16",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [json.loads(line) for line in found.stdout.splitlines()]
-    assert [row["data"].split(", ")[-1] for row in rows] == ["student 100 x 8", "student 500 x 8"]
-    for name in ("map", "scored", "whole"):
-        for row in rows:
-            assert row[f"{name}_least"] <= row[f"{name}_ratio"] <= row[f"{name}_most"]
-
-
-def test_the_naive_way_of_the_projector_bench_is_over_the_embeddings():
-    from megadistill.bench.projector import Problem, ProjectorSizes
-
-    problem = Problem(ProjectorSizes(5, 60, 8, 20, 4))
-    averaged_NH = problem.over_embeddings(problem.probs_NV)
-    expected_NH = torch.einsum("nv,vh->nh", problem.probs_NV, problem.embeddings_VH)
-    torch.testing.assert_close(averaged_NH, expected_NH)
-    for way in problem.ways.values():
-        way()
-    assert problem.projector.weight.grad.abs().sum() > 0
-    problem.forget()
-    assert problem.projector.weight.grad is None
-
-
-@pytest.mark.skipif(version("transformers").startswith("4."), reason="sizes are of version 5")
-def test_the_bench_of_documents_apart_prints_a_row_for_each_model():
-    found = subprocess.run(
-        [
-            sys.executable,
-            str(TOOL),
-            "apart",
-            "--pairs",
-            "2",
-            "--seq_len",
-            "64",
-            "--hidden",
-            "64",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [json.loads(line) for line in found.stdout.splitlines()]
-    names = [row["data"].split(",")[0] for row in rows]
-    assert names == ["falcon_h1", "lfm2", "qwen3_next"]
-    for row in rows:
-        assert row["forwards"] >= 1 <= row["tokens"]
-        assert row["least"] <= row["ratio"] <= row["most"]

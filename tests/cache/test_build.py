@@ -1,97 +1,13 @@
 """Building a cache: the same bytes at every rank count, each block once, nothing on a rerun."""
 
-import hashlib
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from megadistill.blocks import BlockReader, open_store
-from megadistill.cache.build import _equal_rows
-from megadistill.cache.disk_guard import block_bytes
 from megadistill.cache.reader import open_cache
 from megadistill.config import Config
-from megadistill.errors import RecipeError
-from tests.models.made import tiny_llama, tiny_model
+from tests.cache.building import BLOCK, SEQ_LEN, build, hashes, settings
 from tests.ranks import run_ranks
-
-SEQ_LEN, BLOCK = 32, 8
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A teacher with its tokenizer, a corpus, and its tokens."""
-    from megadistill.data.tokens import build_tokens
-
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_model(folder / "teacher")
-    text = (Path(__file__).parents[1] / "models/made.py").read_text()
-    lines = [line for line in text.splitlines() if line.strip()]
-    (folder / "text.jsonl").write_text(
-        "\n".join(f'{{"text": {line!r}}}'.replace("'", '"') for line in map(_plain, lines))
-    )
-    build_tokens(settings(folder, folder / "none"))
-    return folder
-
-
-def _plain(line: str) -> str:
-    return "".join(c for c in line if c.isalnum() or c in " .,:=")
-
-
-def settings(folder: Path, cache: Path | str, /, **sections) -> Config:
-    keys = {
-        "data": {
-            "files": [str(folder / "text.jsonl")],
-            "dir": str(folder / "tokens"),
-            "seq_len": SEQ_LEN,
-            "block_size": BLOCK,
-            "workers": 1,
-        },
-        "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "micro_batch": 3},
-        "targets": {"tau": 0.1},
-        "cache": {"dir": str(cache)},
-    }
-    for section, values in sections.items():
-        keys[section] = {**keys[section], **values}
-    return Config.model_validate(keys)
-
-
-def build(mesh, config: Config, *, stop_after: int | None = None):
-    from megadistill.cache import build as module
-
-    if stop_after is not None:
-        # A run that dies: its writer refuses the block after `stop_after`.
-        class Dying(module.CacheWriter):
-            def submit(self, block, samples, targets):
-                if block >= stop_after:
-                    raise KeyboardInterrupt("planted")
-                super().submit(block, samples, targets)
-
-        original, module.CacheWriter = module.CacheWriter, Dying
-        try:
-            module.build_cache(config, mesh)
-        except KeyboardInterrupt:
-            return None
-        finally:
-            module.CacheWriter = original
-    return module.build_cache(config, mesh)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def single(corpus, tmp_path_factory) -> Path:
-    """The cache of one undisturbed rank."""
-    cache = tmp_path_factory.mktemp("single") / "cache"
-    run_ranks(1, "tests.cache.test_build:build", config=settings(corpus, cache))
-    return cache
 
 
 def test_the_cache_is_complete_and_sound(single, corpus):
@@ -120,7 +36,7 @@ def test_positions_without_a_next_token_in_their_document_have_no_target(single)
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_any_number_of_ranks_writes_the_same_bytes(single, corpus, tmp_path, ranks):
     cache = tmp_path / "cache"
-    run_ranks(ranks, "tests.cache.test_build:build", config=settings(corpus, cache))
+    run_ranks(ranks, "tests.cache.building:build", config=settings(corpus, cache))
     assert hashes(cache) == hashes(single)
 
 
@@ -129,14 +45,14 @@ def test_zero3_writes_the_same_targets_at_one_and_two_ranks(corpus, tmp_path):
     for ranks in (1, 2):
         cache = tmp_path / str(ranks)
         config = settings(corpus, cache, teacher={"engine": "zero3"})
-        run_ranks(ranks, "tests.cache.test_build:build", config=config)
+        run_ranks(ranks, "tests.cache.building:build", config=config)
         found.append(hashes(cache))
     assert found[0] == found[1]
 
 
 def test_two_tensor_parallel_ranks_write_one_cache(corpus, tmp_path):
     config = settings(corpus, tmp_path / "cache", teacher={"tp": 2})
-    run_ranks(2, "tests.cache.test_build:build", tp=2, config=config)
+    run_ranks(2, "tests.cache.building:build", tp=2, config=config)
     assert open_cache(tmp_path / "cache").complete()
 
 
@@ -182,7 +98,7 @@ def test_every_method_fills_a_cache_with_its_own_parameters_alone_in_the_recipe(
 ):
     targets = {"method": method, "draws": 20, "k": 6, "p": 0.5, "nll": False}
     config = settings(corpus, tmp_path / "cache", targets=targets)
-    run_ranks(2, "tests.cache.test_build:build", config=config)
+    run_ranks(2, "tests.cache.building:build", config=config)
     cache = open_cache(tmp_path / "cache")
     assert cache.complete()
     assert cache.verify() == []
@@ -203,7 +119,7 @@ def test_positions_below_the_entropy_threshold_have_no_target(single, corpus, tm
     threshold = float(np.nanmedian(entropies))
     targets = {"tau": 0.1, "positions": "entropy", "min_entropy": threshold, "entropy": False}
     config = settings(corpus, tmp_path / "cache", targets=targets)
-    run_ranks(1, "tests.cache.test_build:build", config=config)
+    run_ranks(1, "tests.cache.building:build", config=config)
     kept = total = 0
     for all_of_them, some in zip(open_cache(single), open_cache(tmp_path / "cache"), strict=True):
         full, part = all_of_them["targets"], some["targets"]
@@ -219,7 +135,7 @@ def test_positions_below_the_entropy_threshold_have_no_target(single, corpus, tm
 
 def test_validation_knows_that_coding_drops_what_weighs_next_to_nothing(corpus, tmp_path):
     config = settings(corpus, tmp_path / "cache", targets={"tau": 0.1, "temperature": 0.02})
-    run_ranks(1, "tests.cache.test_build:build", config=config)
+    run_ranks(1, "tests.cache.building:build", config=config)
     cache = open_cache(tmp_path / "cache")
     assert cache.complete()
     counts = np.concatenate([s["targets"].counts for s in cache])
@@ -241,9 +157,9 @@ def test_a_built_cache_is_retruncated_with_its_ranking_of_ids(single, tmp_path):
 def test_an_interrupted_run_is_finished_by_another_number_of_ranks(single, corpus, tmp_path):
     cache = tmp_path / "cache"
     config = settings(corpus, cache)
-    run_ranks(1, "tests.cache.test_build:build", config=config, stop_after=2)
+    run_ranks(1, "tests.cache.building:build", config=config, stop_after=2)
     assert open_store(cache).committed() == [0, 1]
-    built = run_ranks(2, "tests.cache.test_build:build", config=config)[0]
+    built = run_ranks(2, "tests.cache.building:build", config=config)[0]
     assert built.computed_blocks == built.blocks - 2
     assert hashes(cache) == hashes(single)
 
@@ -253,7 +169,7 @@ def test_a_rerun_on_a_complete_cache_loads_no_teacher_and_changes_no_file(
 ):
     before = {path: path.stat().st_mtime_ns for path in single.rglob("*")}
     config = settings(corpus, single)
-    built = run_ranks(1, "tests.cache.test_build:rerun", config=config)[0]
+    built = run_ranks(1, "tests.cache.building:rerun", config=config)[0]
     assert built.computed_blocks == 0
     assert {path: path.stat().st_mtime_ns for path in single.rglob("*")} == before
 
@@ -264,12 +180,12 @@ def test_three_parts_merged_are_the_single_run(single, corpus, tmp_path):
 
     for i in range(3):
         config = settings(corpus, tmp_path / str(i), cache={"part": f"{i}/3"})
-        run_ranks(1 + i % 2, "tests.cache.test_build:build", config=config)
+        run_ranks(1 + i % 2, "tests.cache.building:build", config=config)
         part = open_store(tmp_path / str(i))
         assert part.committed() == [b for b in range(part.num_blocks) if b % 3 == i]
         assert not part.complete()
         before = {path: path.stat().st_mtime_ns for path in part.path.rglob("*")}
-        assert run_ranks(1, "tests.cache.test_build:rerun", config=config)[0].computed_blocks == 0
+        assert run_ranks(1, "tests.cache.building:rerun", config=config)[0].computed_blocks == 0
         assert {path: path.stat().st_mtime_ns for path in part.path.rglob("*")} == before
     parts = [open_store(tmp_path / str(i)) for i in range(3)]
     merged = merge_stores(tmp_path / "merged", parts, check_of=block_check)
@@ -303,153 +219,3 @@ def said_by_building(mesh, config: Config) -> str:
     finally:
         module.log.removeHandler(handler)
     return handler.stream.getvalue()
-
-
-def rerun(mesh, config: Config):
-    from megadistill.cache import build as module
-
-    def refuse(*_):
-        raise AssertionError("a teacher was loaded")
-
-    original, module.load_teacher = module.load_teacher, refuse
-    try:
-        return module.build_cache(config, mesh)
-    finally:
-        module.load_teacher = original
-
-
-@pytest.mark.parametrize(
-    ("section", "values", "named"),
-    [
-        ("targets", {"tau": 0.2}, "tau"),
-        ("targets", {"seed": 5}, "seed"),
-        ("targets", {"method": "multinomial"}, "method"),
-        ("targets", {"nll": False}, "nll"),
-        ("targets", {"positions": "entropy", "min_entropy": 1.0}, "positions"),
-        ("teacher", {"micro_batch": 4}, "micro_batch"),
-    ],
-)
-def test_another_recipe_in_the_same_folder_is_refused_by_name(
-    single, corpus, section, values, named
-):
-    import contextlib
-
-    from megadistill.cache.build import _prepare
-
-    config = settings(corpus, single, **{section: values})
-    with contextlib.ExitStack() as held, pytest.raises(RecipeError, match=named):
-        _prepare(config, held)
-
-
-def test_before_the_first_block_micro_batch_may_change_as_after_running_out_of_memory(
-    corpus, tmp_path
-):
-    import contextlib
-
-    from megadistill.cache.build import _prepare
-
-    for size in (8, 2):
-        config = settings(corpus, tmp_path / "cache", teacher={"micro_batch": size})
-        with contextlib.ExitStack() as held:
-            missing = _prepare(config, held)
-            store = open_store(tmp_path / "cache")
-            assert store.recipe["micro_batch"] == size
-            assert missing == list(range(store.num_blocks))
-
-
-def test_another_teacher_under_the_same_path_is_refused(corpus, tmp_path, single):
-    from megadistill.cache.cache_recipe import model_identity
-
-    other = Path(tiny_llama(tmp_path / "other", seed=1))
-    assert model_identity(other)["weights"] != model_identity(corpus / "teacher")["weights"]
-    assert model_identity(other)["config"] == model_identity(corpus / "teacher")["config"]
-
-
-def test_validation_notices_a_teacher_that_says_something_else(single, corpus, tmp_path):
-    found = run_ranks(
-        1, "tests.cache.test_build:validate_with_noise", config=settings(corpus, single)
-    )[0]
-    assert "scored" in found
-    assert "other token ids" in found
-
-
-def validate_with_noise(mesh, config: Config) -> str:
-    import torch
-
-    from megadistill.cache.build import _validate
-    from megadistill.errors import TeacherError
-    from megadistill.teacher.engine import load_teacher
-
-    vocab_size = open_store(config.cache.dir).recipe["vocab_size"]
-    teacher = load_teacher(config, mesh, vocab_size=vocab_size)
-    teacher.head.weight_VH.add_(torch.randn_like(teacher.head.weight_VH), alpha=0.5)
-    try:
-        _validate(config, mesh, teacher, open_store(config.data.dir), open_store(config.cache.dir))
-    except TeacherError as error:
-        return str(error)
-    return "nothing noticed"
-
-
-def test_the_first_durable_blocks_give_size_pace_and_time_remaining(single, corpus, tmp_path):
-    config = settings(corpus, tmp_path / "cache")
-    logged = run_ranks(2, "tests.cache.test_build:lines_of_progress", config=config)
-    assert logged[1] == []
-    (line,) = logged[0]
-    found = re.fullmatch(
-        r"cache: ([\d.]+) KiB when complete \([\d.]+ (?:KiB|bytes), about [\d.]+ s remaining\); "
-        r"([\d.]+) bytes per token on disk, [\d,]+ tokens/s",
-        line,
-    )
-    # Which blocks were durable first is up to the ranks: the estimate is a mean over some of them.
-    store, tokens = open_store(single), open_store(corpus / "tokens")
-    rates = []
-    for block in range(store.num_blocks):
-        samples = tokens.block(block)
-        padding = sum(int(sample["padding"]) for sample in samples)
-        rates.append(block_bytes(store, block) / (len(samples) * SEQ_LEN - padding))
-    assert min(rates) - 0.005 <= float(found[2]) <= max(rates) + 0.005
-    total = sum(len(s["tokens"]) - int(s["padding"]) for s in tokens)
-    assert float(found[1]) == pytest.approx(float(found[2]) * total / 1024, abs=0.1)
-
-
-def lines_of_progress(mesh, config: Config) -> list[str]:
-    import logging
-
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    log = logging.getLogger("megadistill.cache.generation_progress")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
-        build(mesh, config)
-    finally:
-        log.removeHandler(handler)
-    return lines
-
-
-def test_a_cache_does_again_the_blocks_that_growing_has_changed(corpus, tmp_path):
-    data = {"dir": str(tmp_path / "tokens"), "max_samples": 30, "block_size": 2}
-    config = settings(corpus, tmp_path / "cache", data=data)
-    run_ranks(1, "tests.cache.test_build:build", config=config)
-    before = open_store(tmp_path / "tokens").tokens_xxh3().tolist()
-    ids_bin = (tmp_path / "cache" / "ids.bin").read_bytes()
-    grown = settings(corpus, tmp_path / "cache", data={**data, "max_samples": None})
-    (built,) = run_ranks(1, "tests.cache.test_build:build", config=grown)
-    tokens, cache = open_store(tmp_path / "tokens"), open_cache(tmp_path / "cache")
-    after = tokens.tokens_xxh3().tolist()
-    same = sum(a == b for a, b in zip(before, after, strict=False))
-    assert built.computed_blocks == len(after) - same
-    assert same < len(before)
-    assert cache.complete()
-    assert cache.verify() == []
-    assert cache.store.tokens_xxh3().tolist() == after
-    assert (tmp_path / "cache" / "ids.bin").read_bytes() == ids_bin
-    again = settings(corpus, tmp_path / "again", data={**data, "max_samples": None})
-    run_ranks(1, "tests.cache.test_build:build", config=again)
-    other = open_cache(tmp_path / "again")  # its ids.bin ranks ids by all of the text
-    assert len(other) == len(cache)
-    for i in range(len(cache)):
-        (found, expected) = (each[i]["targets"].numpy() for each in (cache, other))
-        np.testing.assert_array_equal(found.counts, expected.counts)
-        assert _equal_rows(found, expected) == (expected.counts > 0).sum()

@@ -17,8 +17,8 @@ from megadistill.blocks.maintenance.verify import verify_store
 from megadistill.cache.disk_guard import DiskGuard, block_bytes
 from megadistill.config import CacheConfig, Config
 from megadistill.errors import MegadistillError, StoreError
+from tests.cache.building import hashes
 from tests.cache.caches import fill_cache
-from tests.cache.test_build import hashes
 from tests.models.made import teacher_and_text
 from tests.ranks import run_ranks
 

@@ -14,12 +14,12 @@ from megadistill.data.learned import require_learned
 from megadistill.errors import DataError
 from megadistill.models.packed_sequences import sample_labels
 from megadistill.preflight.plan import make_plan
-from tests.cache.test_build import hashes, settings
+from tests.cache.building import hashes, settings
 from tests.models.made import tiny_model
 from tests.ranks import run_ranks
 from tests.train.stores import make_store
 
-BUILD, MESSAGE = "tests.cache.test_build:build", "tests.train.test_held_out:message"
+BUILD, MESSAGE = "tests.cache.building:build", "tests.train.test_held_out:message"
 
 
 @pytest.fixture(scope="module")

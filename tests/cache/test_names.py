@@ -17,12 +17,12 @@ from megadistill.data.recipe_keys import keys_of
 from megadistill.errors import RecipeError
 from megadistill.inspect.difference import diff_stores
 from megadistill.inspect.inspection import inspect_store
-from tests.cache.test_build import settings
+from tests.cache.building import settings
 from tests.models.made import teacher_and_text, tiny_llama
 from tests.programs import program
 from tests.ranks import run_ranks
 
-BUILD = "tests.cache.test_build:build"
+BUILD = "tests.cache.building:build"
 PLANTED = "hf_0123456789"
 
 

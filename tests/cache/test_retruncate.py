@@ -110,6 +110,18 @@ def test_the_draw_is_a_function_of_key_seed_and_times():
         assert not np.array_equal(found.ids, one.ids)
 
 
+def test_of_equal_weights_the_lower_id_is_kept():
+    tied = SparseTargets(
+        offsets=np.array([0, 4]),
+        ids=np.array([9, 3, 7, 5]),
+        weights=np.array([0.4, 0.2, 0.2, 0.2], np.float32),
+        tail=np.zeros(1, np.float32),
+        method="topk",
+    )
+    for k, kept in ((2, [9, 3]), (3, [9, 3, 5])):
+        assert retruncate_targets(tied, keys_N=KEYS[:1], k=k).ids.tolist() == kept
+
+
 def test_rows_without_targets_stay_empty():
     empty = selected("varopt", tau=0.05).rows(0, 1)
     assert len(retruncate_targets(empty, keys_N=KEYS[:1], tau=0.5).ids) == 0

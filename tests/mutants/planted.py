@@ -118,7 +118,7 @@ MUTANTS = (
         "data",
         'self._statistics["cut_tokens"] += count * self._cut',
         'self._statistics["cut_tokens"] += count',
-        ("tests/data/test_tokens.py",),
+        ("tests/data/packing/test_best_fit.py",),
     ),
     # models
     Mutant(
@@ -178,7 +178,7 @@ MUTANTS = (
         "cache",
         "np.rint(np.nan_to_num(roots, nan=0.0, posinf=NONE - 1))",
         "np.floor(np.nan_to_num(roots, nan=0.0, posinf=NONE - 1))",
-        ("tests/cache/test_statistics.py",),
+        ("tests/cache/test_codec.py",),
     ),
     Mutant(
         "ties are retruncated to the higher id",

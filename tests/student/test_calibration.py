@@ -104,3 +104,10 @@ def test_unless_asked_for_the_bins_are_empty():
     terms = distillation_terms(hidden_NH, weight_VH, None, labels_N)
     assert terms.calibration_M3.shape == (BINS, 3)
     assert not terms.calibration_M3.any()
+
+
+def test_a_probability_on_an_edge_belongs_to_the_bin_below_it():
+    """As Guo et al. have it: bin m holds those in ((m - 1) / M, m / M]."""
+    edges = torch.tensor([1 / 5, 2 / 5, 1.0, 1e-9], dtype=torch.float64)
+    found = calibration_bins(edges, torch.ones(4, dtype=torch.bool))
+    assert found[:, 0].nonzero()[:, 0].tolist() == [0, 2, 5, 14]

@@ -23,6 +23,19 @@ def test_it_begins_where_the_heads_agree():
     torch.testing.assert_close(sum(parts), sums, rtol=1e-5, atol=1e-4)
 
 
+def test_fewer_tokens_than_the_student_is_wide_give_the_ridge_regression():
+    generator = torch.Generator().manual_seed(2)
+    head_VS = torch.randn(S - 2, S, generator=generator)
+    teacher_VH = torch.randn(S - 2, H, generator=generator)
+    found_SH = initial_projection(projection_sums(head_VS, teacher_VH))
+    # Minimises |W P - U|^2 + r |P|^2, by stacking the second term below the first.
+    ridge = 1e-3 * head_VS.double().square().sum() / S
+    left = torch.cat([head_VS.double(), ridge.sqrt() * torch.eye(S, dtype=torch.float64)])
+    right = torch.cat([teacher_VH.double(), torch.zeros(S, H, dtype=torch.float64)])
+    expected_SH = torch.linalg.lstsq(left, right).solution
+    torch.testing.assert_close(found_SH.double(), expected_SH, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("normalizer", [None, (20.0, 30.0)])
 @pytest.mark.parametrize("settings", [{}, {"softcap": 3.0, "logit_scale": 0.5}])
 def test_neither_side_moves_what_the_other_learns(settings, normalizer):

@@ -83,3 +83,14 @@ def test_a_reader_gives_no_more_than_there_is() -> None:
     reader.take(999, RANKS)
     with pytest.raises(CorruptBlockError, match="999 symbols"):
         reader.end()
+
+
+def test_words_of_bits_that_nothing_reads_are_found() -> None:
+    writer = SymbolWriter()
+    writer.put(np.arange(1000), RANKS)
+    symbols, rest = inflate(writer.symbols() + writer.bits(), 1000, file="here")
+    words = np.append(np.frombuffer(rest, "<u4").astype(np.int64), [0, 0])  # one too many
+    reader = SymbolReader(np.frombuffer(symbols, np.uint8), words, file="here")
+    assert reader.take(1000, RANKS).tolist() == list(range(1000))
+    with pytest.raises(CorruptBlockError, match="raw bits"):
+        reader.end()

@@ -16,7 +16,8 @@ from megadistill.teacher import reference as reference_module
 from megadistill.teacher.deferred import Deferred, is_deferred, load_deferred, values
 from megadistill.teacher.reference import Reference
 from tests.memory import MIB, PeakMemory
-from tests.models.architectures import ARCHITECTURES, HYBRIDS, VOCAB, save_architecture, save_random
+from tests.models.architectures import ARCHITECTURES, VOCAB, save_architecture, save_random
+from tests.models.hybrids import HYBRIDS
 from tests.models.made import tiny_llama
 from tests.ranks import run_ranks
 from tests.teacher.test_precision import MODELS

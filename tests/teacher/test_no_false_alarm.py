@@ -12,7 +12,8 @@ from importlib.metadata import version
 import pytest
 from transformers import AutoConfig
 
-from tests.models.architectures import ARCHITECTURES, HYBRIDS, VOCAB, save_architecture, save_random
+from tests.models.architectures import ARCHITECTURES, VOCAB, save_architecture, save_random
+from tests.models.hybrids import HYBRIDS
 from tests.models.mixtures import MIXTURES
 from tests.models.multimodal import MULTIMODAL, PACK, save_multimodal
 from tests.ranks import run_ranks

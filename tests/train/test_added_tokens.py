@@ -61,7 +61,7 @@ def test_from_a_cache_it_is_the_same(pair):
     targets = {"method": "topk", "k": 8}
     cached = settings(pair, "cached", targets=targets, teacher={"mode": "cached"})
     check_generate(cached, world=2)
-    run_ranks(2, "tests.cache.test_build:build", config=cached)
+    run_ranks(2, "tests.cache.building:build", config=cached)
     check_train(cached, world=2)
     found = train(cached, 2)
     online = train(settings(pair, "online", targets=targets), 2)

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
+from tests.train.averages import AllShapes
 from tests.train.checkpoint.test_universal import cut, odd_config
-from tests.train.runs import AllShapes
 from tests.train.stores import make_config, make_store
 
-RUN, MESSAGE, SHAPES = (f"tests.train.runs:{n}" for n in ("run", "message", "averages"))
+RUN, MESSAGE = "tests.train.runs:run", "tests.train.runs:message"
+SHAPES = "tests.train.averages:averages"
 
 
 def plain_average(series, decay):
@@ -129,7 +130,7 @@ def test_scalars_and_odd_shapes_are_averaged_and_dealt_anew(tmp_path, dtype):
 def test_an_error_with_the_average_in_place_asks_nothing_of_the_other_ranks(tmp_path):
     """Told to stop while exporting, a rank died of the collective that was to put weights back."""
     config = make_config(tmp_path, train={"ema": True, "use_ema": True})
-    assert run_ranks(2, "tests.train.runs:error_with_the_average", config=config) == [0, 0]
+    assert run_ranks(2, "tests.train.averages:error_with_the_average", config=config) == [0, 0]
 
 
 def test_a_checkpoint_without_an_average_does_not_become_one_with(tmp_path):

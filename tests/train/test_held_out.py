@@ -19,13 +19,13 @@ from megadistill.config.load import validate
 from megadistill.errors import ConfigError
 from megadistill.models.packed_sequences import sample_labels
 from megadistill.preflight import check_generate, check_train
-from tests.cache.test_build import hashes
+from tests.cache.building import hashes
 from tests.config.test_rules import changed
 from tests.models.made import teacher_and_text, tiny_model
 from tests.programs import program
 from tests.ranks import RankError, run_ranks
 
-BUILD, RERUN = "tests.cache.test_build:build", "tests.cache.test_build:rerun"
+BUILD, RERUN = "tests.cache.building:build", "tests.cache.building:rerun"
 SEQ_LEN = 32
 
 

@@ -1,6 +1,6 @@
 """Local copies of remote caches: `cache.local_dir` has them, `cache.local_limit` bounds them."""
 
-from megadistill.blocks import BlockStore
+from megadistill.blocks import open_store
 from megadistill.blocks.remote.upload import copy_store
 from megadistill.train.training_source import local_copies
 from tests.blocks.stores import BLOCK_SIZE, fill, make_samples, same_sample
@@ -15,7 +15,7 @@ def test_copies_of_a_remote_store_stay_below_the_limit(tmp_path):
     keys = {"local_dir": str(tmp_path / "local"), "local_limit": 3.5 * largest / 2**30}
     copies = local_copies(make_config(tmp_path, cache=keys))
     assert copies.limit == int(3.5 * largest)
-    store = BlockStore.open(f"file://{tmp_path}/remote", local=copies)
+    store = open_store(f"file://{tmp_path}/remote", local=copies)
     for number, sample in enumerate(samples):
         assert same_sample(store[number], sample)
         there = [path.stat().st_size for path in (tmp_path / "local").glob("*/shard.*.mds")]

@@ -66,6 +66,28 @@ def test_a_shard_that_was_damaged_there_is_sent_again_by_verify(url, source, mem
     assert copy_store(source.path, url).sent == 1
 
 
+def test_a_shard_that_is_damaged_on_its_way_is_found_by_verify_and_not_committed(
+    source, memory, monkeypatch
+):
+    put_file = type(memory).put_file
+
+    def damaged(this, source_path, path, **options):
+        put_file(this, source_path, path, **options)
+        if path.endswith("shard.000003.mds"):
+            data = this.cat_file(path)
+            this.pipe_file(path, data[:-1] + bytes([data[-1] ^ 1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "put_file", damaged)
+        with pytest.raises(StoreError, match=r"shard\.000003\.mds: sent \d+ bytes, found other"):
+            copy_store(source.path, "memory://up", verify=True, workers=1)
+    assert not memory.exists("/up/blocks/000003.json")
+    assert copy_store(source.path, "memory://up", verify=True).sent > 0
+    assert (
+        memory.cat_file("/up/shard.000003.mds") == (source.path / "shard.000003.mds").read_bytes()
+    )
+
+
 def test_copying_over_another_store_changes_nothing(url, memory, tmp_path, local):
     before = {path: memory.cat_file(path) for path in memory.find("/bucket/store")}
     other = fill(tmp_path / "other", SAMPLES, header={"recipe": {"seq_len": 8, "tokenizer": "x"}})

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 RUN, MESSAGE, BUILD = (
     "tests.train.runs:run",
     "tests.train.runs:message",
-    "tests.cache.test_build:build",
+    "tests.cache.building:build",
 )
 VOCAB, STEPS = 512, 6
 # The codec keeps multinomial's counts as they are. Of varopt's weights its rounding is 6e-5 of kd.

@@ -126,7 +126,7 @@ def weights_after(mesh, config):
     from megadistill.train.loop import run_steps
     from megadistill.train.online.online_teacher import tokenise
     from megadistill.train.run import build, prepare
-    from tests.train.runs import masters
+    from tests.train.averages import masters
 
     tokenise(config, mesh)
     run = prepare(config, mesh)
@@ -182,7 +182,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, exact):
 def test_through_a_cache_it_is_the_same_within_what_the_codec_rounds(pair, every_id):
     targets = {"method": "topk", "k": VOCAB}
     config = settings(pair, "cached", teacher={"mode": "cached"}, targets=targets)
-    run_ranks(2, "tests.cache.test_build:build", config=config)
+    run_ranks(2, "tests.cache.building:build", config=config)
     cached = train(config, 2)
     # 4.5e-5 to 4.9e-5 nats of KL are what the codec's rounding costs a list of 64.
     np.testing.assert_allclose(series(cached, "kd_loss"), series(every_id, "kd_loss"), atol=2e-3)
@@ -228,7 +228,7 @@ def test_it_draws_what_a_cache_holds(pair, method, ranks, tp, engine):
         targets={"method": method},
         cache={"dir": str(folder), "min_free": 0},
     )
-    run_ranks(1, "tests.cache.test_build:build", config=made)
+    run_ranks(1, "tests.cache.building:build", config=made)
     cache = open_cache(folder)
     config = settings(pair, teacher={"tp": tp, "engine": engine}, targets={"method": method})
     rows = [

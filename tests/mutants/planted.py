@@ -138,7 +138,7 @@ MUTANTS = (
     # teacher
     Mutant(
         "a draw too few where the rest is no multiple of tau",
-        "teacher",
+        "targets",
         "points_N = (rest_N + threshold - 1) // threshold",
         "points_N = rest_N // threshold",
         ("tests/teacher/test_select.py",),
@@ -182,7 +182,7 @@ MUTANTS = (
     ),
     Mutant(
         "ties are retruncated to the higher id",
-        "cache",
+        "targets",
         "order = np.lexsort((t.ids, -t.weights, added_E, row_E))",
         "order = np.lexsort((-t.ids, -t.weights, added_E, row_E))",
         ("tests/cache/test_retruncate.py",),
@@ -203,18 +203,26 @@ MUTANTS = (
     ),
     # cache/codec
     Mutant(
-        "weights are rounded to the nearest, with a bias",
+        "another temperature than 1 is not written",
         "cache/codec",
+        "(_WARM if t.temperature != 1 else 0)",
+        "0",
+        ("tests/cache/test_codec.py",),
+    ),
+    # targets/streams
+    Mutant(
+        "weights are rounded to the nearest, with a bias",
+        "targets",
         "return (steps + ((start_N[row] * (total >> 10)) >> 22)) // total",
         "return (steps + total // 2) // total",
         ("tests/cache/test_unbiased.py",),
     ),
     Mutant(
         "raw bits that are left over are not noticed",
-        "cache/codec",
+        "targets",
         "        if -(-self._bit // 32) * 32 != self._bits:\n",
         "        if False:\n",
-        ("tests/cache/test_symbols.py", "tests/cache/test_codec.py"),
+        ("tests/targets/test_symbols.py",),
     ),
     # student
     Mutant(
@@ -303,7 +311,7 @@ MUTANTS = (
         "train/checkpoint",
         "key=lambda item: (item[1], item[0])",
         "key=lambda item: (-item[1], item[0])",
-        ("tests/train/checkpoint", "tests/train/test_keep_best.py"),
+        ("tests/train/test_keep_best.py",),
     ),
     Mutant(
         "a save that failed counts as sealed",
@@ -366,11 +374,11 @@ MUTANTS = (
         ("tests/parallel/test_ranks.py",),
     ),
     Mutant(
-        "more hosts than expected are welcome",
+        "fewer hosts than expected are welcome",
         "parallel",
         "if expect_hosts is not None and hosts != expect_hosts:",
-        "if expect_hosts is not None and hosts < expect_hosts:",
-        ("tests/parallel/test_ranks.py",),
+        "if expect_hosts is not None and hosts > expect_hosts:",
+        ("tests/parallel/test_parallel_keys.py",),
     ),
     # config
     Mutant(

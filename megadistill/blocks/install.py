@@ -1,4 +1,4 @@
-"""The order of operations that puts a block in place, and the one that takes it back.
+"""Installing and retracting a block: the order of operations that a crash may interrupt.
 
 A crash after any single operation leaves the block whole, or absent. tests/blocks/test_crash.py
 stops after each of them.
@@ -33,11 +33,11 @@ def install_block(
     temporary: Path,
     guard: Callable[[], None],
 ) -> None:
-    """Make a block durable: the shard first, its marker last.
+    """Makes a block durable: the shard first, its marker last.
 
     shard      the complete file, in a folder of its own under `temporary`
     temporary  from `temporary_folder`
-    guard      called before each of the two appears; raises where the store is no longer ours
+    guard      called before each of the two appears; raises if another run has taken over the store
     """
     guard()
     if layout.marker(block).exists():
@@ -52,7 +52,7 @@ def install_block(
 
 
 def retract_block(files: Files, layout: Layout, block: int) -> None:
-    """Take a block back, so that its shard can be replaced without contradicting its marker."""
+    """Retracts a block, so that its shard can be replaced without contradicting its marker."""
     # The derived files go first: they may know fewer blocks than there are, and never another one.
     files.unlink(layout.blocks_bin)
     files.unlink(layout.index)

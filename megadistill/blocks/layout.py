@@ -1,4 +1,4 @@
-"""Where things lie in a store, and what its JSON files must hold to be believed."""
+"""Layout of a store: its file names, and the checks of its JSON files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHARD_NAME = re.compile(r"shard\.[0-9]{6}\.mds")
 
 @dataclass(frozen=True)
 class Layout:
-    """The names in a store's folder. `run` lies beside it and holds what is not the store's."""
+    """Paths of a store's files. `run` is the folder beside it for locks and temporary files."""
 
     path: Path
 
@@ -75,12 +75,12 @@ class Layout:
 
 
 def shard_name(block: int) -> str:
-    """The one name a block's shard may have."""
+    """Returns the only name that a block's shard may have."""
     return f"shard.{block:06d}.mds"
 
 
 def kind_of(path: Path) -> str | None:
-    """Which kind of store lies in a folder; None for none. StoreError for two at once."""
+    """Returns the kind of store in a folder, or None. Raises StoreError for two at once."""
     kinds = [kind for kind, name in KINDS.items() if (path / name).is_file()]
     if len(kinds) > 1:
         raise StoreError(f"{path}: holds both {' and '.join(KINDS.values())}, expected one")
@@ -88,7 +88,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def prepare_folder(layout: Layout, kind: str, files: Files) -> str | None:
-    """Make the folder, or see that it can become a store; returns the kind it already holds.
+    """Makes the folder, or checks that it can become a store. Returns the kind that it holds.
 
     StoreError for a folder that holds anything else: nothing in it is touched.
     """
@@ -135,7 +135,7 @@ def new_header(
     block_size: int,
     ids_bin: bytes | None,
 ) -> dict[str, Any]:
-    """The whole header of a new store, as it will be read: tuples are lists, and so on."""
+    """Returns the whole header of a new store as JSON reads it back: tuples become lists."""
     full = {
         **header,
         "format_version": FORMAT_VERSION,
@@ -212,7 +212,7 @@ def read_ids(layout: Layout, header: dict[str, Any]) -> bytes | None:
 
 
 def read_plan(layout: Layout, block_size: int) -> int | None:
-    """How many sequences the store will hold, or None where nothing is planned."""
+    """Returns the planned number of sequences, or None without a plan."""
     try:
         plan = read_json(layout.plan, limit=1 << 16)
     except FileNotFoundError:

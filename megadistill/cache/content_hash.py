@@ -1,4 +1,4 @@
-"""Hash of a block's content, in integers: the same whoever wrote it, with whatever library.
+"""Hash of a block's content, in integers: equal for every writer and library version.
 
 A shard's bytes depend on how its symbols were deflated, which zlib does not promise to keep. The
 content hash covers the integers below that: token ids, documents, masks, and the targets' own

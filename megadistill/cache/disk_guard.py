@@ -102,7 +102,7 @@ class DiskGuard:
             log.error("writing a block failed", exc_info=error)  # a bug: its traceback is needed
             return StoreError(f"{self._store.path}: {type(error).__name__}: {error}")
         where, why = error.filename or self._store.path, error.strerror or str(error)
-        way_out = "free some space" if error.errno == errno.ENOSPC else "mend the disk"
+        way_out = "free some space" if error.errno == errno.ENOSPC else "repair the disk"
         return StoreError(f"{where}: cannot write: {why}: {way_out} and run again")
 
     def _too_little(self, *, to_come: int) -> StoreError | None:

@@ -110,7 +110,7 @@ def _guarded(path: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> tuple[list[int], int | None]:
-    """The processes that hold the lock or still compile there; its inode where nobody can."""
+    """Returns the processes that hold the lock or compile there; its inode if surely none does."""
     found: list[int] = []
     try:
         status, folder = path.stat(), path.parent.stat()
@@ -168,8 +168,8 @@ def _say(path: Path, holders: list[int]) -> None:
         )
     else:
         log.warning(
-            "%s: waiting for whoever builds the operator %s. No process of this host does; unless "
-            "one of another host or user does, the build was killed: remove the file (rm %s)",
+            "%s: waiting for the build of the operator %s. No process of this host builds it. "
+            "Unless another host or user does, the build was killed: remove the file (rm %s)",
             path,
             operator,
             path,

@@ -37,7 +37,7 @@ _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS
 
 @contextlib.contextmanager
 def named_os_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into one line that says what could not be done, where, and what to do."""
+    """Turns an OSError into one line: the failed operation, the file, and what to do."""
     try:
         yield
     except OSError as error:

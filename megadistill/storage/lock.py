@@ -1,4 +1,4 @@
-"""The right to write a store: one run at a time, and a dead run's lock taken over.
+"""Locks of stores: one run writes at a time, and takes over the lock of a dead run.
 
 The lock is a file that says who holds it: host, boot, process and its start. The holder touches
 the file every few seconds through its own descriptor, so a holder that was replaced can never
@@ -100,7 +100,7 @@ class StoreLock:
             raise self._held_by(holder)
 
     def held(self) -> bool:
-        """Whether the lock is still ours: False after another run took us for dead."""
+        """Whether this run still holds the lock: False after another run has taken it over."""
         return token_of(self.path) == self.token
 
     def _acquire(self, ours: Path) -> None:
@@ -166,14 +166,14 @@ class StoreLock:
 
 
 def token_of(path: Path) -> str | None:
-    """The token of whoever holds a lock; None where nobody does, or only others may know."""
+    """Returns the token of a lock's holder; None without one, or if the lock cannot be read."""
     with contextlib.suppress(StoreError):
         return _token(_read(path))
     return None
 
 
 def require_holder(path: Path, token: str | None, *, what: str) -> None:
-    """LockedError unless the lock is held under `token`; None stands for nobody."""
+    """Raises LockedError unless the lock is held under `token`; None: by no process."""
     holder = _read(path)
     if _token(holder) == token:
         return
@@ -188,7 +188,7 @@ def _token(holder: dict[str, Any] | None) -> str | None:
 
 def _who(holder: dict[str, Any]) -> str:
     if not holder:
-        return "somebody whose lock file is damaged"
+        return "a process whose lock file is damaged"
     pid, host, since = (str(holder.get(key, "?"))[:80] for key in ("pid", "host", "since"))
     return f"process {pid} on {host} since {since}"
 

@@ -147,7 +147,7 @@ def test_a_lock_whose_holder_cannot_be_known_is_named_with_the_cure_and_left(
     monkeypatch.setattr(builds, "time", Meanwhile(path.unlink))
     assert not FileBaton(str(path)).try_acquire()
     (line,) = said.messages
-    assert f"{path}: waiting for whoever builds the operator operator" in line
+    assert f"{path}: waiting for the build of the operator operator" in line
     assert line.endswith(f"remove the file (rm {path})")
 
 

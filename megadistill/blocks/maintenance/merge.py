@@ -1,8 +1,8 @@
 """Merging stores of one recipe: blocks are taken over as they are, never encoded again.
 
 Parts may overlap. A block that two parts hold must be the same bytes in both: a recipe decides its
-blocks' bytes, so a difference means that something is not what its recipe says. Only what the
-block was made with may differ: then the first part's marker is taken, and it is told.
+blocks' bytes, so a difference means that something is not what its recipe says. Only
+`made_with` may differ: then the first part's marker is taken, and the difference is reported.
 """
 
 from __future__ import annotations

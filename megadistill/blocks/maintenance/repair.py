@@ -1,4 +1,4 @@
-"""Repairing a store: what is damaged is taken out, so that generating again makes it anew.
+"""Repairing a store: damaged blocks are removed, so that generating again makes them.
 
 A store says of every block what it must be, and cannot say what its bytes were: a damaged block is
 dropped, its marker first and durably, its shard after it, as a block that is done again always is.
@@ -50,9 +50,9 @@ def repair_store(
     show_progress: bool | None = False,
     files: Files = LOCAL,
 ) -> Repaired:
-    """Verify every block; drop the damaged ones and what dead runs left; mend derived files.
+    """Verifies every block, drops damaged ones and leftovers of dead runs, rewrites derived files.
 
-    dry_run  look only, under no lock
+    dry_run  only report, without a lock
     A sound store stays as it is, to the byte. StoreError where the header, or the id ranking that
     it announces, is damaged: then nothing can be believed. LockedError while a run writes.
     """

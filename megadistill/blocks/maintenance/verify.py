@@ -129,7 +129,7 @@ def _sequences(store: BlockReader, block: int) -> int | None:
 
 
 def _names(store: BlockReader, present: list[int]) -> list[str]:
-    """Entries that are no part of a store. Their presence is told, and nothing else done."""
+    """Returns findings about entries that are not part of a store, which are left alone."""
     known = {"plan.json", "blocks.bin", "index.json", "ids.bin", "blocks", KINDS[store.kind]}
     shards = {shard_name(b) for b in present}
     findings = []
@@ -162,7 +162,7 @@ def _derived(store: BlockReader, markers: list[dict[str, Any]]) -> list[str]:
             layout.index: encode_index(markers, store.parsed_columns),
         }
         return [
-            f"{path}: differs from what the markers say: generate again, which mends it"
+            f"{path}: differs from what the markers say: generate again, which rewrites it"
             for path, data in expected.items()
             if not same_bytes(path, data)
         ]

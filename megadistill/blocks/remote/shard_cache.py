@@ -22,7 +22,7 @@ DEFAULT_LIMIT = 50 << 30
 
 
 def default_folder() -> Path:
-    """Where local copies lie unless told otherwise."""
+    """Default folder of local copies."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadistill"
 
 

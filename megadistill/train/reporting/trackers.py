@@ -205,7 +205,7 @@ class Feed:
         try:
             self._queue.put_nowait((step, metrics))
         except queue.Full:
-            self._lose(f"takes nothing since {QUEUED} figures, at step {step}")
+            self._lose(f"has accepted none of the last {QUEUED} records, at step {step}")
 
     def end(self, *, failed: bool) -> None:
         """Closes the queue; the thread ends by itself, and `wait` tells whether it did."""
@@ -213,7 +213,7 @@ class Feed:
         try:
             self._queue.put_nowait(None)
         except queue.Full:
-            self._lose(f"takes nothing since {QUEUED} figures")
+            self._lose(f"has accepted none of the last {QUEUED} records")
 
     def wait(self, until: float) -> None:
         self._thread.join(max(0.0, until - time.monotonic()))
@@ -240,7 +240,7 @@ class Feed:
             return
         self._lost = True
         log.warning(
-            "train.trackers: %s %s: the run continues without it, and %s has every figure",
+            "train.trackers: %s %s: the run continues without it, and %s has every record",
             self.name,
             how,
             self._setup.folder,

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from megadistill.cache.codec.rounding import _start
 
 from megadistill.storage.counter_rng import (
     ROUND,
@@ -20,6 +19,7 @@ from megadistill.storage.counter_rng import (
     uniform,
     uniforms,
 )
+from megadistill.targets.streams.rounding import _start
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -22,6 +22,10 @@ class ConfigError(MegadistillError):
     """The configuration is wrong, or contradicts the models or the machine."""
 
 
+class ArgumentError(MegadistillError, ValueError):
+    """A public function was called with arguments that do not fit."""
+
+
 class DataError(MegadistillError):
     """The corpus is missing, empty or not what the configuration says it is."""
 

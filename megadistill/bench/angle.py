@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megadistill.api.fused_loss import fused_linear_distillation
 from megadistill.bench.log_probs import mean_entropy, temperature_of
 from megadistill.blocks import open_store
 from megadistill.cache.codec import decode_targets, encode_targets
@@ -46,7 +47,6 @@ from megadistill.cache.ranking import IdRanking, rank_ids
 from megadistill.config import TeacherConfig
 from megadistill.errors import StoreError
 from megadistill.models.pretrained import load_pretrained
-from megadistill.student.head import fused_linear_distillation
 from megadistill.targets import SparseTargets, concatenate
 from megadistill.teacher.select import select_targets
 

@@ -37,8 +37,8 @@ from typing import Any
 
 import torch
 
+from megadistill.api.fused_loss import fused_linear_distillation
 from megadistill.bench.rounds import ratio
-from megadistill.student.head import fused_linear_distillation
 from megadistill.targets import SparseTargets
 
 

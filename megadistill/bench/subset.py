@@ -7,7 +7,7 @@ listed  the same union and its tail by autograd: log_softmax of both sides, gath
 These end with the gradient of the student's logits. Given logits are what a training step has in a
 chunk's buffer; the matrix products that make and use them are the same for all, and left out. step
 is with them: from both sides' hidden states to the gradients of the student's and of its head, the
-union through `fused_linear_distillation` and `whole` as anyone writes it.
+union through `distillation_terms` and `whole` as anyone writes it.
 
 Found on two quiet cores, V = 152,000, least and most behind:
 
@@ -33,7 +33,7 @@ import torch
 from torch.nn import functional
 
 from megadistill.bench.rounds import ratio, take_turns
-from megadistill.student.head import fused_linear_distillation
+from megadistill.student.head import distillation_terms
 from megadistill.student.loss.dense_divergence import union_entries
 from megadistill.student.loss.row_kernel import Terms, distill_rows
 from megadistill.targets.distributions import VocabularySlice
@@ -96,7 +96,7 @@ def _whole_steps(sizes: SubsetSizes, rounds: int) -> dict[str, list[float]]:
 
     def union_step() -> None:
         targets = DenseTargets(teacher_NH, head, sizes.entries)
-        fused_linear_distillation(student_NH, weight_VH, targets, labels_N).backward()
+        distillation_terms(student_NH, weight_VH, targets, labels_N).loss.backward()
 
     def whole_step() -> None:
         log_p_NV = (teacher_NH @ head.weight_VH.T).log_softmax(1)

@@ -90,7 +90,7 @@ def _check_calls(model: Any, per_forward: list[dict[str, float]], *, name: str) 
 
 
 # Relative distance of hidden states that rounding may cause.
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @torch.no_grad()

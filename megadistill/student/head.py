@@ -55,21 +55,6 @@ class LossTerms(NamedTuple):
     projector: torch.Tensor | float = 0.0  # the projector's own, a sum over kd_count positions
 
 
-def fused_linear_distillation(
-    hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    targets: Targets | None,
-    labels_N: torch.Tensor,
-    **options: Any,
-) -> torch.Tensor:
-    """The distillation loss of a linear head, a scalar; options and errors as `distillation_terms`.
-
-    For sampled targets (varopt, multinomial) the distillation term is the cross-entropy; its least
-    value is the teacher's entropy, not 0.
-    """
-    return distillation_terms(hidden_NH, weight_VH, targets, labels_N, **options).loss
-
-
 def distillation_terms(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,

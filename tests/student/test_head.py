@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megadistill.api.fused_loss import fused_linear_distillation
 from megadistill.errors import ConfigError
-from megadistill.student.head import DistillationHead, distillation_terms, fused_linear_distillation
+from megadistill.student.head import DistillationHead, distillation_terms
 from megadistill.student.loss.fused import choose_mode, default_chunk
 from megadistill.targets import DIVERGENCES
 from tests.allocation import AllocationWatch
@@ -288,11 +289,11 @@ def test_recomputing_may_go_backward_twice():
 def test_an_unknown_mode_or_an_impossible_vocabulary_is_refused():
     hidden, weight, _, targets, labels = problem()
     with pytest.raises(ValueError, match="mode is 'backward', expected one of forward, recompute"):
-        fused_linear_distillation(hidden, weight, targets, labels, mode="backward")
+        distillation_terms(hidden, weight, targets, labels, mode="backward")
     with pytest.raises(ValueError, match="vocab_size is 12, expected 1 to the weight's 11 rows"):
-        fused_linear_distillation(hidden, weight, targets, labels, vocab_size=12)
+        distillation_terms(hidden, weight, targets, labels, vocab_size=12)
     with pytest.raises(ValueError, match="label 10 lies outside the head's 10 rows"):
-        fused_linear_distillation(hidden, weight, targets, labels, vocab_size=10)
+        distillation_terms(hidden, weight, targets, labels, vocab_size=10)
 
 
 def test_the_chunk_size_changes_nothing_but_rounding():
@@ -400,20 +401,20 @@ def test_more_rows_than_the_teachers_vocabulary_are_padding_that_targets_never_n
 def test_labels_that_do_not_fit_are_refused(change, message):
     hidden, weight, _, targets, labels = problem(**change)
     with pytest.raises(ValueError, match=message):
-        fused_linear_distillation(hidden, weight, targets, labels)
+        distillation_terms(hidden, weight, targets, labels)
 
 
 def test_a_target_id_beyond_the_head_is_refused():
     hidden, weight, _, targets, labels = problem()
     targets.ids[0] = 11
     with pytest.raises(ValueError, match="target id 11 lies outside"):
-        fused_linear_distillation(hidden, weight, targets, labels)
+        distillation_terms(hidden, weight, targets, labels)
 
 
 def test_another_temperature_than_the_targets_is_refused():
     hidden, weight, _, targets, labels = problem()
     with pytest.raises(ConfigError, match=r"loss\.temperature: 2\.0 differs"):
-        fused_linear_distillation(hidden, weight, targets, labels, temperature=2.0)
+        distillation_terms(hidden, weight, targets, labels, temperature=2.0)
 
 
 def test_backward_twice_is_an_error_and_not_a_wrong_gradient():

@@ -67,3 +67,18 @@ def test_what_cannot_be_trained_is_refused_in_a_line(tmp_path, capsys, cache, st
     assert run(program("tools/train_with_transformers.py").main, arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert said in line
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_training_starts_from_the_students_weights_unless_told_otherwise(tmp_path, init):
+    make_store(tmp_path / "cache")
+    folder = tiny_llama(tmp_path / "student", vocab_size=VOCAB, hidden_size=32, seed=7)
+    arguments = ["--cache", tmp_path / "cache", "--student", folder, "--out", tmp_path / "out"]
+    arguments += ["--steps", 1, "--lr", 1e-9, "--init", init]
+    assert run(program("tools/train_with_transformers.py").main, list(map(str, arguments))) == 0
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).state_dict()
+        for place in (folder, tmp_path / "out")
+    )
+    near = [torch.allclose(before[name], after[name], atol=1e-6) for name in before]
+    assert all(near) == (init == "pretrained")

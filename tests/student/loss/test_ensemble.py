@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from megadistill.api.fused_loss import fused_linear_distillation
 from megadistill.errors import ConfigError
-from megadistill.student.head import distillation_terms, fused_linear_distillation
+from megadistill.student.head import distillation_terms
 from megadistill.student.loss.ensemble import Ensemble
 from megadistill.teacher.chunked_head import TeacherHead, VocabularySlice
 from megadistill.teacher.dense import DenseTargets

@@ -90,7 +90,8 @@ def fused_linear_distillation(
     kd_weight, ce_weight, z_loss  weights of the terms
     label_smoothing               of the cross-entropy
     normalizer   positions to divide by, one number or (distillation, cross-entropy). None: those of
-                 this call. For gradient accumulation pass the counts of the whole batch
+                 this call. For gradient accumulation pass the counts of the whole batch,
+                 divided by the ranks where their gradients are averaged
     ground_truth_residual         the mass that topk and topp leave out belongs to the true token
 
     mode         "forward": gradients are formed in the forward pass. "recompute": chunks are

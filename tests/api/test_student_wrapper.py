@@ -115,6 +115,12 @@ def test_wrapping_again_and_other_modules_are_refused(tmp_path: Path) -> None:
         student({"input_ids": 1})
 
 
+def test_an_unknown_option_of_the_loss_is_named(tmp_path: Path, batch: megadistill.Batch) -> None:
+    student = megadistill.wrap_student(llama(tmp_path / "model"))
+    with pytest.raises(ArgumentError, match="unknown keyword argument 'ce_wieght', expected one"):
+        student(batch, ce_wieght=1.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megadistill import registry
-from megadistill.targets import METHODS, find_method
+from megadistill.config.optimizer_registry import OPTIMIZERS
+from megadistill.targets import DIVERGENCES, METHODS, find_method
 
 
 def make_distribution(
@@ -57,4 +58,5 @@ def _forget() -> None:
     importlib.invalidate_caches()
     registry._entry_points.cache_clear()
     find_method.cache_clear()
-    METHODS._loaded.clear()
+    for each in (METHODS, DIVERGENCES, OPTIMIZERS):
+        each._loaded.clear()

@@ -5,6 +5,7 @@ Shapes: N positions, B sequences, T positions of a sequence, H hidden size, V vo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -21,10 +22,12 @@ from megadistill.api.arguments import (
     whole,
 )
 from megadistill.errors import ArgumentError
-from megadistill.student.head import LossTerms, distillation_terms
-from megadistill.student.loss.ensemble import Ensemble, Targets
+from megadistill.student.head import distillation_terms
+from megadistill.student.loss.terms import LossTerms
 from megadistill.targets import SparseTargets
-from megadistill.teacher.dense import DenseTargets
+from megadistill.targets.dense import DenseTargets
+from megadistill.targets.ensemble import Ensemble
+from megadistill.targets.kinds import Targets
 
 
 class LossOptions(TypedDict, total=False):
@@ -39,6 +42,7 @@ class LossOptions(TypedDict, total=False):
     beta: float
     alpha: float
     head_mass: float
+    divergence_options: Mapping[str, Any] | None
     z_loss: float
     ground_truth_residual: bool
     mode: str | None
@@ -61,6 +65,7 @@ def fused_linear_distillation(
     beta: float = 0.5,
     alpha: float = 0.1,
     head_mass: float = 0.5,
+    divergence_options: Mapping[str, Any] | None = None,
     z_loss: float = 0.0,
     ground_truth_residual: bool = False,
     mode: str | None = None,
@@ -84,7 +89,8 @@ def fused_linear_distillation(
 
     divergence   forward_kl, reverse_kl, jsd (beta), skewed_kl and skewed_reverse_kl (alpha), tvd or
                  adaptive_kl (head_mass). topk and topp targets serve all of them, with what the
-                 list leaves out as one bucket; sampled targets serve forward_kl
+                 list leaves out as one bucket; sampled targets serve forward_kl. Or the name of an
+                 installed divergence, whose parameters are divergence_options
     temperature  T. For sampled targets the one they were made at. topk and topp at another
                  temperature than their own: both sides are put into buckets, then softened
     kd_weight, ce_weight, z_loss  weights of the terms
@@ -121,6 +127,7 @@ def fused_linear_distillation(
         beta=beta,
         alpha=alpha,
         head_mass=head_mass,
+        divergence_options=divergence_options,
         z_loss=z_loss,
         ground_truth_residual=ground_truth_residual,
         mode=mode,

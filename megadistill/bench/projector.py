@@ -18,7 +18,7 @@ student's tokens   map               scored               whole
 
 Ours takes 1.22 and 5.9 s. It took 1.56 and 9.6 s when a divergence of whole distributions went
 through all columns at once, thirty times through memory, and the teacher's side of the head through
-13 rows at a time (student/loss/dense_divergence.py, teacher/dense.py).
+13 rows at a time (student/loss/dense_divergence.py, targets/dense.py).
 
 Shapes: N positions, V and H the teacher's vocabulary and width, S the student's width.
 """
@@ -34,7 +34,8 @@ import torch
 
 from megadistill.bench.rounds import ratio, take_turns
 from megadistill.student.head import DistillationHead
-from megadistill.student.projection import ProjectedTargets, Projector
+from megadistill.student.projection import Projector
+from megadistill.targets.projected import ProjectedTargets
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from megadistill.bench.rounds import ratio, take_turns
 from megadistill.student.head import distillation_terms
 from megadistill.student.loss.dense_divergence import union_entries
 from megadistill.student.loss.row_kernel import Terms, distill_rows
+from megadistill.targets.dense import DenseTargets
 from megadistill.targets.distributions import VocabularySlice
 from megadistill.teacher.chunked_head import TeacherHead
-from megadistill.teacher.dense import DenseTargets
 
 
 @dataclass(frozen=True)

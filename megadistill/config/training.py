@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megadistill.config.curves import curve_of, value_at, values
 from megadistill.config.fields import (
@@ -21,6 +21,9 @@ from megadistill.config.fields import (
     Text,
     WeightFloat,
 )
+from megadistill.config.optimizer_registry import OPTIMIZERS
+from megadistill.config.registered import RegisteredName
+from megadistill.targets.divergence_registry import DIVERGENCES
 
 
 class StudentConfig(ModelConfig):
@@ -51,13 +54,11 @@ class LossConfig(Section):
     the run, straight lines between them, two points at one fraction for a jump.
     """
 
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "tvd", "adaptive_kl"
-    ] = Field(
+    divergence: Annotated[str, AfterValidator(RegisteredName(DIVERGENCES))] = Field(
         default="forward_kl",
         description="between the teacher's targets and the student; `topk`, `topp` and `union` "
         "serve all of them, the tail as one bucket, `exact` all of them without a tail, `varopt` "
-        "and `multinomial` only `forward_kl`",
+        "and `multinomial` only `forward_kl`; or a name that another distribution registers",
     )
     beta: InnerShare = Field(
         default=0.5,
@@ -71,6 +72,9 @@ class LossConfig(Section):
     head_mass: InnerShare = Field(
         default=0.5,
         description="`adaptive_kl`: the teacher's mass whose gap weighs forward against reverse KL",
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="parameters of a divergence that another distribution registers"
     )
     kd_weight: curve_of(WeightFloat) = Field(  # type: ignore[valid-type]
         default=1.0, description="weight of the distillation loss"
@@ -163,7 +167,10 @@ class FeaturesConfig(Section):
         description="pairs [teacher's, student's] of layers whose outputs are aligned",
     )
     hidden_loss: Literal["mse", "cosine"] = Field(
-        default="mse", description="mean squared difference, or one minus the cosine"
+        default="mse",
+        description="`mse`: squared difference over the square of the teacher's state, position by "
+        "position, so that it is 1 for states of zeros whatever the model's scale; `cosine`: one "
+        "minus the cosine",
     )
     projection: Literal["learned", "none"] | None = Field(
         default=None,
@@ -192,7 +199,7 @@ class OrderConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training run: AdamW with warm-up and decay."""
+    """The training run: an optimizer, with warm-up and decay."""
 
     out_dir: Text = Field(
         default="runs/train", description="metrics, checkpoints and the trained model"
@@ -217,7 +224,13 @@ class TrainConfig(Section):
         default=None,
         description="`wsd`: steps of the decay at the end; default: a fifth of the steps",
     )
-    weight_decay: WeightFloat = Field(default=0.1, description="AdamW's, on matrices only")
+    optimizer: Annotated[str, AfterValidator(RegisteredName(OPTIMIZERS))] = Field(
+        default="adamw", description="torch's AdamW; or a name that another distribution registers"
+    )
+    optimizer_options: dict[str, Any] = Field(
+        default={}, description="options of an optimizer that another distribution registers"
+    )
+    weight_decay: WeightFloat = Field(default=0.1, description="decoupled, on matrices only")
     betas: tuple[ShareBelowOne, ShareBelowOne] = Field(default=(0.9, 0.95), description="AdamW's")
     grad_clip: WeightFloat = Field(default=1.0, description="largest gradient norm; 0: not clipped")
     save_every: PositiveInt | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ class Panel(NamedTuple):
     key: str
     title: str
     unit: str
+    shows: Callable[[RunRecords], bool] = lambda run: True  # whether a run's numbers are of it
 
 
+# From sampled targets kd_loss is a cross-entropy, above a KL by the teacher's entropy: never in one
+# panel with the others.
 PANELS = (
     Panel("evaluations", "loss", "Held-out loss", "nats a token"),
     Panel("evaluations", "kl", "Held-out KL to the teacher", "nats a token"),
@@ -28,7 +32,21 @@ PANELS = (
     Panel("evaluations", "calibration_error", "Held-out calibration error", "probability"),
     Panel("steps", "loss", "Training: the loss that is minimised", "nats a position"),
     Panel("steps", "ce_loss", "Training: cross-entropy of the true tokens", "nats a position"),
-    Panel("steps", "kd_loss", "Training: distillation loss", "nats a position"),
+    Panel("steps", "kl", "Training: KL to the teacher", "nats a position"),
+    Panel(
+        "steps",
+        "kd_loss",
+        "Training: divergence that is distilled by",
+        "nats a position",
+        lambda run: not run.is_sampled,
+    ),
+    Panel(
+        "steps",
+        "kd_loss",
+        "Training: cross-entropy with sampled targets",
+        "nats a position",
+        lambda run: run.is_sampled,
+    ),
     Panel("steps", "grad_norm", "Gradient norm, before clipping", "norm"),
     Panel("steps", "lr", "Learning rate", "rate"),
     Panel("steps", "tokens_per_s", "Speed", "tokens/s"),
@@ -44,7 +62,7 @@ def plot_runs(runs: list[RunRecords], file: Path, *, panels: tuple[Panel, ...] =
     """
     drawn: dict[Panel, list] = {}
     for panel in panels:
-        curves = [values(getattr(run, panel.source), panel.key) for run in runs]
+        curves = [_curve(panel, run) for run in runs]
         if any(y for _, y in curves) and curves not in drawn.values():
             drawn[panel] = curves
     columns = 2 if len(drawn) > 1 else 1
@@ -70,6 +88,10 @@ def plot_runs(runs: list[RunRecords], file: Path, *, panels: tuple[Panel, ...] =
     else:
         _legend(figure, colours)
     return save_figure(figure, file)
+
+
+def _curve(panel: Panel, run: RunRecords) -> tuple[list[int], list[float]]:
+    return values(getattr(run, panel.source), panel.key) if panel.shows(run) else ([], [])
 
 
 def _draw(axes: Any, panel: Panel, steps: list[int], y: list[float], *, colour: Any) -> None:

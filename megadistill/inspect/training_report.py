@@ -15,6 +15,7 @@ from typing import Any
 
 from megadistill.errors import TrainError
 from megadistill.storage.records import read_json
+from megadistill.targets import METHODS, find_method
 from megadistill.train.reporting.jsonl_log import read_records
 
 Record = dict[str, Any]
@@ -31,6 +32,7 @@ class RunRecords:
     planned: int  # steps of the whole run
     steps: list[Record]  # of metrics.jsonl
     evaluations: list[Record]  # of eval.jsonl
+    is_sampled: bool = False  # whether a cache holds sampled targets: kd_loss is a cross-entropy
 
 
 def read_run(path: str | Path, *, name: str | None = None) -> RunRecords:
@@ -42,13 +44,22 @@ def read_run(path: str | Path, *, name: str | None = None) -> RunRecords:
         raise TrainError(
             f"{path}: is no training run ({what}): name a folder that was a run's train.out_dir"
         )
-    planned = read_json(identity).get("train", {}).get("steps", 0)
+    begun = read_json(identity)
+    planned = begun.get("train", {}).get("steps", 0)
+    methods = [cache["recipe"].get("method") for cache in begun.get("cache", {}).values()]
     steps = read_records(path / "metrics.jsonl")
     if not steps:
         raise TrainError(
             f"{path}: the run has no step yet (nothing in metrics.jsonl): wait until it has one"
         )
-    return RunRecords(path, name or str(path), planned, steps, read_records(path / "eval.jsonl"))
+    return RunRecords(
+        path,
+        name or str(path),
+        planned,
+        steps,
+        read_records(path / "eval.jsonl"),
+        is_sampled=any(name in METHODS and find_method(name).sampled for name in methods),
+    )
 
 
 def read_runs(paths: list[str]) -> list[RunRecords]:
@@ -86,12 +97,14 @@ def report(runs: list[RunRecords], *, picture: str | None = None) -> str:
 
 def run_table(runs: list[RunRecords]) -> str:
     """Returns a row per run: steps, losses of training, and speed."""
+    has_kl = any(values(run.steps, "kl")[1] for run in runs)
     columns: dict[str, Callable[[RunRecords], str]] = {
         "run": lambda run: _code(run.name),
         "steps": lambda run: f"{run.steps[-1]['step']:,} of {run.planned:,}",
         "tokens": lambda run: _count(run.steps[-1].get("tokens")),
         "loss": lambda run: _number(_recent(run, "loss"), ".4f"),
         "cross-entropy": lambda run: _number(_recent(run, "ce_loss"), ".4f"),
+        **({"KL to teacher": _recent_kl} if has_kl else {}),
         "tokens/s": lambda run: _number(_median(run, "tokens_per_s"), ",.0f"),
         "hours": lambda run: _number(sum(values(run.steps, "step_s")[1]) / 3600, ".2f"),
     }
@@ -103,6 +116,11 @@ def run_table(runs: list[RunRecords]) -> str:
         "nats a position; the loss is what the run minimises. Hours: in steps, without evaluating "
         "and saving."
     )
+    if "KL to teacher" in columns:
+        note += (
+            " KL to teacher: the same mean. From sampled targets it is the cross-entropy with them "
+            "less the teacher's entropy, an unbiased estimate, which may be negative."
+        )
     return f"{_table(list(columns), rows)}\n\n{note}"
 
 
@@ -140,6 +158,10 @@ def held_out_table(runs: list[RunRecords]) -> str:
 def _recent(run: RunRecords, key: str) -> float | None:
     found = values(run.steps, key)[1]
     return statistics.fmean(found[-max(1, round(_LAST * len(found))) :]) if found else None
+
+
+def _recent_kl(run: RunRecords) -> str:
+    return _number(_recent(run, "kl"), ".4f")
 
 
 def _median(run: RunRecords, key: str) -> float | None:

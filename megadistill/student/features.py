@@ -2,7 +2,8 @@
 
 Of each pair of layers, one of the teacher and one of the student, a position adds
 
-hidden     mse: the mean over the teacher's width of (P s - t)^2; cosine: 1 - cos(P s, t)
+hidden     mse: |P s - t|^2 / |t|^2, the mean squared error over the mean square of the teacher's
+           state; cosine: 1 - cos(P s, t)
 attention  sum over earlier positions of p (log p - log q) - p + q, with p and q the attention of
            teacher and student, averaged over their heads, which may be unequal in number (the
            divergence of MiniLM, arXiv 2002.10957)
@@ -11,6 +12,12 @@ P is learned, one matrix a pair, and leads from the student's width to the teach
 TinyBERT, arXiv 1909.10351). The other way round, a P of zeros and a student that says nothing would
 agree. The matrices are parameters of the student's engine: partitioned, clipped, averaged, saved
 and resumed with it; the export leaves them out.
+
+Both hidden losses are near 1 where the student says nothing, at any scale of the teacher's states,
+so that hidden_weight means the same for every model. Each position is divided by its own square:
+the states of a few tokens are a thousand times larger than the others' (massive activations, arXiv
+2402.17762) and would be all that a plain or batch-wide MSE looks at. Nor does it depend on how
+positions fall into micro-batches.
 
 Only positions with a label count. Losses are means over pairs and sums over positions.
 
@@ -31,9 +38,13 @@ from megadistill.errors import ConfigError
 from megadistill.models.documents_apart import carries_state
 from megadistill.models.layers import Seen, layer_pairs
 from megadistill.models.pretrained import model_settings
+from megadistill.student.loss.terms import LossTerm
 
 IGNORED = -100
-_SMALLEST = 1e-12  # attention that is taken for none
+_SMALLEST = 1e-12  # an attention, or a mean square, that is taken for none
+
+HIDDEN = LossTerm("hidden", lambda loss: loss.hidden_weight)
+ATTENTION = LossTerm("attention", lambda loss: loss.attention_weight)
 
 
 class Features(NamedTuple):
@@ -70,6 +81,12 @@ class FeaturePlan:
     teacher_width: int
     student_width: int
     learned: bool  # whether hidden states go through matrices
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """Returns the terms of the loss that have layers to align."""
+        both = ((HIDDEN, self.hidden), (ATTENTION, self.attention))
+        return tuple(term for term, pairs in both if pairs)
 
     @property
     def of_teacher(self) -> dict[str, list[int]]:
@@ -148,8 +165,8 @@ class FeatureAlignment(nn.Module):
 
     def forward(
         self, seen: Seen, features: Features, labels_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden, attention), float32 sums over the positions with a label."""
+    ) -> dict[str, torch.Tensor]:
+        """float32 sums over the positions with a label, by the name of the term."""
         kept = (labels_N != IGNORED).nonzero()[:, 0]
         hidden = attention = torch.zeros((), device=labels_N.device)
         for projection, (_, layer), teacher_NH in zip(
@@ -162,7 +179,8 @@ class FeatureAlignment(nn.Module):
             student_BTT = mean_attention(seen.attention[layer])
             p_MT, q_MT = (each.flatten(0, 1)[kept] for each in (teacher_BTT, student_BTT))
             attention = attention + attention_loss(p_MT, q_MT).sum() / len(self.plan.attention)
-        return hidden, attention
+        sums = {HIDDEN.name: hidden, ATTENTION.name: attention}
+        return {term.name: sums[term.name] for term in self.plan.terms}
 
     def initial(self, seed: int) -> dict[str, torch.Tensor]:
         """Normal matrices that keep a vector's length on average, equal at every rank count."""
@@ -179,11 +197,12 @@ class FeatureAlignment(nn.Module):
 
 
 def hidden_loss(student_MH: torch.Tensor, teacher_MH: torch.Tensor, kind: str) -> torch.Tensor:
-    """float32 [M], at least 0. kind: mse, cosine."""
+    """float32 [M], at least 0; 1 for a student's state of zeros by mse. kind: mse, cosine."""
     student_MH, teacher_MH = student_MH.float(), teacher_MH.float()
     if kind == "cosine":
         return 1 - nn.functional.cosine_similarity(student_MH, teacher_MH, dim=1)
-    return (student_MH - teacher_MH).square().mean(1)
+    error_M = (student_MH - teacher_MH).square().mean(1)
+    return error_M / teacher_MH.square().mean(1).clamp_min(_SMALLEST)
 
 
 def attention_loss(p_MT: torch.Tensor, q_MT: torch.Tensor) -> torch.Tensor:

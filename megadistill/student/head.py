@@ -9,13 +9,13 @@ Shapes: N positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from megadistill.student.loss.divergences import Divergence
-from megadistill.student.loss.ensemble import Member, Targets, count_positions, members_of, take
+from megadistill.student.loss.divergences import divergence_of
 from megadistill.student.loss.fused import (
     BUFFER_ELEMENTS,
     DENSE_ELEMENTS,
@@ -29,30 +29,16 @@ from megadistill.student.loss.fused import (
 )
 from megadistill.student.loss.ragged_targets import assign_tail_to_label
 from megadistill.student.loss.row_kernel import Terms
-from megadistill.student.projection import ProjectedTargets
-from megadistill.targets import SparseTargets, check_divergence
+from megadistill.student.loss.terms import CE, KD, LossTerms, Z
+from megadistill.student.projection import PROJECTOR
+from megadistill.targets import check_divergence
+from megadistill.targets.dense import DenseTargets
 from megadistill.targets.distributions import VocabularySlice
+from megadistill.targets.kinds import Member, Targets
+from megadistill.targets.projected import ProjectedTargets
 from megadistill.teacher.chunked_head import TeacherHead
-from megadistill.teacher.dense import DenseTargets
 
 IGNORED = -100
-
-
-class LossTerms(NamedTuple):
-    """A loss and what it is made of. Sums are detached and carry neither weights nor T squared."""
-
-    loss: torch.Tensor  # scalar, differentiable
-    kd_sum: torch.Tensor  # scalar float64
-    ce_sum: torch.Tensor  # scalar float64
-    kd_count: int  # positions with a label and a target
-    ce_count: int  # positions with a label
-    agreed: torch.Tensor  # int64; of kd_count, those whose most probable id is the first teacher's
-    z_sum: torch.Tensor  # scalar float64; squared log-sum-exps
-    calibration_M3: torch.Tensor  # float64; the bins of calibration.py, zeros unless asked for
-    router: torch.Tensor | float = 0.0  # of a mixture of experts: its share of the step's mean
-    hidden: torch.Tensor | float = 0.0  # sums over ce_count positions, of features.py
-    attention: torch.Tensor | float = 0.0
-    projector: torch.Tensor | float = 0.0  # the projector's own, a sum over kd_count positions
 
 
 def distillation_terms(
@@ -65,6 +51,7 @@ def distillation_terms(
     beta: float = 0.5,
     alpha: float = 0.1,
     head_mass: float = 0.5,
+    divergence_options: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -92,10 +79,11 @@ def distillation_terms(
     is the sum of each teacher's, times its share: a further pass over the logits for each, which
     takes a copy of a chunk's. labels_N: int64, the true next tokens; -100 drops a position from
     both terms.
-    divergence: of `divergences.py`, where beta (jsd), alpha (skewed) and head_mass (adaptive) are
-    explained. topk and topp serve all of them, the tail as one bucket; varopt and multinomial
-    forward_kl. temperature: T. Another than the targets' own, for topk and topp only, is the coarse
-    divergence: both sides are put into buckets at the targets' temperature, then softened.
+    divergence: a registered name, of `divergences/`, where beta (jsd), alpha (skewed) and head_mass
+    (adaptive) are explained; divergence_options: parameters of another distribution's. topk and
+    topp serve all of them, the tail as one bucket; varopt and multinomial forward_kl.
+    temperature: T. Another than the targets' own, for topk and topp only, is the coarse divergence:
+    both sides are put into buckets at the targets' temperature, then softened.
     ground_truth_residual: the mass that topk and topp leave out belongs to the true token.
     normalizer: of both terms or of (kd, ce), kd_n and ce_n; by default the number of positions.
     vocab_size: rows of the weight that take part; those above are padding, with probability 0 and
@@ -110,7 +98,8 @@ def distillation_terms(
     Raises ConfigError for a divergence or temperature that the targets cannot serve, ValueError
     for shapes that do not fit and for ids outside the vocabulary.
     """
-    for member, _ in members_of(targets):
+    members = () if targets is None else targets.members
+    for member, _ in members:
         check_divergence(
             member.method,
             divergence,
@@ -123,16 +112,17 @@ def distillation_terms(
     kept = (labels_N != IGNORED).nonzero()[:, 0]
     if len(kept) < len(labels_N):
         hidden_NH, labels_N = hidden_NH[kept], labels_N[kept]
-        targets = None if targets is None else take(targets, kept)
+        targets = None if targets is None else targets.take(kept)
     _check_ids(targets, labels_N, vocab)
-    ce_count, kd_count = len(labels_N), count_positions(targets)
+    members = () if targets is None else targets.members
+    ce_count, kd_count = len(labels_N), 0 if targets is None else targets.count_targets()
     teachers = tuple(
         TeacherTerm(
             _with_residual(member, labels_N) if ground_truth_residual else member,
             share,
             _made_at(member, temperature),
         )
-        for member, share in members_of(targets)
+        for member, share in members
     )
 
     if normalizer is None:
@@ -147,9 +137,11 @@ def distillation_terms(
         z=z_loss / ce_normalizer,
         temperature=temperature,
         label_smoothing=label_smoothing,
-        divergence=Divergence(divergence, beta, alpha, head_mass),
+        divergence=divergence_of(
+            divergence, beta=beta, alpha=alpha, head_mass=head_mass, options=divergence_options
+        ),
     )
-    dense = any(isinstance(teacher.targets, DenseTargets) for teacher in teachers)
+    dense = any(member.dense is not None for member, _ in members)
     buffer_elements = DENSE_ELEMENTS if dense else BUFFER_ELEMENTS
     chunk = chunk_size or default_chunk(ce_count, len(weight_VH), buffer_elements)
     chunks = Chunks(
@@ -160,17 +152,18 @@ def distillation_terms(
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     loss, *sums = FusedDistillation.apply(hidden_NH, weight_VH, bias_V, chunks, mode)
     kd_sum, ce_sum, z_sum, agreed, calibration_M3 = Sums(*sums)
-    return LossTerms(loss, kd_sum, ce_sum, kd_count, ce_count, agreed, z_sum, calibration_M3)
+    by_name = {KD.name: kd_sum, CE.name: ce_sum, Z.name: z_sum}
+    return LossTerms(loss, by_name, kd_count, ce_count, agreed, calibration_M3)
 
 
 def _made_at(member: Member, temperature: float) -> float:
     """The temperature of the targets; whole distributions are made at the one that is asked for."""
-    return member.temperature if isinstance(member, SparseTargets) else temperature
+    return temperature if member.listed is None else member.listed.temperature
 
 
 def _with_residual(member: Member, labels_N: torch.Tensor) -> Member:
-    assert isinstance(member, SparseTargets)  # check_divergence refuses the others
-    return assign_tail_to_label(member, labels_N)
+    assert member.listed is not None  # check_divergence refuses the others
+    return assign_tail_to_label(member.listed, labels_N)
 
 
 def _check_shapes(
@@ -194,13 +187,12 @@ def _check_shapes(
 def _check_ids(targets: Targets | None, labels_N: torch.Tensor, vocab: int) -> None:
     """A wrong id would read and write another position's logits, so this costs one look each."""
     _check_range("label", labels_N, vocab)
-    for member, _ in members_of(targets):
-        if isinstance(member, SparseTargets):
-            _check_range("target id", member.ids, vocab)
-        elif member.vocab_size > vocab:
-            raise ValueError(
-                f"the teacher has {member.vocab_size} ids, expected at most the head's {vocab}"
-            )
+    for member, _ in () if targets is None else targets.members:
+        if member.listed is not None:
+            _check_range("target id", member.listed.ids, vocab)
+        theirs = 0 if member.dense is None else member.dense.vocab_size
+        if theirs > vocab:
+            raise ValueError(f"the teacher has {theirs} ids, expected at most the head's {vocab}")
 
 
 def _check_range(name: str, ids: torch.Tensor, vocab: int) -> None:
@@ -240,18 +232,18 @@ class DistillationHead(nn.Module):
         self,
         hidden: torch.Tensor,
         labels_N: torch.Tensor | None = None,
-        targets: Targets | ProjectedTargets | None = None,
+        targets: Any = None,
         **options: Any,
     ) -> torch.Tensor | LossTerms:
         """Logits as `lm_head` gives them (the model scales and caps), or the terms of the loss.
 
-        hidden: [..., H]; labels_N and targets over all its positions. options: those of
-        `distillation_terms`.
+        hidden: [..., H]; labels_N and targets, of any kind, over all its positions. options: those
+        of `distillation_terms`.
         """
         if labels_N is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         hidden_NH = hidden.reshape(-1, hidden.shape[-1])
-        if isinstance(targets, ProjectedTargets):
+        if targets is not None and targets.needs_projector:
             return self._projected(hidden_NH, labels_N, targets, **options)
         return self._terms(hidden_NH, self.weight, self.bias, labels_N, targets, **options)
 
@@ -307,4 +299,5 @@ class DistillationHead(nn.Module):
             ce_weight=1.0,
             normalizer=given[0] if isinstance(given, tuple) else given,
         )
-        return terms._replace(loss=terms.loss + own.loss, projector=own.ce_sum)
+        sums = terms.sums | {PROJECTOR.name: own.ce_sum}
+        return terms._replace(loss=terms.loss + own.loss, sums=sums)

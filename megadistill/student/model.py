@@ -44,8 +44,8 @@ from megadistill.models.pretrained import (
 from megadistill.parallel import Mesh
 from megadistill.student.features import FeatureAlignment, FeaturePlan, Features
 from megadistill.student.head import DistillationHead
-from megadistill.student.loss.ensemble import Targets
-from megadistill.student.projection import ProjectedTargets, Projector
+from megadistill.student.loss.terms import CE, KD, LossTerm, Z
+from megadistill.student.projection import PROJECTOR, Projector
 from megadistill.teacher.chunked_head import logit_scale, soft_cap
 
 # Of the backbone: attention_dropout, resid_pdrop, hidden_dropout_prob; no classifier's.
@@ -72,6 +72,14 @@ class Student(nn.Module):
         self.model, self.alignment, self.projector = model, alignment, projector
         self.head_name = replace_head(model, vocab_size=vocab_size)
         self.router_loss_weight = router_loss_weight(model)
+        # No sum over positions: each micro-batch adds its share of the step's mean.
+        router = LossTerm("router", lambda loss: self.router_loss_weight, count=None)
+        self.terms: tuple[LossTerm, ...] = (
+            *(KD, CE, Z),
+            *((router,) if self.router_loss_weight else ()),
+            *((PROJECTOR,) if projector is not None else ()),
+            *(alignment.plan.terms if alignment is not None else ()),
+        )
 
     @property
     def config(self) -> Any:
@@ -86,12 +94,12 @@ class Student(nn.Module):
     def forward(
         self,
         labels_N: torch.Tensor | None = None,
-        targets: Targets | ProjectedTargets | None = None,
+        targets: Any = None,
         options: dict[str, Any] | None = None,
         router_share: float | None = None,
         router_mask_BT: torch.Tensor | None = None,
         features: Features | None = None,
-        feature_weights: tuple[float, float] = (0.0, 0.0),
+        weights: Mapping[str, float] | None = None,
         apart: DocumentsApart | None = None,
         **inputs: Any,
     ) -> Any:
@@ -99,9 +107,9 @@ class Student(nn.Module):
 
         inputs: of `attention.forward_inputs`. apart: in their place, documents that run apart,
         which is collective. labels_N, targets, options: of `distillation_terms`.
-        features: the teacher's, to align with, which needs a normalizer in options; feature_weights
-        are those of hidden states and attention. A weight of 0 leaves nothing out: a parameter that
-        some steps do not use would keep the gradient of the step before.
+        features: the teacher's, to align with, which needs a normalizer in options. weights: by the
+        name of the term; those of options are not read from it. A weight of 0 leaves nothing out: a
+        parameter that some steps do not use would keep the gradient of the step before.
         router_share: one over the micro-batches of the step, to add the routers' loss where the
         model has one. It is no sum over positions, so, as everywhere, it is that of each
         micro-batch, and their mean: equal at every number of ranks.
@@ -115,21 +123,17 @@ class Student(nn.Module):
         with watched(self.model, **layers) as seen:
             core = backbone(self.model)
             output = core(**inputs) if apart is None else apart.run(core, lockstep=True)
-        if isinstance(targets, ProjectedTargets):
+        if targets is not None and targets.needs_projector:
             assert self.projector is not None
             targets = targets.through(self.projector)
         terms = self.head(output.last_hidden_state, labels_N, targets, **options)
         if router_share is not None and self.router_loss_weight:
             router = router_share * router_loss(self.model, output.router_logits, router_mask_BT)
-            terms = terms._replace(
-                loss=terms.loss + self.router_loss_weight * router, router=router.detach().double()
-            )
+            terms = terms.plus("router", router, self.router_loss_weight)
         if alignment is not None:
-            sums = alignment(seen, features, labels_N)
             count = max(options["normalizer"][1], 1)
-            added = sum(w / count * s for w, s in zip(feature_weights, sums, strict=True))
-            hidden, attention = (s.detach().double() for s in sums)
-            terms = terms._replace(loss=terms.loss + added, hidden=hidden, attention=attention)
+            for name, total in alignment(seen, features, labels_N).items():
+                terms = terms.plus(name, total, (weights or {})[name] / count)
         return terms
 
     def checkpoint_activations(self) -> None:

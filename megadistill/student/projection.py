@@ -20,33 +20,13 @@ Shapes: N positions, S and H the widths of student and teacher, V shared tokens.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
+from megadistill.student.loss.terms import LossTerm
 
-@dataclass(frozen=True)
-class ProjectedTargets:
-    """Targets of a teacher with other tokens for N positions of the student.
-
-    hidden_NH  its last hidden states, where it has read what the student's position has read
-    has_N      bool: where there is such a state; the others hold anything finite
-    space_NS   the same in the student's space, once the projector has seen them
-    """
-
-    hidden_NH: torch.Tensor
-    has_N: torch.Tensor
-    space_NS: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.has_N)
-
-    def through(self, projector: nn.Module) -> ProjectedTargets:
-        """With space_NS, of which the projector learns."""
-        dtype = next(projector.parameters()).dtype
-        return dataclasses.replace(self, space_NS=projector(self.hidden_NH.to(dtype)))
+# The projector's own cross-entropy. Nothing but the projector learns of it, so its weight is 1.
+PROJECTOR = LossTerm("projector", lambda loss: 1.0, count="kd")
 
 
 class Projector(nn.Linear):

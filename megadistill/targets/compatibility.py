@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from megadistill.errors import ConfigError
+from megadistill.targets.divergence_registry import DIVERGENCES
 from megadistill.targets.method import find_method
-
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skewed_kl",
-    "skewed_reverse_kl",
-    "tvd",
-    "adaptive_kl",
-)
 
 
 def check_divergence(
@@ -33,7 +24,7 @@ def check_divergence(
     if divergence not in DIVERGENCES:
         raise ConfigError(
             f"loss.divergence: {divergence!r} is not known, expected one of "
-            f"{', '.join(DIVERGENCES)}"
+            f"{', '.join(DIVERGENCES.names())}"
         )
     served = find_method(method)
     if served.divergences is not None and divergence not in served.divergences:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -100,6 +100,54 @@ class SparseTargets:
             weights=self.weights[first:last],
             **cut,
         )
+
+    def take(self, rows: Any) -> SparseTargets:
+        """The positions that `rows`, an int64 tensor, picks: ids, weights and tail, no more."""
+        import torch
+
+        counts = self.counts[rows]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        entries = torch.arange(int(offsets[-1]), device=counts.device)
+        entries += torch.repeat_interleave(self.offsets[:-1][rows] - offsets[:-1], counts)
+        return SparseTargets(
+            offsets,
+            self.ids[entries],
+            self.weights[entries],
+            self.tail[rows],
+            self.method,
+            self.temperature,
+        )
+
+    # The protocol of targets/kinds.py.
+    needs_projector: ClassVar[bool] = False
+    all_have_targets: ClassVar[bool] = False
+    dense: ClassVar[None] = None
+
+    @property
+    def listed(self) -> SparseTargets:
+        return self
+
+    @property
+    def members(self) -> tuple[tuple[SparseTargets, float], ...]:
+        return ((self, 1.0),)
+
+    def has_targets(self) -> Array:
+        """bool [N]: the rows that are not empty."""
+        return self.counts > 0
+
+    def count_targets(self) -> int:
+        return int(self.has_targets().sum())
+
+    def entropy_sum(self, positions_N: Array) -> float:
+        """Nats by which a sampled row's cross-entropy exceeds its KL, over these positions.
+
+        From a cache each is off by up to sqrt(entropy) / 45 nats, either way (cache/quantizer.py).
+        """
+        if not self.is_sampled:
+            return 0.0
+        if self.entropy is None:
+            return math.nan
+        return float(self.entropy[positions_N & self.has_targets()].sum())
 
     def padded(self) -> tuple[Array, Array]:
         """(ids_NK int64, weights_NK float32), K the longest row; padding is id 0, weight 0."""

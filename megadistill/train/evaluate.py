@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -122,8 +122,8 @@ class Evaluation:
 
 def _teacher(batch: MicroBatch) -> torch.Tensor:
     """Sums of the teacher's nll and entropy over the valid positions, and their number."""
-    targets = batch.targets
-    if not isinstance(targets, SparseTargets) or targets.nll is None or targets.entropy is None:
+    targets = cast(SparseTargets, batch.targets)  # a single cache's
+    if targets.nll is None or targets.entropy is None:
         return torch.zeros(3, dtype=torch.float64)
     valid_N = (batch.labels_N != -100) & (targets.counts > 0)
     notes = [targets.nll[valid_N], targets.entropy[valid_N], valid_N]

@@ -23,11 +23,13 @@ import torch
 
 from megadistill.config import Config, LossConfig
 from megadistill.parallel import Mesh, Stop, accounted, graceful_stop
+from megadistill.student.loss.terms import kl_of_step, report
 from megadistill.train import checkpoint
 from megadistill.train.batches import Batches
 from megadistill.train.checkpoint import Checkpoint, Position
 from megadistill.train.nonfinite import NonFinite
 from megadistill.train.online.online_teacher import tokenise
+from megadistill.train.optimizers import require_same_ranks
 from megadistill.train.reporting.disk_errors import disk_errors
 from megadistill.train.reporting.jsonl_log import read_records
 from megadistill.train.reporting.metrics import Reporter
@@ -81,6 +83,8 @@ def _trained(config: Config, mesh: Mesh) -> Trained:
 
 def _train(run: Run, mesh: Mesh, found: Checkpoint | None) -> Trained:
     start = Position(0, 0, 0) if found is None else found.position
+    if found is not None:
+        require_same_ranks(run.config.train, found, mesh.world)
     standing = Standing(step=start.step, steps=run.steps)
     with accounted(standing.account):
         trainer = build(run, mesh)
@@ -197,19 +201,21 @@ def run_step(
         teacher_s = {"teacher_s": time.monotonic() - started - data_s}
     counts = [
         sum(getattr(b, name) for b in micro_batches)
-        for name in ("kd_count", "ce_count", "num_tokens")
+        for name in ("kd_count", "ce_count", "num_tokens", "kd_entropy")
     ]
     totals = trainer.mesh.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-    kd_count, ce_count, num_tokens = totals
+    kd_count, ce_count, num_tokens, kd_entropy = totals
     lr = learning_rate(position.step, run.steps, run.config.train)
     loss = run.config.loss.at(position.step / run.steps)
     sums = [
         _sums(trainer, batch, run, loss, (kd_count, ce_count), last=batch is micro_batches[-1])
         for batch in micro_batches
     ]
-    total = Sums(*trainer.mesh.sum(torch.stack(sums).sum(0)).tolist())
+    names = [term.name for term in trainer.student.terms]
+    summed = trainer.mesh.sum(torch.stack(sums).sum(0)).tolist()
+    total = dict(zip(names, summed, strict=True))
     grad_norm = trainer.step(lr)
-    counted = math.isfinite(sum(total))
+    counted = all(map(math.isfinite, summed))
     applied = counted and math.isfinite(grad_norm)
     if not applied and not (counted and trainer.scales_losses):
         suspects = [b for b, s in zip(micro_batches, sums, strict=True) if not s.isfinite().all()]
@@ -221,7 +227,11 @@ def run_step(
     )
     if reporter is not None and run.folder.is_ours():  # else all ranks learn it in the next step
         seconds = time.monotonic() - started
-        losses = _losses(run, trainer, loss, total, kd_count, ce_count)
+        taught = run.stores[0].has_targets
+        losses = report(
+            trainer.student.terms, total, {"kd": kd_count if taught else None, "ce": ce_count}, loss
+        )
+        losses |= kl_of_step(loss, total, kd_entropy, kd_count if taught else 0)
         losses |= {"grad_norm": grad_norm}
         reporter.step(
             {
@@ -259,18 +269,6 @@ def evaluate(
     return metrics
 
 
-class Sums(NamedTuple):
-    """Unweighted sums over positions of a step or micro-batch; router: a share of the mean."""
-
-    kd: float
-    ce: float
-    z: float
-    router: float
-    hidden: float
-    attention: float
-    projector: float
-
-
 def _sums(
     trainer: Trainer,
     batch: MicroBatch,
@@ -280,41 +278,11 @@ def _sums(
     *,
     last: bool,
 ) -> torch.Tensor:
-    """float64 [7]: the `Sums` of this micro-batch; its gradients are added."""
-    moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
-    terms = trainer.backward(moved, loss, normalizer, last=last)
-    sums = (
-        terms.kd_sum,
-        terms.ce_sum,
-        terms.z_sum,
-        terms.router,
-        terms.hidden,
-        terms.attention,
-        terms.projector,
-    )
-    return torch.stack([torch.as_tensor(value).to(terms.kd_sum) for value in sums]).cpu()
+    """float64, a sum for each of the student's terms; the micro-batch's gradients are added.
 
-
-def _losses(
-    run: Run, trainer: Trainer, loss: LossConfig, total: Sums, kd_count: float, ce_count: float
-) -> dict[str, float | None]:
-    """The losses of a step.
-
-    kd_loss holds temperature squared, and is None without targets; the router's, the projector's
-    and those of features are there where the run has them.
+    On the host: each micro-batch waits here for its device, so that a loss that is not finite is
+    known by its sequences.
     """
-    labels = max(ce_count, 1)
-    kd = loss.temperature**2 * total.kd / max(kd_count, 1)
-    ce, router_weight = total.ce / labels, trainer.student.router_loss_weight
-    whole = loss.kd_weight * kd + loss.ce_weight * ce + loss.z_loss * total.z / labels
-    whole += router_weight * total.router
-    losses = {"kd_loss": kd if run.stores[0].has_targets else None, "ce_loss": ce}
-    if router_weight:
-        losses["router_loss"] = total.router
-    if trainer.student.projector is not None:
-        losses["projector_loss"] = total.projector / max(kd_count, 1)
-        whole += losses["projector_loss"]
-    for name in run.config.loss.aligned:
-        losses[f"{name}_loss"] = getattr(total, name) / labels
-        whole += getattr(loss, f"{name}_weight") * losses[f"{name}_loss"]
-    return {"loss": whole, **losses}
+    moved = batch.on(trainer.student.model, trainer.mesh.device, pack=run.config.data.pack)
+    sums = trainer.backward(moved, loss, normalizer, last=last).sums
+    return torch.stack([sums[term.name] for term in trainer.student.terms]).cpu()

@@ -265,11 +265,18 @@ class RunFolder:
         return [_numbers(stores[str(i)].get("blocks")) for i in range(len(stores))]
 
 
+def _without_empty(section: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Without these mappings where they are empty: runs begun before the keys were there resume."""
+    return {key: value for key, value in section.items() if value or key not in names}
+
+
 def run_identity(config: Config, stores: list[TrainingSource], steps: int) -> dict[str, Any]:
     """Returns every setting that the trained weights depend on."""
     assert config.student is not None
     free = {*_FREE, "steps", "epochs", *(() if config.train.ema else _EMA)}
-    train = config.train.model_dump(mode="json", exclude=free)
+    train = _without_empty(config.train.model_dump(mode="json", exclude=free), "optimizer_options")
+    if config.train.optimizer == "adamw":  # the only one of runs begun before there were others
+        del train["optimizer"]
     return {
         "cache": {
             str(i): {"recipe": s.recipe, "sequences": len(s), "weight": s.weight}
@@ -281,7 +288,7 @@ def run_identity(config: Config, stores: list[TrainingSource], steps: int) -> di
         "deepspeed": config.deepspeed,
         "features": config.features.model_dump(mode="json"),
         "format_version": 1,
-        "loss": config.loss.model_dump(mode="json"),
+        "loss": _without_empty(config.loss.model_dump(mode="json"), "options"),
         "order": config.order.model_dump(mode="json"),
         "student": config.student.model_dump(mode="json"),
         "train": {**train, "steps": steps},

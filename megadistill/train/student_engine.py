@@ -4,9 +4,7 @@ DeepSpeed divides gradients by the accumulation steps and by the ranks. Our loss
 global batch divided once, by counts known beforehand, so the first division is switched off and the
 second undone: the loss handed to `backward` is multiplied by the number of ranks.
 
-The optimizer is torch's AdamW, also where DeepSpeed offloads it to the host. DeepSpeed's own
-(FusedAdam, DeepSpeedCPUAdam) are compiled on first use, which needs a compiler, or nvcc, on every
-host; torch's fused kernel is there on CPU and GPU alike, and updates the same flat partitions.
+The optimizer is one of optimizers/, by `train.optimizer`; DeepSpeed gives it flat partitions.
 """
 
 from __future__ import annotations
@@ -20,12 +18,14 @@ import numpy as np
 import torch
 
 from megadistill.config import Config, LossConfig
+from megadistill.config.optimizer_registry import OPTIMIZERS
 from megadistill.errors import ConfigError, TrainError
 from megadistill.parallel import Mesh
-from megadistill.student.head import LossTerms
+from megadistill.student.loss.terms import LossTerms
 from megadistill.student.model import Student
 from megadistill.train.checkpoint.background import Background
 from megadistill.train.ema import Ema
+from megadistill.train.optimizers import chosen_optimizer
 from megadistill.train.reporting.device_stats import DeviceStats
 from megadistill.train.reporting.flops import Flops
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     """Returns the DeepSpeed configuration: the section `deepspeed`, and what train.* decides.
 
-    ConfigError where the ranks do not divide the batch, or the ZeRO stage is not 3.
+    ConfigError where the ranks do not divide the batch, the ZeRO stage is not 3, or the optimizer
+    cannot be made.
     """
     train = config.train
     settings = copy.deepcopy(config.deepspeed)
@@ -71,22 +72,11 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         # bfloat16, half the bytes, they were 2e-3 apart.
         settings.setdefault("communication_data_type", "fp32")
         settings["data_types"] = {"grad_accum_dtype": "fp32"} | (settings.get("data_types") or {})
+    chosen_optimizer(train)  # which refuses options that it does not take
+    if OPTIMIZERS.distribution(train.optimizer) is not None:
+        # DeepSpeed's word for one that is not in its own list.
+        settings.setdefault("zero_allow_untested_optimizer", True)
     return settings
-
-
-def parameter_groups(student: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases, which have one dimension, do not."""
-    decayed: list[torch.Tensor] = []
-    spared: list[torch.Tensor] = []
-    for parameter in student.parameters():
-        # Under ZeRO-3 `shape` is that of a partition.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (decayed if len(shape) > 1 else spared).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class Trainer:
@@ -96,12 +86,8 @@ class Trainer:
         import deepspeed
 
         settings = deepspeed_config(config, mesh.world)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(student, config.train.weight_decay),
-            lr=config.train.lr,
-            betas=config.train.betas,
-            fused=True,
-        )
+        kind, options = chosen_optimizer(config.train)
+        optimizer = kind.make(student, config.train, options)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=settings
         )
@@ -134,8 +120,10 @@ class Trainer:
         loss: as it is at this step, see `LossConfig.at`. Where what it gives is not finite its
         gradients are not either, so that `step` updates nothing.
         """
-        features = ("hidden_weight", "attention_weight")
-        options = loss.model_dump(exclude={"curriculum", *features}) | {"normalizer": normalizer}
+        # What else the section holds is not for the head: other terms' weights.
+        mine = {"curriculum", "options", "hidden_weight", "attention_weight"}
+        options = loss.model_dump(exclude=mine)
+        options |= {"divergence_options": loss.options, "normalizer": normalizer}
         grad_accum_steps = 1 / (self.mesh.world * self.engine.gradient_accumulation_steps())
         terms = self.engine(
             batch.labels_N,
@@ -144,7 +132,7 @@ class Trainer:
             router_share=grad_accum_steps,
             router_mask_BT=self._router_mask(batch),
             features=batch.features,
-            feature_weights=tuple(getattr(loss, name) for name in features),
+            weights={term.name: term.weight(loss) for term in self.student.terms},
             **batch.inputs,
         )
         # Infinity minus something may well have a finite gradient. Chosen without a look at the

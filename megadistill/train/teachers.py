@@ -11,6 +11,7 @@ Shapes: none.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -22,7 +23,9 @@ from megadistill.data.recipe_keys import CORPUS_KEYS
 from megadistill.errors import ConfigError, StoreError
 from megadistill.parallel import Mesh, Unjoined
 from megadistill.student.features import FeaturePlan
-from megadistill.student.loss.ensemble import Ensemble
+from megadistill.student.loss.divergences import divergence_of
+from megadistill.targets.ensemble import Ensemble
+from megadistill.targets.kinds import Member
 from megadistill.train.online.online_teacher import OnlineTeacher, online_recipe
 from megadistill.train.training_source import (
     MicroBatch,
@@ -90,10 +93,15 @@ class OnlineEnsemble:
     def answer(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Returns the micro-batches with all targets. Collective. See `OnlineTeacher.answer`."""
         answers = [teacher.answer(micro_batches) for teacher in self._teachers]
-        return [
-            replace(batches[0], targets=Ensemble.of([b.targets for b in batches], self._weights))
-            for batches in zip(*answers, strict=True)
-        ]
+        return [_of_all(batches, self._weights) for batches in zip(*answers, strict=True)]
+
+
+def _of_all(batches: tuple[MicroBatch, ...], weights: list[float]) -> MicroBatch:
+    """One micro-batch as all teachers answered it, with the targets of all."""
+    targets = Ensemble.of([cast(Member, batch.targets) for batch in batches], weights)
+    entropies = zip(batches, targets.shares, strict=True)
+    kd_entropy = sum(share * batch.kd_entropy for batch, share in entropies)
+    return replace(batches[0], targets=targets, kd_entropy=kd_entropy)
 
 
 def load_online(
@@ -105,7 +113,11 @@ def load_online(
 
 
 def check_divergences(config: Config, store: TrainingSource) -> None:
-    """Raises ConfigError if a teacher's targets cannot serve the loss at some time of the run."""
+    """Raises ConfigError if a teacher's targets cannot serve the loss at some time of the run.
+
+    Also if the divergence cannot be imported, or does not take `loss.options`.
+    """
+    divergence_of(config.loss.divergence, options=config.loss.options)
     for taught in (store, *store.other_teachers):
         check_targets(config, taught.recipe, name=taught.name, key=taught.key)
 

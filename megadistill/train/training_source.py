@@ -28,9 +28,9 @@ from megadistill.models.attention import forward_inputs
 from megadistill.models.documents_apart import DocumentsApart, runs_apart
 from megadistill.models.packed_sequences import IGNORED, sample_labels
 from megadistill.student.features import Features
-from megadistill.student.loss.ensemble import Ensemble, Targets, has_targets
-from megadistill.student.projection import ProjectedTargets
 from megadistill.targets import SparseTargets, concatenate
+from megadistill.targets.ensemble import Ensemble
+from megadistill.targets.kinds import AnyTargets, Member, Targets
 
 log = logging.getLogger(__name__)
 
@@ -273,18 +273,20 @@ class MicroBatch:
     """Sequences of one forward pass: numpy arrays, until `on` copies them to a device.
 
     names: (store, sequence) of each row. padding_B: int64, tokens of padding at each row's end.
-    kd_count, ce_count: positions in each term. features: of an online teacher, on its
-    device.
+    kd_count, ce_count: positions in each term. kd_entropy: nats that the distillation term exceeds
+    its KL by, summed over kd_count positions; nan where that is not known. features: of an online
+    teacher, on its device.
     """
 
     names: list[tuple[int, int]]
     tokens_BT: np.ndarray
     documents: list[np.ndarray]
     labels_N: Any  # int64
-    targets: Targets | ProjectedTargets | None
+    targets: AnyTargets | None
     kd_count: int
     ce_count: int
     padding_B: np.ndarray
+    kd_entropy: float = 0.0
     inputs: dict[str, Any] = field(default_factory=dict)
     features: Features | None = None
 
@@ -305,10 +307,7 @@ class MicroBatch:
             self,
             inputs=inputs,
             labels_N=torch.as_tensor(self.labels_N, device=device),
-            # What an online teacher gave is on its device already.
-            targets=self.targets.torch(device)
-            if isinstance(self.targets, SparseTargets | Ensemble)
-            else self.targets,
+            targets=None if self.targets is None else self.targets.torch(device),
         )
 
 
@@ -328,18 +327,20 @@ def micro_batch(
     valid_N = labels_N != -100
     targets: Targets | None = None
     if with_targets:
-        targets = joined([s["targets"] for s in samples])
+        parts = [s["targets"] for s in samples]
         if stores[0].other_teachers:
-            assert isinstance(targets, SparseTargets)
-            targets = _of_all_teachers(stores[0], targets, names, valid_N)
+            targets = _of_all_teachers(stores[0], parts, names, valid_N)
+        else:
+            targets = joined(parts)
     return MicroBatch(
         names=names,
         tokens_BT=np.stack([s["tokens"] for s in samples]),
         documents=[s["documents"] for s in samples],
         labels_N=labels_N,
         targets=targets,
-        kd_count=0 if targets is None else int((valid_N & has_targets(targets)).sum()),
+        kd_count=0 if targets is None else int((valid_N & targets.has_targets()).sum()),
         ce_count=int(valid_N.sum()),
+        kd_entropy=0.0 if targets is None else targets.entropy_sum(valid_N),
         padding_B=np.array([int(s.get("padding", 0)) for s in samples], np.int64),
     )
 
@@ -383,13 +384,17 @@ def _empty(part: SparseTargets, way: tuple[str, float]) -> SparseTargets:
 
 
 def _of_all_teachers(
-    store: TrainingSource, targets: SparseTargets, names: list[tuple[int, int]], valid_N: np.ndarray
+    store: TrainingSource,
+    parts: list[SparseTargets],
+    names: list[tuple[int, int]],
+    valid_N: np.ndarray,
 ) -> Ensemble:
     """Returns the targets of all teachers for the same sequences. StoreError if they do not fit."""
-    members = [targets]
+    targets = concatenate([_without_notes(part) for part in parts])
+    members: list[Member] = [targets]
     for other in store.other_teachers:
         theirs = concatenate([_without_notes(other[i]["targets"]) for _, i in names])
-        if (valid_N & (has_targets(theirs) != has_targets(targets))).any():
+        if (valid_N & (theirs.has_targets() != targets.has_targets())).any():
             raise StoreError(
                 f"{other.key}: {other.name} has targets at other positions than {store.name}, in "
                 f"one of the sequences {', '.join(str(i) for _, i in sorted(names))}: generate "

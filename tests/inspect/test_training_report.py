@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megadistill.errors import TrainError
-from megadistill.inspect.training_plots import _running_mean, _thinned, plot_runs
+from megadistill.inspect.training_plots import PANELS, _curve, _running_mean, _thinned, plot_runs
 from megadistill.inspect.training_report import (
     held_out_table,
     read_run,
@@ -18,10 +18,22 @@ from megadistill.inspect.training_report import (
 from megadistill.storage.records import encode_json
 
 
-def make_run(folder, *, steps=20, planned=20, seed=0, evaluations=(5, 10, 20), skipped=()):
+def make_run(
+    folder,
+    *,
+    steps=20,
+    planned=20,
+    seed=0,
+    evaluations=(5, 10, 20),
+    skipped=(),
+    method="topk",
+    kl=None,
+):
     """A run's folder as training leaves it, with curves that fall."""
     folder.mkdir(parents=True)
-    (folder / "run.json").write_bytes(encode_json({"train": {"steps": planned}}))
+    (folder / "run.json").write_bytes(
+        encode_json({"cache": {"0": {"recipe": {"method": method}}}, "train": {"steps": planned}})
+    )
     rng = np.random.default_rng(seed)
     lines = []
     for step in range(1, steps + 1):
@@ -39,6 +51,8 @@ def make_run(folder, *, steps=20, planned=20, seed=0, evaluations=(5, 10, 20), s
             "data_s": 0.0,
             "step_s": 1.8,
         }
+        if kl is not None:
+            record["kl"] = kl + 1 / step
         if step in skipped:
             record |= {"loss": None, "kd_loss": None, "ce_loss": None, "grad_norm": None}
             record |= {"skipped": True}
@@ -171,6 +185,34 @@ def test_panels_without_figures_and_panels_that_repeat_another_are_left_out(tmp_
     heights = [ink(plot_runs(runs, tmp_path / "p.png"))[0].shape[0] for runs in (bare, full)]
     # loss (kd_loss is the same), ce_loss, norm, lr, speed: 3 rows of 2. With held-out: 9, 5 rows.
     assert heights[1] / heights[0] == pytest.approx((5 * 3.1 + 0.8) / (3 * 3.1 + 0.8), rel=0.01)
+
+
+def test_a_cross_entropy_and_a_divergence_are_never_in_one_panel(tmp_path):
+    runs = read_runs(
+        [
+            make_run(tmp_path / "listed", kl=0.5),
+            make_run(tmp_path / "sampled", method="varopt", kl=0.4, seed=1),
+            make_run(tmp_path / "older", method="multinomial", seed=2),
+        ]
+    )
+    shown = {
+        panel.title: [run.name for run in runs if _curve(panel, run)[1]]
+        for panel in PANELS
+        if panel.source == "steps" and panel.key in ("kl", "kd_loss")
+    }
+    assert shown == {
+        "Training: KL to the teacher": ["listed", "sampled"],
+        "Training: divergence that is distilled by": ["listed"],
+        "Training: cross-entropy with sampled targets": ["sampled", "older"],
+    }
+    assert plot_runs(runs, tmp_path / "p.png").stat().st_size > 10_000
+    titles, *rows = cells(run_table(runs))
+    recent = 0.5 + (1 / 19 + 1 / 20) / 2
+    assert [row[titles.index("KL to teacher")] for row in rows] == [
+        f"{recent:.4f}",
+        f"{recent - 0.1:.4f}",
+        "-",
+    ]
 
 
 def test_many_runs_and_runs_without_a_finite_number_are_drawn_without_a_warning(tmp_path):

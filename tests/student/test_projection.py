@@ -4,12 +4,8 @@ import pytest
 import torch
 
 from megadistill.student.head import DistillationHead
-from megadistill.student.projection import (
-    ProjectedTargets,
-    Projector,
-    initial_projection,
-    projection_sums,
-)
+from megadistill.student.projection import Projector, initial_projection, projection_sums
+from megadistill.targets.projected import ProjectedTargets
 
 N, H, S, V = 12, 10, 6, 40
 
@@ -78,6 +74,6 @@ def test_neither_side_moves_what_the_other_learns(settings, normalizer):
     assert (terms.kd_count, terms.ce_count) == (int(both.sum()), int(labelled.sum()))
     # The opinion's logits are made in float32, as all of a teacher's are.
     torch.testing.assert_close(terms.loss.double(), loss.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(terms.projector, own.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(terms.sums["projector"], own.detach(), rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(found, (ours, weight, bias, matrix), strict=True):
         torch.testing.assert_close(mine, theirs.grad, rtol=1e-5, atol=1e-6)

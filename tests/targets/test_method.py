@@ -20,7 +20,7 @@ NAMED_IN = {
     "config/generating.py": {"varopt"},
     "config/held_out.py": {"topk"},
     "config/rules.py": {"topk"},
-    "teacher/dense.py": {"exact", "union"},
+    "targets/dense.py": {"exact", "union"},
 }
 PARAMETERS = {
     "varopt": {"tau": 0.06},

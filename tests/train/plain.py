@@ -37,18 +37,19 @@ def clip_and_step(optimizer, model, loss, step, settings):
     return norm
 
 
-def optimizer_and_order(config, model, cache):
-    """AdamW, with decay on matrices alone, and the order of the run that `config` says."""
+def optimizer_and_order(config, model, cache, make=None):
+    """AdamW, with decay on matrices alone, and the order of the run that `config` says.
+
+    make: another optimizer over these groups.
+    """
     settings = config.train
     groups = [[p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": groups[0], "weight_decay": settings.weight_decay},
-            {"params": groups[1], "weight_decay": 0.0},
-        ],
-        betas=settings.betas,
-        lr=settings.lr,
-    )
+    groups = [
+        {"params": groups[0], "weight_decay": settings.weight_decay},
+        {"params": groups[1], "weight_decay": 0.0},
+    ]
+    adamw = {"betas": settings.betas, "lr": settings.lr}
+    optimizer = make(groups) if make else torch.optim.AdamW(groups, **adamw)
     order = Order(
         [len(cache)],
         block_size=8,
@@ -60,7 +61,7 @@ def optimizer_and_order(config, model, cache):
     return optimizer, order
 
 
-def plain_steps(config):
+def plain_steps(config, make=None):
     """[loss, gradient norm] of each step, and the parameters, of the run that `config` says.
 
     Of an ensemble the loss is the mean of those from each cache, by weights.
@@ -70,7 +71,7 @@ def plain_steps(config):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings, cache = config.train, open_cache(config.cache.dir)
     teachers = [(cache, 1.0), *((open_cache(c.dir), c.weight) for c in config.cache.ensemble)]
-    optimizer, order = optimizer_and_order(config, model, cache)
+    optimizer, order = optimizer_and_order(config, model, cache, make)
     results = []
     for step in range(settings.steps):
         samples = [cache[i] for _, i in order.batch(step)]
@@ -87,7 +88,9 @@ def plain_steps(config):
                 model.lm_head.weight,
                 targets,
                 torch.as_tensor(labels_N),
-                **config.loss.model_dump(exclude={"memory_budget", "curriculum", *FEATURES}),
+                **config.loss.model_dump(
+                    exclude={"memory_budget", "curriculum", "options", *FEATURES}
+                ),
             )
             loss += weight / sum(w for _, w in teachers) * loss_from_it
         if not loss.isfinite():

@@ -46,6 +46,10 @@ def aligned(pair):
     return train(aligning(pair, "aligned"), 2)
 
 
+def relative_error(ours_MS, theirs_MH):
+    return ((ours_MS - theirs_MH).square().sum(1) / theirs_MH.square().sum(1)).mean()
+
+
 def layers_of(model, inputs):
     """(hidden states by layer, from 1; attention by layer; logits) as transformers gives them."""
     given = model(**inputs, output_hidden_states=True, output_attentions=True)
@@ -91,9 +95,7 @@ def test_it_is_what_a_plain_torch_loop_does(pair, aligned):
         p, q = (z.flatten(0, 1)[valid].log_softmax(1) for z in (logits, our_logits))
         kd, ce = (p.exp() * (p - q)).sum(1).mean(), -q.gather(1, labels_N[valid][:, None]).mean()
         hidden = sum(
-            (ours[s].flatten(0, 1)[valid] @ matrix.T - theirs[t].flatten(0, 1)[valid])
-            .square()
-            .mean()
+            relative_error(ours[s].flatten(0, 1)[valid] @ matrix.T, theirs[t].flatten(0, 1)[valid])
             / 2
             for matrix, (t, s) in zip(matrices, [(0, 1), (1, 2)], strict=True)
         )

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megadistill.student.loss.divergences import Buckets, Divergence, divergence_terms
+from megadistill.student.loss.divergences import Buckets, ChosenDivergence
 from megadistill.student.loss.row_kernel import Entries, RowLosses, Terms, distill_rows
 from megadistill.student.loss.softmax import softmax_stats
 from megadistill.targets.distributions import columns_near_the_top
@@ -47,7 +47,7 @@ def distill_dense(
     for part in _columns(z_CV, terms.divergence):
         log_p_CW, log_q_CW = log_p_CV[:, part], scratch_CV[:, part]
         buckets = Buckets(log_p_CW.exp(), log_q_CW.exp(), log_p_CW, log_q_CW)
-        value_CW, slope_CW = divergence_terms(terms.divergence, buckets, has_tail=False)
+        value_CW, slope_CW = terms.divergence.terms(buckets, has_tail=False)
         value_C += value_CW.sum(1)
         total_C += slope_CW.sum(1)
         log_p_CW.copy_(slope_CW)
@@ -60,13 +60,13 @@ def distill_dense(
     return dataclasses.replace(losses, kd=value_C if has_C is None else value_C * has_C)
 
 
-def _columns(z_CV: torch.Tensor, divergence: Divergence) -> Iterator[slice]:
+def _columns(z_CV: torch.Tensor, divergence: ChosenDivergence) -> Iterator[slice]:
     """Columns of so few at a time that what is made of them stays in the cache.
 
-    A divergence goes through its rows some thirty times. adaptive_kl looks at a row as a whole.
+    A divergence goes through its rows some thirty times. Some look at a row as a whole.
     """
     C, V = z_CV.shape
-    some = V if divergence.name == "adaptive_kl" else max(1, TILE[z_CV.is_cuda] // max(C, 1))
+    some = V if divergence.kind.whole_rows else max(1, TILE[z_CV.is_cuda] // max(C, 1))
     return (slice(first, min(first + some, V)) for first in range(0, V, some))
 
 

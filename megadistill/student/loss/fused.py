@@ -32,10 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from megadistill.student.calibration import BINS, calibration_bins
 from megadistill.student.loss.dense_divergence import distill_dense, union_entries
-from megadistill.student.loss.ensemble import Member
 from megadistill.student.loss.row_kernel import Entries, RowLosses, Terms, distill_rows
-from megadistill.targets import SparseTargets
-from megadistill.teacher.dense import DenseTargets
+from megadistill.targets.kinds import Member
 
 MODES = ("forward", "recompute")
 # 256 MiB of float32 logits. At H = 1024, V = 32,768 on one core, N = 2048 positions took in their
@@ -59,7 +57,8 @@ class TeacherTerm:
     @property
     def is_whole(self) -> bool:
         """Whether whole distributions are compared."""
-        return isinstance(self.targets, DenseTargets) and self.targets.k is None
+        dense = self.targets.dense
+        return dense is not None and dense.k is None
 
     def terms(self, terms: Terms, *, first: bool) -> Terms:
         """Returns the terms of the teacher's pass over the logits; hard ones only for the first."""
@@ -148,13 +147,14 @@ class FusedDistillation(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if ctx.mode == "recompute":
             wanted = ctx.needs_input_grad[:3]
+            # float() waits for the device, once a backward pass.
             _, grads = run_chunks(
                 ctx.saved_tensors, ctx.chunks, wanted=wanted, factor=float(grad_loss)
             )
             return *grads, None, None
         grads = ctx.saved_tensors
         grad_loss = grad_loss * ctx.later
-        if grad_loss != 1:
+        if grad_loss != 1:  # the host waits here for the forward pass on the device
             for grad in grads:
                 if grad is not None:
                     # In place: at V = 128k a second [V, H] costs 2 GB.
@@ -181,6 +181,8 @@ def run_chunks(
     if bias_V is not None and wanted[2]:
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide)
 
+    # All [C, V] memory of the pass, made here once: allocating it in each chunk would let the
+    # allocator keep several.
     buffers = _Buffers.of(hidden_NH, weight_VH, chunks)
     terms, softcap = chunks.terms, chunks.softcap
     # d loss / d (hidden @ weight.T + bias) carries the logit scale once.
@@ -188,6 +190,8 @@ def run_chunks(
     scaled = dataclasses.replace(
         terms, kd=terms.kd * factor, ce=terms.ce * factor, z=terms.z * factor
     )
+    # Sums stay on the device, in float64, so that no chunk makes the host wait; the loop over
+    # micro-batches reads them once. A few float64 additions a chunk cost nothing on a GPU either.
     kd, ce, z = hidden_NH.new_zeros(3, dtype=torch.float64)
     agreed = torch.zeros_like(kd, dtype=torch.int64)
     calibration_M3 = kd.new_zeros(BINS, 3)
@@ -199,11 +203,14 @@ def run_chunks(
         _logits(hidden_CH, weight_VH, bias_V, chunks.logit_scale, all_CV)
         z_CV, slope_CV = mine.logits, mine.slopes
         if softcap is not None and slope_CV is not None:
+            # The cap's derivative, 1 - tanh^2, is kept: after the row kernel z holds a gradient and
+            # no logits to compute it from.
             z_CV.div_(softcap).tanh_()
             torch.square(z_CV, out=slope_CV).neg_().add_(1)
             z_CV.mul_(softcap)
         labels_C = chunks.labels_N[rows]
         best_C = z_CV.argmax(1) if chunks.agreement or chunks.calibration else labels_C
+        # From here on z is the gradient by the logits, its weights and normalizers included.
         losses, top_C = _losses(mine, rows, scaled, chunks)
         if top_C is not None:
             agreed += top_C.eq(best_C).sum()
@@ -214,6 +221,7 @@ def run_chunks(
             calibration_M3 += calibration_bins(losses.top_prob, best_C == labels_C)
         if slope_CV is not None:
             z_CV.mul_(slope_CV)
+        # Columns of padding hold logits still; the products below take in whole rows.
         all_CV[:, vocab:].zero_()
         if grad_hidden_NH is not None:
             torch.mm(all_CV.to(weight_VH.dtype), weight_VH, out=grad_hidden_NH[rows])
@@ -250,7 +258,7 @@ class _Buffers:
         return cls(
             logits,
             slopes=buffer(chunks.softcap is not None),
-            dense=buffer(any(isinstance(t.targets, DenseTargets) for t in teachers)),
+            dense=buffer(any(t.targets.dense is not None for t in teachers)),
             scratch=buffer(any(t.is_whole or t.made_at != 1 for t in teachers)),
             again=buffer(len(teachers) > 1),
             work=buffer(len(teachers) > 2),
@@ -334,20 +342,22 @@ def _pass(
 ) -> tuple[RowLosses, torch.Tensor | None]:
     """Returns a teacher's losses of a chunk and its most probable ids; z becomes the gradient."""
     scratch_CV = buffers.scratch
-    if isinstance(targets, SparseTargets):
-        entries = Entries.of(targets, z_CV.dtype)
+    if targets.listed is not None:
+        entries = Entries.of(targets.listed, z_CV.dtype)
         top_C = entries.top_id() if agreement else None
         return distill_rows(z_CV, entries, labels_C, terms, scratch_CV=scratch_CV), top_C
+    dense = targets.dense
+    assert dense is not None
     assert buffers.dense is not None
-    log_p_CV = targets.log_probs(temperature=terms.temperature, out_CV=buffers.dense)
+    log_p_CV = dense.log_probs(temperature=terms.temperature, out_CV=buffers.dense)
     top_C = log_p_CV.argmax(1) if agreement else None
-    if targets.k is None:
+    if dense.k is None:
         assert scratch_CV is not None
         losses = distill_dense(
-            z_CV, log_p_CV, labels_C, terms, scratch_CV=scratch_CV, has_C=targets.has_N
+            z_CV, log_p_CV, labels_C, terms, scratch_CV=scratch_CV, has_C=dense.has_N
         )
         return losses, top_C
-    entries = union_entries(z_CV, log_p_CV, targets.k)
+    entries = union_entries(z_CV, log_p_CV, dense.k)
     return distill_rows(z_CV, entries, labels_C, terms, scratch_CV=scratch_CV), top_C
 
 

@@ -1,4 +1,4 @@
-"""Sparse targets of torch tensors, made anew: rows taken out, the tail put on the true token.
+"""Sparse targets with the mass that they leave out put on the true token.
 
 Shapes: N positions, E entries.
 """
@@ -10,22 +10,6 @@ import dataclasses
 import torch
 
 from megadistill.targets import SparseTargets
-
-
-def take_rows(targets: SparseTargets, rows: torch.Tensor) -> SparseTargets:
-    """The targets of the given positions only (ids, weights and tail; nothing else is needed)."""
-    counts = targets.counts[rows]
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    entries = torch.arange(int(offsets[-1]), device=counts.device)
-    entries += torch.repeat_interleave(targets.offsets[:-1][rows] - offsets[:-1], counts)
-    return SparseTargets(
-        offsets,
-        targets.ids[entries],
-        targets.weights[entries],
-        targets.tail[rows],
-        targets.method,
-        targets.temperature,
-    )
 
 
 def assign_tail_to_label(targets: SparseTargets, labels_N: torch.Tensor) -> SparseTargets:

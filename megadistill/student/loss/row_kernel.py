@@ -24,11 +24,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megadistill.student.loss.divergences import Buckets, Divergence, divergence_terms
+from megadistill.student.loss.divergences import Buckets, ChosenDivergence
+from megadistill.student.loss.divergences.kl import FORWARD_KL
 from megadistill.student.loss.softmax import Norm, softmax_scale, softmax_stats
 from megadistill.targets import SparseTargets
 
-FORWARD_KL = Divergence()
+_FORWARD_KL = ChosenDivergence(FORWARD_KL, {})
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Terms:
     temperature: float = 1.0
     made_at: float = 1.0
     label_smoothing: float = 0.0
-    divergence: Divergence = FORWARD_KL
+    divergence: ChosenDivergence = _FORWARD_KL
 
     def hard(self, norm: Norm) -> torch.Tensor:
         """[C]: what the softmax at temperature 1 is multiplied by."""
@@ -127,6 +128,9 @@ def distill_rows(
     truth_C = z_CV.gather(1, labels_C[:, None])[:, 0]
     mean_C = z_CV.mean(1) if smoothing else truth_C
 
+    # z is [C, V], up to 256 MiB: reading and writing it is most of the cost of this function, so
+    # every branch goes through it as often as its number of softmaxes needs, and all else is [C]
+    # or [E]. Nothing here asks a value of the device: the host only queues work.
     if entries is None:
         norm = softmax_stats(z_CV)
         kd_C = torch.zeros_like(truth_C)
@@ -134,6 +138,7 @@ def distill_rows(
     elif terms.made_at == 1:
         kd_C, norm = _distil(z_CV, entries, terms, terms.kd, hard=True)
     else:
+        # Two softmaxes of one row, at T and at 1, cannot share a buffer: one more [C, V], 5 passes.
         assert scratch_CV is not None
         norm = softmax_stats(scratch_CV.copy_(z_CV))
         softmax_scale(scratch_CV, norm, terms.hard(norm))
@@ -143,6 +148,7 @@ def distill_rows(
 
     if terms.ce:
         if smoothing:
+            # The smoothed label has mass at every id, so its gradient is one more pass.
             z_CV.sub_(terms.ce * smoothing / vocab)
         correction_C1 = torch.full_like(truth_C, -terms.ce * (1 - smoothing))[:, None]
         z_CV.scatter_add_(1, labels_C[:, None], correction_C1)
@@ -163,6 +169,8 @@ def _distil(
     if entries.sampled:
         return _sampled(z_CV, entries, terms, kd, hard=hard)
     cells = (entries.row_E, entries.id_E)
+    # Listed logits move to a table of [C, K], some kB, and leave -inf, so that the pass over V
+    # below gives the tail's own log-sum-exp in nats, at no further cost.
     z_CK = entries.table(z_CV[cells], -torch.inf)
     z_CV[cells] = -torch.inf
     unlisted = softmax_stats(z_CV)
@@ -174,11 +182,13 @@ def _distil(
     # Without unlisted ids there is no tail, and what rounding left in it has nowhere to go.
     p_tail_C = torch.where(entries.listed_C == z_CV.shape[1], 0.0, entries.tail_C)
     p_CB = torch.cat([entries.table(entries.weight_E, 0.0), p_tail_C[:, None]], 1)
+    # From here on all is [C, B], B some dozens: what a divergence does costs next to nothing.
     student = Buckets.of(p_CB, z_CB - norm.total_C.log()[:, None])
     power = terms.made_at / terms.temperature
     compared = student if power == 1 else student.softened(power)
 
-    value_CB, slope_CB = divergence_terms(terms.divergence, compared)
+    value_CB, slope_CB = terms.divergence.terms(compared)
+    # Through the softmax. 1 / T of `softened` is power, by the chain rule; another 1 / T is in kd.
     gradient_CB = slope_CB - compared.q * slope_CB.sum(1, keepdim=True)
     has_targets_C1 = entries.listed_C[:, None] > 0
     gradient_CB = torch.where(has_targets_C1, kd * power * gradient_CB, 0.0)
@@ -197,6 +207,7 @@ def _sampled(
     norm = softmax_stats(z_CV)
     log_q_E = z_E - norm.top_C[entries.row_E] - norm.total_C.log()[entries.row_E]
     kd_C = -entries.sum(torch.where(weight_E > 0, weight_E * log_q_E, 0.0))
+    # kd * (sum(w) softmax - w): weights of a row sum to 1 as drawn, and to nearly 1 as decoded.
     softmax_C = kd * entries.sum(weight_E)
     if hard:
         softmax_C = softmax_C + terms.hard(norm)

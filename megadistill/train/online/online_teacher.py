@@ -31,7 +31,7 @@ from megadistill.models.layers import watched
 from megadistill.parallel import Mesh, Unjoined
 from megadistill.student.features import FeaturePlan, Features
 from megadistill.targets import SparseTargets, find_method
-from megadistill.teacher.dense import DenseTargets
+from megadistill.targets.dense import DenseTargets
 from megadistill.teacher.engine import Teacher, load_teacher
 from megadistill.teacher.select import selection
 from megadistill.train.online.projected_teacher import Tokenizers, projected
@@ -121,7 +121,8 @@ class OnlineTeacher:
         targets = self._select(hidden_NH, labels_N, keys_N2).rows(mine.start, mine.stop)
         valid_N = torch.as_tensor(batch.labels_N != -100, device=targets.counts.device)
         count = int((valid_N & (targets.counts > 0)).sum())
-        return replace(batch, targets=targets, kd_count=count)
+        entropy = targets.entropy_sum(valid_N)
+        return replace(batch, targets=targets, kd_count=count, kd_entropy=entropy)
 
     def _asked(
         self, tokens_BT: np.ndarray, documents: list[np.ndarray]
@@ -143,7 +144,10 @@ class OnlineTeacher:
     ) -> SparseTargets:
         """The targets of all that the group pooled; every rank of it takes part in every row."""
         device = self.teacher.device
-        settings = selection(self._config.targets) | {"entropy": False, "nll": False}
+        # The entropy turns the cross-entropy that sampled targets are trained with into a KL to
+        # show, for one more pass over the teacher's logits.
+        sampled = find_method(self._config.targets.method).sampled
+        settings = selection(self._config.targets) | {"entropy": sampled, "nll": False}
         return self.teacher.head.targets(
             hidden_NH,
             torch.as_tensor(labels_N, device=device),

@@ -21,7 +21,8 @@ from megadistill.data.tokenizer import count_ids, load_tokenizer, open_tokenizer
 from megadistill.errors import TeacherError
 from megadistill.parallel import Mesh
 from megadistill.student.model import Student
-from megadistill.student.projection import ProjectedTargets, initial_projection, projection_sums
+from megadistill.student.projection import initial_projection, projection_sums
+from megadistill.targets.projected import ProjectedTargets
 from megadistill.teacher.engine import Teacher
 
 

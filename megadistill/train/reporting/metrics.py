@@ -23,17 +23,22 @@ QUIET_S = 10.0  # without a terminal: seconds between lines
 
 
 def step_line(record: dict[str, Any], steps: int) -> str:
-    """Returns a readable line for one step."""
-    kd = "" if record["kd_loss"] is None else f"  kd {record['kd_loss']:.4f}"
-    learned = "".join(
-        f"  {name} {record[f'{name}_loss']:.4f}"
-        for name in ("projector", "hidden", "attention")
-        if f"{name}_loss" in record
-    )
+    """Returns a readable line for one step.
+
+    In place of kd_loss stands the KL to the teacher where it is known: from sampled targets kd_loss
+    is a cross-entropy, above it by the teacher's entropy.
+    """
+    losses = {
+        key.removesuffix("_loss"): value
+        for key, value in record.items()
+        if key.endswith("_loss") and value is not None
+    }
+    if "kl" in record:
+        losses = {"kl": record["kl"]} | {k: v for k, v in losses.items() if k != "kd"}
+    terms = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
     teacher = f"  teacher {record['teacher_s']:.3f} s" if "teacher_s" in record else ""
     return (
-        f"step {record['step']}/{steps}  loss {record['loss']:.4f}{kd}  ce {record['ce_loss']:.4f}"
-        f"{learned}"
+        f"step {record['step']}/{steps}  loss {record['loss']:.4f}{terms}"
         f"  lr {record['lr']:.2e}  |g| {record['grad_norm']:.3f}"
         f"  {record['tokens_per_s'] / 1e3:.1f}k tok/s  data {record['data_s']:.3f} s"
         f"{teacher}  step {record['step_s']:.3f} s{readings_line(record)}"

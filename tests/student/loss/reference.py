@@ -124,6 +124,8 @@ def naive_divergence(name, p, q, *, beta=0.5, alpha=0.1, head_mass=0.5):
         return kl(q, alpha * q + (1 - alpha) * p)
     if name == "tvd":
         return (p - q).abs().sum() / 2
+    if name == "hellinger":  # of tests/train/outside.py
+        return (p.sqrt() - q.sqrt()).square().sum() / 2
     assert name == "adaptive_kl"
     share = naive_head_share(p, q, head_mass)
     return share * kl(p, q) + (1 - share) * kl(q, p)

@@ -7,10 +7,11 @@ import torch
 
 from megadistill.errors import ConfigError
 from megadistill.student.head import distillation_terms
-from megadistill.targets import DIVERGENCES, SparseTargets
+from megadistill.targets import SparseTargets
+from megadistill.targets.dense import DenseTargets
 from megadistill.targets.distributions import VocabularySlice
+from megadistill.targets.divergence_registry import DIVERGENCES
 from megadistill.teacher.chunked_head import TeacherHead
-from megadistill.teacher.dense import DenseTargets
 from tests.student.loss.reference import dense_terms
 
 N, H, V, TEACHER_H = 11, 8, 53, 12
@@ -97,7 +98,7 @@ def check(
 
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", DIVERGENCES.names())
 def test_a_whole_distribution_is_what_listing_every_id_is(divergence, temperature, mode):
     hidden_NH, weight_VH, targets, labels_N = case(seed=1)
     log_p_NV = log_probs(targets, temperature)
@@ -122,7 +123,7 @@ def test_a_whole_distribution_is_what_listing_every_id_is(divergence, temperatur
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 5, 40, V])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", DIVERGENCES.names())
 def test_a_union_is_what_listing_its_ids_is(divergence, k, temperature):
     hidden_NH, weight_VH, targets, labels_N = case(seed=2, k=k)
     log_p_NV = log_probs(targets, temperature)
@@ -171,7 +172,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     hidden_NH, weight_VH, _, labels_N = case(seed=4)
     head = TeacherHead(weight_VH.detach(), VocabularySlice(0, V))
     for k in (None, 5):
-        for divergence in DIVERGENCES:
+        for divergence in DIVERGENCES.names():
             same = DenseTargets(hidden_NH.detach(), head, k)
             terms = distillation_terms(hidden_NH, weight_VH, same, labels_N, divergence=divergence)
             assert 0 <= terms.kd_sum < 1e-5

@@ -5,20 +5,17 @@ import math
 import pytest
 import torch
 
-from megadistill.student.loss.divergences import (
-    TINY,
-    Buckets,
-    Divergence,
-    divergence_terms,
-    head_weight,
-    kl_terms,
-    log_mixture_ratio,
-)
+from megadistill.errors import ConfigError
+from megadistill.student.loss.divergences import Buckets, ChosenDivergence, divergence_of
+from megadistill.student.loss.divergences.adaptive_kl import head_weight
+from megadistill.student.loss.divergences.divergence import TINY, kl_terms, log_mixture_ratio
 from megadistill.student.loss.row_kernel import Entries, Terms, distill_rows
-from megadistill.targets import DIVERGENCES, SparseTargets
+from megadistill.targets import SparseTargets
+from megadistill.targets.divergence_registry import DIVERGENCES
 from tests.student.loss.reference import naive_divergence
 
 CASES, WIDEST = 10_000, 40
+NAMES = DIVERGENCES.names()
 NOISES = (0.0, 1e-6, 1e-3, 1.0, 30.0)
 
 
@@ -60,14 +57,14 @@ class Generated:
             method="topk",
         )
 
-    def values(self, kind: Divergence, student: torch.Tensor, terms: Terms | None = None):
+    def values(self, kind: ChosenDivergence, student: torch.Tensor, terms: Terms | None = None):
         """(value by row, gradient by logit)."""
         terms = terms or Terms(kd=1.0, ce=0.0, divergence=kind)
         z = student.clone()
         entries = Entries.of(self.targets, z.dtype)
         return distill_rows(z, entries, self.label, terms).kd, z
 
-    def reference(self, kind: Divergence):
+    def reference(self, name: str):
         """Values in float64, naively; a p that float32 cannot hold is the least normal one."""
         q = self.student.double().softmax(1).gather(1, self.ids)
         q_tail = torch.where(self.listed, 0.0, q).sum(1)
@@ -76,7 +73,7 @@ class Generated:
             k, there = int(self.k[n]), slice(None if self.tail[n] else -1)
             p_n = torch.cat([self.p[n, :k], self.tail[n : n + 1]]).clamp_min(TINY)[there]
             q_n = torch.cat([q[n, :k], q_tail[n : n + 1]])[there]
-            found.append(float(naive_divergence(kind.name, p_n, q_n)))
+            found.append(float(naive_divergence(name, p_n, q_n)))
         return torch.tensor(found, dtype=torch.float64)
 
 
@@ -85,11 +82,11 @@ def generated() -> Generated:
     return Generated()
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parameter", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_divergence_is_negative_and_equal_sides_are_at_zero(generated, name, parameter, dtype):
-    kind = Divergence(name, parameter, parameter, parameter)
+    kind = divergence_of(name, beta=parameter, alpha=parameter, head_mass=parameter)
     value, gradient = generated.values(kind, generated.student.to(dtype))
     assert value.isfinite().all()
     assert gradient.isfinite().all()
@@ -102,9 +99,9 @@ def test_no_divergence_is_negative_and_equal_sides_are_at_zero(generated, name, 
     assert value[~generated.equal].max() > 0.1
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shift_of_the_logits_changes_nothing(generated, name):
-    kind = Divergence(name)
+    kind = divergence_of(name)
     value, gradient = generated.values(kind, generated.student)
     for shift in (-64.0, 100.0):
         moved, moved_gradient = generated.values(kind, generated.student + shift)
@@ -112,11 +109,11 @@ def test_a_shift_of_the_logits_changes_nothing(generated, name):
         torch.testing.assert_close(moved_gradient, gradient, rtol=5e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_peaked_rows_are_right_where_one_minus_the_listed_mass_would_fail(generated, name):
-    kind = Divergence(name)
+    kind = divergence_of(name)
     value, _ = generated.values(kind, generated.student)
-    reference = generated.reference(kind)
+    reference = generated.reference(name)
     q = generated.student.softmax(1).gather(1, generated.ids)
     remainder = 1 - torch.where(generated.listed, q, 0.0).sum(1)
     has_tail = generated.k < generated.size
@@ -150,11 +147,11 @@ def row_problem(counts=(3, 1, 7, 5), vocab=9):
 
 def rows_of(name, targets, labels, z_CV):
     z_CV = z_CV.clone()
-    terms = Terms(kd=1.0, ce=0.0, divergence=Divergence(name))
+    terms = Terms(kd=1.0, ce=0.0, divergence=divergence_of(name))
     return distill_rows(z_CV, Entries.of(targets, z_CV.dtype), labels, terms).kd, z_CV
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite_differences_adaptive_weights_held(name):
     targets, z_CV, labels = row_problem()
     share = None
@@ -185,21 +182,29 @@ def test_skewed_and_jensen_shannon_tend_to_forward_and_reverse():
     q = torch.tensor([[0.2, 0.2, 0.2, 0.4]], dtype=torch.float64)
     both = Buckets.of(p, q.log())
 
-    def value(*kind):
-        return float(divergence_terms(Divergence(*kind), both)[0].sum())
+    def value(name, **parameters):
+        return float(divergence_of(name, **parameters).terms(both)[0].sum())
 
-    assert value("skewed_kl", 0.5, 1e-9) == pytest.approx(value("forward_kl"), rel=1e-6)
-    assert value("skewed_reverse_kl", 0.5, 1e-9) == pytest.approx(value("reverse_kl"), rel=1e-6)
-    assert value("jsd", 1e-9) / 1e-9 == pytest.approx(value("forward_kl"), rel=1e-6)
-    assert value("jsd", 1 - 1e-9) / 1e-9 == pytest.approx(value("reverse_kl"), rel=1e-5)
+    ahead, back = value("forward_kl"), value("reverse_kl")
+    assert value("skewed_kl", alpha=1e-9) == pytest.approx(ahead, rel=1e-6)
+    assert value("skewed_reverse_kl", alpha=1e-9) == pytest.approx(back, rel=1e-6)
+    assert value("jsd", beta=1e-9) / 1e-9 == pytest.approx(ahead, rel=1e-6)
+    assert value("jsd", beta=1 - 1e-9) / 1e-9 == pytest.approx(back, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+def test_options_are_for_divergences_of_other_distributions():
+    with pytest.raises(ConfigError, match=r"^loss.options.beta: no such parameter of j"):
+        divergence_of("jsd", options={"beta": 0.1})
+    with pytest.raises(ConfigError, match=r"^loss.divergence: 'kl' is no divergence that is inst"):
+        divergence_of("kl")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_buckets_that_one_side_lacks_cost_what_the_formula_says(name):
     # The teacher lacks the second bucket, the student the third; the fourth, a filler, lacks both.
     p = torch.tensor([[0.75, 0.0, 0.25, 0.0, 0.0]])
     log_q = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]]).log()
-    value, slope = divergence_terms(Divergence(name), Buckets.of(p, log_q))
+    value, slope = divergence_of(name).terms(Buckets.of(p, log_q))
     assert (value >= 0).all()
     assert slope.isfinite().all()
     assert value[0, 3:].abs().max() == slope[0, 3:].abs().max() == 0

@@ -8,9 +8,9 @@ import torch
 from megadistill.api.fused_loss import fused_linear_distillation
 from megadistill.errors import ConfigError
 from megadistill.student.head import distillation_terms
-from megadistill.student.loss.ensemble import Ensemble
+from megadistill.targets.dense import DenseTargets
+from megadistill.targets.ensemble import Ensemble
 from megadistill.teacher.chunked_head import TeacherHead, VocabularySlice
-from megadistill.teacher.dense import DenseTargets
 from tests.allocation import AllocationWatch
 from tests.cache.targets import METHODS, SAMPLED
 from tests.student.loss.reference import random_targets
@@ -69,7 +69,7 @@ def check_sum(members, weights, **options):
     kd_sum = sum(share * terms.kd_sum for share, (terms, _) in zip(shares, alone, strict=True))
     close(found.loss, sum(terms.loss for terms, _ in alone))
     close(found.kd_sum, kd_sum)
-    close([found.ce_sum, found.z_sum], [first.ce_sum, first.z_sum])
+    close([found.ce_sum, found.sums["z"]], [first.ce_sum, first.sums["z"]])
     close(grads, [sum(each) for each in zip(*(theirs for _, theirs in alone), strict=True)])
     assert (found.kd_count, found.ce_count) == (first.kd_count, first.ce_count)
     assert found.agreed == first.agreed
@@ -156,10 +156,10 @@ def test_its_rows_are_those_of_every_teacher():
     whole = Ensemble.of([targets_of("topk", 1), targets_of("varopt", 2)], [1.0, 1.0])
     assert len(whole) == len(COUNTS)
     picked = torch.tensor([1, 3, 4])
-    for part in (whole.rows(2, 6), whole.take(picked), whole.torch("cpu")):
-        assert len({len(part), *map(len, part.members)}) == 1
+    for part in (whole.take(picked), whole.torch("cpu")):
+        assert len({len(part), *map(len, part.teachers)}) == 1
         assert part.shares == (0.5, 0.5)
-    for member, of_all in zip(whole.take(picked).members, whole.members, strict=True):
+    for member, of_all in zip(whole.take(picked).teachers, whole.teachers, strict=True):
         assert torch.equal(member.counts, of_all.counts[picked])
 
 

@@ -10,12 +10,23 @@ Shapes: N positions, C of a chunk, H the teacher's hidden size, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from megadistill.teacher.chunked_head import TeacherHead
+
+class Head(Protocol):
+    """The part of `teacher.chunked_head.TeacherHead` that is needed here."""
+
+    vocabulary: Any  # VocabularySlice
+
+    def log_probs(
+        self, hidden_CH: Tensor, *, temperature: float = 1.0, out_CV: Tensor | None
+    ) -> Tensor:
+        """float32 [C, V] log-probabilities, written to out_CV."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +40,13 @@ class DenseTargets:
     has_N      bool: the positions that have a target; None where all have
     """
 
-    hidden_NH: torch.Tensor
-    head: TeacherHead
+    hidden_NH: Tensor
+    head: Head
     k: int | None = None
-    has_N: torch.Tensor | None = None
+    has_N: Tensor | None = None
+
+    needs_projector: ClassVar[bool] = False
+    listed: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.head.vocabulary.ranks > 1:
@@ -49,8 +63,39 @@ class DenseTargets:
         return "exact" if self.k is None else "union"
 
     @property
+    def dense(self) -> DenseTargets:
+        return self
+
+    @property
+    def members(self) -> tuple[tuple[DenseTargets, float], ...]:
+        """See `kinds.Targets`."""
+        return ((self, 1.0),)
+
+    @property
     def vocab_size(self) -> int:
         return self.head.vocabulary.size
+
+    @property
+    def all_have_targets(self) -> bool:
+        return self.has_N is None
+
+    def has_targets(self) -> Tensor:
+        """bool [N]."""
+        import torch
+
+        if self.has_N is not None:
+            return self.has_N
+        return torch.ones(len(self), dtype=torch.bool, device=self.hidden_NH.device)
+
+    def count_targets(self) -> int:
+        return len(self) if self.has_N is None else int(self.has_N.sum())
+
+    def entropy_sum(self, positions_N: Any) -> float:
+        return 0.0
+
+    def torch(self, device: Any = "cpu") -> DenseTargets:
+        """Itself: an online teacher's answers are on their device already."""
+        return self
 
     def rows(self, start: int, stop: int) -> DenseTargets:
         """Positions start to stop."""
@@ -61,10 +106,10 @@ class DenseTargets:
         has_N = None if self.has_N is None else self.has_N[rows]
         return dataclasses.replace(self, hidden_NH=self.hidden_NH[rows], has_N=has_N)
 
-    def log_probs(self, *, temperature: float, out_CV: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, *, temperature: float, out_CV: Tensor) -> Tensor:
         """Write the log-probabilities of all positions; ids that the teacher lacks get -inf."""
         ours_CV, others_CV = out_CV.split([self.vocab_size, out_CV.shape[1] - self.vocab_size], 1)
-        others_CV.fill_(-torch.inf)
+        others_CV.fill_(-math.inf)
         # All at once: in the head's own chunks, of 13 rows at 152,000 ids on a CPU, reading its
         # weight is most of the time.
         narrow_CV = ours_CV.float()  # itself, but for a student in float64

@@ -28,6 +28,7 @@ TOP_LEVEL = {
     "requirements.lock",
     "overrides.txt",
     "LICENSE",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     ".pre-commit-config.yaml",
     ".github",

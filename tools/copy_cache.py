@@ -1,48 +1,17 @@
-"""Copy a cache (or a token store) to a URL, from one, or between folders.
+"""Copy a cache to a URL, from one, or between folders.
 
     python tools/copy_cache.py SOURCE DEST [--verify] [--workers N]
 
-URLs are fsspec's: sftp://host/path, s3://bucket/path, gs://..., hf://datasets/owner/name/path,
-file://... Started again after an interruption, it resumes; at a place that holds
-another store it changes nothing. --verify reads back every shard that lies at DEST.
-Exit code 0: DEST is what SOURCE is. 2: not copied.
+The same command as `megadistill copy`; --help describes it.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megadistill.blocks.remote.object_store import shown
-from megadistill.blocks.remote.upload import copy_store
-from megadistill.cli.command_line import count, run
-from megadistill.storage.progress import BlockProgress
-
-
-def main(arguments: list[str]) -> int:
-    args = parse(arguments)
-    with BlockProgress("copying", total=None) as bar:
-        copied = copy_store(
-            args.source, args.dest, verify=args.verify, workers=args.workers, progress=bar.add
-        )
-    print(f"{shown(args.dest)}: {copied.sent} blocks sent, {copied.there} were there")
-    return 0
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", metavar="SOURCE", help="a folder or a URL")
-    parser.add_argument("dest", metavar="DEST", help="a folder or a URL")
-    parser.add_argument("--verify", action="store_true", help="read back every shard at DEST")
-    parser.add_argument("--workers", type=count, default=4, help="shards sent at a time")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(arguments)
-
+from megadistill.cli.command_line import run
+from megadistill.cli.copy import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

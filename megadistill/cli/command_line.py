@@ -1,7 +1,7 @@
 """Functions shared by all programs: the command line, logging, and errors without a traceback.
 
-    def main(argv: list[str]) -> int | None:
-        args = parse(argv, "Generate the cache.")
+    def main(argv: list[str], *, prog: str | None = None) -> int | None:
+        args = parse(argv, "Generate the cache.", prog=prog)
         config = load_config(args.config, args.overrides)
         ...
 
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from megadistill.cli.unknown_options import unknown_options
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.launcher import INTERRUPTED, leave_with_launcher
 from megadistill.storage.progress import LineHandler
@@ -37,25 +38,23 @@ def parse(
     argv: Sequence[str],
     description: str,
     *,
+    prog: str | None = None,
     extra: Callable[[argparse.ArgumentParser], object] | None = None,
     takes_config: bool = True,
     takes_overrides: bool = True,
 ) -> argparse.Namespace:
     """The arguments, in any order: `.config`, `.overrides`, `.dry_run`, and what `extra` adds.
 
+    prog             the command's name in its help; default: the script's
     extra            called with the parser, to add a program's own arguments
     takes_config     whether there is --config; `.config` is None where it is not given
     takes_overrides  whether `a.b=value` and --dry_run are taken
 
     `--local_rank=N`, which launchers add, is accepted anywhere and left unread: the rank comes from
-    the environment. Leaves the program (code 2) over arguments that it does not know.
+    the environment. ConfigError over options that it does not know; leaves the program (code 2)
+    over values that do not fit.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # so that __doc__ stays as it is
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser = new_parser(description, prog=prog)
     if takes_config:
         parser.add_argument(
             "--config",
@@ -74,7 +73,30 @@ def parse(
         parser.add_argument(
             "overrides", nargs="*", metavar="a.b=value", help="keys to set, such as train.lr=1e-4"
         )
-    return parser.parse_intermixed_args(list(argv))
+    return read_arguments(parser, argv)
+
+
+def new_parser(description: str | None, *, prog: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of a command. `description` is printed as it is written."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed arguments. ConfigError with a line for each option that is unknown."""
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        known = [o for action in parser._actions for o in action.option_strings]
+        takes_overrides = hasattr(arguments, "overrides")
+        lines = unknown_options(argv, unknown, known=known, takes_overrides=takes_overrides)
+        raise ConfigError("\n".join(f"command line: {line}" for line in lines))
+    return arguments
 
 
 def count(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from megadistill.config.suggest import closest
@@ -10,6 +9,8 @@ from megadistill.errors import ConfigError
 
 DEFAULT = "zero3.yaml"
 _PACKAGE = Path(__file__).resolve().parent.parent
+# setup.py installs configs/ inside the package; in a clone the folder lies beside it.
+_INSTALLED, _CLONED = _PACKAGE / "configs", _PACKAGE.parent / "configs"
 
 
 def find_config(name: str) -> Path:
@@ -31,18 +32,26 @@ def find_config(name: str) -> Path:
     there = sorted(
         {f.name for p in [Path(), Path("configs"), *_shipped()] for f in p.glob("*.y*ml")}
     )
+    missing = f"{name}: no such configuration; looked for {_listed(tried)}"
+    if not _shipped():
+        raise ConfigError(
+            f"{missing}; this installation of megadistill lacks its configurations, expected in "
+            f"{_INSTALLED}: install it again"
+        )
     near = closest(given.stem, {Path(file).stem: file for file in there})
     raise ConfigError(
-        f"{name}: no such configuration; looked for "
-        f"{', '.join(dict.fromkeys(shown(path) for path in tried))}"
+        missing
         + (f"; did you mean {near}.yaml?" if near else f"; there is {', '.join(there) or 'none'}")
     )
 
 
 def _shipped() -> list[Path]:
     """The folders of the configurations that come with megadistill: a clone's, an install's."""
-    folders = [_PACKAGE.parent / "configs", Path(sys.prefix) / "share" / "megadistill" / "configs"]
-    return [folder for folder in folders if (folder / DEFAULT).is_file()]
+    return [folder for folder in (_INSTALLED, _CLONED) if (folder / DEFAULT).is_file()]
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(dict.fromkeys(shown(path) for path in paths))
 
 
 def shown(path: Path) -> str:

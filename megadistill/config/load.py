@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from megadistill.config.find import DEFAULT, find_config, shown
 from megadistill.config.messages import KeyPath, all_keys, dotted, message
+from megadistill.config.other_trainers import KEYS
 from megadistill.config.problem import Problem
 from megadistill.config.schema import Config, all_problems
 from megadistill.config.suggest import closest, did_you_mean
@@ -126,7 +127,8 @@ def _suggest_path(path: tuple[str, ...]) -> str:
     section = closest(path[0], sections)
     if section is not None and len(path) > 1:
         return f", did you mean {'.'.join((section, *path[1:]))}?"
-    return did_you_mean(path[-1], sections, prefix="", all_keys=all_keys())
+    name = path[0] if path[0] in KEYS and path[-1] not in KEYS else path[-1]
+    return did_you_mean(name, sections, prefix="", all_keys=all_keys())
 
 
 def _without_nulls(value: dict) -> dict:

@@ -5,33 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# What other trainers call it.
-_ELSEWHERE = {
-    "accumulation_steps": "train.global_batch",
-    "batch_size": "train.global_batch",
-    "clip": "train.grad_clip",
-    "grad_accum": "train.global_batch",
-    "gradient_accumulation_steps": "train.global_batch",
-    "gradient_clipping": "train.grad_clip",
-    "learning_rate": "train.lr",
-    "lr_scheduler": "train.schedule",
-    "lr_scheduler_type": "train.schedule",
-    "max_grad_norm": "train.grad_clip",
-    "max_length": "data.seq_len",
-    "max_seq_len": "data.seq_len",
-    "max_seq_length": "data.seq_len",
-    "max_steps": "train.steps",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "output_dir": "train.out_dir",
-    "per_device_train_batch_size": "train.micro_batch",
-    "save_steps": "train.save_every",
-    "eval_steps": "train.eval_every",
-    "sequence_length": "data.seq_len",
-    "top_k": "targets.k",
-    "tp_size": "teacher.tp",
-    "warmup": "train.warmup_steps",
-}
+from megadistill.config.other_trainers import ABSENT, KEYS
 
 
 def closest(word: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -50,19 +24,29 @@ def did_you_mean(
     all_keys   full paths of every key, for a key that stands in the wrong section
     """
     siblings, all_keys = list(siblings), list(all_keys)
+    if all_keys and key in ABSENT:
+        return f": {ABSENT[key]}"
+    elsewhere = key_elsewhere(key, all_keys, cutoff=1.0)
     near = closest(key, siblings, cutoff=0.7)
-    if near is None:
-        leaves = {path.rpartition(".")[2]: path for path in reversed(all_keys)}
-        elsewhere = leaves.get(key)
-        if elsewhere is None and all_keys:
-            elsewhere = _ELSEWHERE.get(key)
-        if elsewhere is not None:
-            return f", did you mean {elsewhere}?"
+    if elsewhere is None and near is None:
         near = closest(key, siblings, cutoff=0.5)
-    if near is None and all_keys:
-        leaf = closest(key, leaves, cutoff=0.75)
-        if leaf is not None:
-            return f", did you mean {leaves[leaf]}?"
+        elsewhere = key_elsewhere(key, all_keys) if near is None else None
+    if elsewhere is not None and (near is None or key in KEYS):
+        return f", did you mean {elsewhere}?"
     if near is not None:
         return f", did you mean {prefix}.{near}?" if prefix else f", did you mean {near}?"
     return f", expected one of {', '.join(sorted(siblings))}"
+
+
+def key_elsewhere(name: str, all_keys: Iterable[str], *, cutoff: float = 0.75) -> str | None:
+    """Returns the full path of the key that `name` means: another trainer's name, or a last part.
+
+    cutoff  the likeness, up to 1, that a last part must have
+    """
+    leaves = {path.rpartition(".")[2]: path for path in reversed(list(all_keys))}
+    if not leaves:
+        return None
+    if name in KEYS:
+        return KEYS[name]
+    near = closest(name, leaves, cutoff=cutoff)
+    return leaves[near] if near is not None else None

@@ -12,7 +12,7 @@ from megadistill.data.chat.encoder import EARLIER, ChatSpec
 from megadistill.data.chat.template import RANDOM, has_marks, template_names
 from megadistill.data.encode import EncoderSpec
 from megadistill.errors import ConfigError
-from megadistill.models.model_files import tokenizer_source
+from megadistill.models.model_files import require_tokenizer, tokenizer_source
 
 # What decides which ids a text becomes. Truncation and padding are settings of the moment and are
 # switched off; the post-processor adds bos and eos, which are named apart in the recipe; the
@@ -53,6 +53,7 @@ def open_tokenizer(
     from transformers import AutoTokenizer
 
     name, revision = tokenizer_source(name, revision, key=key)
+    require_tokenizer(name, revision, key=key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code

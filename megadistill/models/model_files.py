@@ -24,6 +24,7 @@ from megadistill.models.checkpoint_files import (
     weight_files,
 )
 from megadistill.models.context_length import longest_sequence
+from megadistill.models.hub import in_cache, require_hub
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
@@ -209,6 +210,16 @@ def tokenizer_source(name: str, revision: str | None, *, key: str) -> tuple[str,
     return adapter.base, adapter.revision
 
 
+def require_tokenizer(name: str, revision: str | None, *, key: str) -> None:
+    """ConfigError where a tokenizer is neither in a folder nor cached and the hub is unreachable.
+
+    key: where the configuration names it, for messages.
+    """
+    here = Path(name).expanduser().exists() or not may_be_hub_id(name)
+    if not here and not any(in_cache(name, file, revision=revision) for file in _TOKENIZER):
+        require_hub(name, key=key)
+
+
 def may_be_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name, or name alone, that the hub gives its models."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
@@ -220,17 +231,15 @@ def _looks_local(name: str) -> bool:
 
 
 def _hub_config(name: str, *, key: str, revision: str | None, fetch: bool) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging as hub_logging
 
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:
-        cached = None
-    if isinstance(cached, str):
-        return Path(cached)
+    cached = in_cache(name, "config.json", revision=revision)
+    if cached is not None:
+        return cached
     if not fetch:
         raise ConfigError(f"{key}: {name} is no folder here, and not in the hub's cache")
+    require_hub(name, key=key)
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # six lines for each of six attempts, and one of ours after
     try:

@@ -117,6 +117,19 @@ def test_the_three_commands_as_typed_from_a_hostfile_to_a_model(place, tmp_path)
     assert whole["method"] == "varopt"
 
 
+@pytest.mark.skipif(not available(), reason="needs root, openssh-server and pdsh")
+def test_the_package_runs_as_a_module_from_a_hostfile(place, tmp_path):
+    server = SshServer(tmp_path / "ssh")
+    command = ["deepspeed", "--hostfile", "hosts", "--module", "megadistill", "generate"]
+    settings = [*SMALL, "data.dir=runs/module_tokens", "cache.dir=runs/module"]
+    try:
+        said = succeed(place, *command, *settings, "--no_validate", path=server.path)
+    finally:
+        server.close()
+    assert "1 host(s) x 2 rank(s)" in said
+    assert open_store(place / "runs/module").complete()
+
+
 @pytest.mark.long
 def test_torchrun_and_plain_python_work_and_write_the_same_cache(place):
     caches = []

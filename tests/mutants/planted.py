@@ -376,8 +376,8 @@ MUTANTS = (
     Mutant(
         "fewer hosts than expected are welcome",
         "parallel",
-        "if expect_hosts is not None and hosts != expect_hosts:",
-        "if expect_hosts is not None and hosts > expect_hosts:",
+        "if expect_hosts is not None and len(names) != expect_hosts:",
+        "if expect_hosts is not None and len(names) > expect_hosts:",
         ("tests/parallel/test_parallel_keys.py",),
     ),
     # config
@@ -409,5 +409,13 @@ MUTANTS = (
         "if (common and rank != 0) or (isinstance(error, ConfigError) and local_rank != 0):",
         "if isinstance(error, ConfigError) and local_rank != 0:",
         ("tests/cli/test_command_line.py",),
+    ),
+    # api
+    Mutant(
+        "every micro-batch of a step is the first one",
+        "api",
+        "yield rows[number * self.micro_batch : (number + 1) * self.micro_batch]",
+        "yield rows[: self.micro_batch]",
+        ("tests/api/test_cache_sampler.py",),
     ),
 )

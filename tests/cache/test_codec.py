@@ -323,3 +323,12 @@ def test_a_ranking_that_is_no_permutation_is_refused() -> None:
     ):
         with pytest.raises(CorruptBlockError, match=says):
             IdRanking.from_bytes(bytes(bad), vocab_size=9, file="ids.bin")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_the_temperature_of_targets_comes_back(temperature):
+    targets = dataclasses.replace(
+        make_targets("topk", positions=9, vocab_size=50), temperature=temperature
+    )
+    found = decode_targets(encode_targets(targets, vocab_size=50), vocab_size=50)
+    assert found.temperature == temperature

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import subprocess
 import sys
 
 import pytest
 
-from megadistill.cli.command_line import parse, run
+from megadistill.cli.command_line import amount, parse, run
 from megadistill.errors import ConfigError, StoreError, TrainError
 
 PROGRAM = """
@@ -166,3 +167,10 @@ def test_a_reader_that_has_read_enough_is_no_error():
     assert writer.stderr.read() == b""
     writer.stderr.close()
     assert writer.wait() == 141
+
+
+@pytest.mark.parametrize("text", ["-1", "-0.5", "inf", "nan", "much"])
+def test_an_amount_is_a_number_that_is_not_negative(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a number, 0 or more"):
+        amount(text)
+    assert (amount("0"), amount("2.5")) == (0.0, 2.5)

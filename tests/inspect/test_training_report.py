@@ -234,3 +234,11 @@ def test_a_long_curve_is_drawn_as_means_and_keeps_its_ends():
     np.testing.assert_allclose(thin_y, np.interp(thin_x, x_P, y_P))
     np.testing.assert_allclose(_running_mean(np.ones(50), 7), 1.0)
     assert _running_mean(y_P, 11)[0] == pytest.approx(y_P[:6].mean())
+
+
+def test_a_long_curve_is_drawn_by_means_of_neighbours_also_at_its_end():
+    x, y = _thinned(np.arange(2501.0), np.full(2501, 7.0))
+    assert len(x) == 834
+    assert (y == 7).all()
+    assert x[:2].tolist() == [1, 4]
+    assert x[-1] == (2499 + 2500) / 2

@@ -22,6 +22,7 @@ from megadistill.config.fields import (
     WeightFloat,
 )
 from megadistill.config.registered import RegisteredName
+from megadistill.config.sources import SOURCES
 from megadistill.errors import ConfigError
 from megadistill.storage.disk import is_url
 from megadistill.targets import METHODS, find_method
@@ -55,9 +56,14 @@ def _iso_date(value: Any) -> Any:
 class DataConfig(Section):
     """Text in, sequences of tokens out."""
 
-    source: Literal["python-stdlib"] | None = Field(
+    source: Annotated[str, AfterValidator(RegisteredName(SOURCES))] | None = Field(
         default=None,
-        description="a corpus every machine has: the running interpreter's standard library",
+        description="a corpus every machine has: the running interpreter's standard library; or a "
+        "name that another distribution registers",
+    )
+    options: Annotated[dict[str, Any], AfterValidator(_plain)] = Field(
+        default={},
+        description="parameters of a `source` that another distribution registers, by name",
     )
     files: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None, description="local parquet, jsonl, arrow or text files; patterns allowed"

@@ -31,8 +31,9 @@ def held_out(config: AnyConfig) -> AnyConfig | None:
     wanted, data = config.eval, config.data
     if wanted.files is None and wanted.name is None:
         return None
-    text = {
+    text: dict[str, Any] = {
         "source": None,
+        "options": {},
         "files": wanted.files,
         "name": wanted.name,
         "config": wanted.config,

@@ -74,6 +74,10 @@ def _default(field: FieldInfo) -> str:
 def _kind(annotation: Any, field: FieldInfo | None = None) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
+        for each in inner[1:]:
+            registered = getattr(each, "func", None)
+            if isinstance(registered, RegisteredName):
+                return ", ".join(f"`{name}`" for name in registered.own)
         return _kind(inner[0]) + _bounds(inner[1:])
     if origin in (typing.Union, types.UnionType):
         return ", ".join(_kind(each) for each in inner if each is not type(None))

@@ -16,6 +16,7 @@ from megadistill.config.deepspeed_keys import deepspeed_problems
 from megadistill.config.ensemble_rules import ENSEMBLES
 from megadistill.config.problem import Problem
 from megadistill.config.sections import Sections
+from megadistill.config.sources import SOURCES
 from megadistill.config.training import LossConfig
 from megadistill.config.training_rules import TRAINING
 from megadistill.errors import ConfigError
@@ -68,6 +69,12 @@ def _source(config: Sections) -> Iterator[Problem]:
             f"{' and '.join(given)} are set, expected one corpus: keep one, for example with "
             f"{others}",
         )
+    if data.options and (data.source is None or SOURCES.distribution(data.source) is None):
+        yield Problem(
+            ("data.options", "data.source"),
+            f"{', '.join(data.options)} set, which only a data.source of another distribution "
+            f"reads, and data.source is {data.source or 'not set'}: remove data.options",
+        )
     if data.streaming and data.max_samples is None and not config.stream_is_unbounded:
         online = config.teacher.mode == "online"
         yield Problem(
@@ -117,7 +124,9 @@ def _fields(config: Sections) -> Iterator[Problem]:
             f"{data.source} has no columns: remove {given[0]}, or read data.files or data.name",
         )
     # Without a key the columns are found in the corpus, and may have a loss mask.
-    if config.targets.positions == "loss_mask" and (data.text_field or data.source):
+    # So may documents of another distribution's source.
+    plain = data.text_field or (data.source and SOURCES.distribution(data.source) is None)
+    if config.targets.positions == "loss_mask" and plain:
         yield Problem(
             ("targets.positions", "data.messages_field", "data.prompt_field"),
             "loss_mask needs text that is part prompt, part completion: set data.prompt_field and "

@@ -15,6 +15,8 @@ _FIELDS = {
     "source.shuffle": "data.shuffle",
     "source.revision": "data.revision",
     "source.config": "data.config",
+    "source.distribution": "data.source",
+    "source.options": "data.options",
     "source.split": "data.split",
     "source.python": "data.source",
     "tokenizer.assistant_mask": "data.assistant_mask",

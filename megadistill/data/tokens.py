@@ -30,7 +30,7 @@ from megadistill.data.packing.best_fit import BestFit
 from megadistill.data.packing.in_order import InOrder
 from megadistill.data.packing.stream import Block, Cursor, Stream
 from megadistill.data.skipped import Skipped
-from megadistill.data.sources.source import count_documents, documents
+from megadistill.data.sources.source import count_documents, documents, source_version
 from megadistill.data.token_plan import plan_tokens
 from megadistill.data.workers import InProcess, Workers
 from megadistill.errors import BadDocumentError, DataError
@@ -67,6 +67,7 @@ def build_tokens(
                 return store
             _lock(store, stack)
         number, cursor = continue_from(store, data)
+        made_with = source_version(data)
         run = CorpusRun(data, open_stream(settings, spec, number or 0, cursor), cursor, progress)
         if number is not None:
             workers = stack.enter_context(Workers(spec, count=_cores(data)))
@@ -76,7 +77,7 @@ def build_tokens(
                 if store is None:  # not before there is something to write
                     store = BlockWriter.create(data.dir, **settings)
                     _lock(store, stack)
-                _commit(store, block)
+                _commit(store, block, made_with)
                 run.skipped.write()
                 if blocks is not None and len(store.committed()) >= blocks and not ahead:
                     return store
@@ -180,13 +181,14 @@ def _lock(store: BlockWriter, stack: ExitStack) -> None:
     store.clean()
 
 
-def _commit(store: BlockWriter, block: Block) -> None:
+def _commit(store: BlockWriter, block: Block, made_with: dict[str, str]) -> None:
     vocab_size = store.recipe["tokenizer"]["vocab_size"]
     highest = max(int(s.tokens.max()) for s in block.sequences)
     if highest >= vocab_size:
         raise DataError(f"the tokenizer gave id {highest}, its vocabulary ends at {vocab_size - 1}")
     samples = [_sample(s) for s in block.sequences]
-    store.commit(block.number, samples, statistics=block.statistics, **block.extra)
+    extra = block.extra | ({"made_with": made_with} if made_with else {})
+    store.commit(block.number, samples, statistics=block.statistics, **extra)
 
 
 def _sample(sequence: Sequence) -> dict[str, Any]:

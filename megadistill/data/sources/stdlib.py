@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config import DataConfig
-from megadistill.data.sources.document import Document
+from megadistill.data.sources.base import Document, Source
 from megadistill.errors import DataError
 from megadistill.storage.counter_rng import permutation
 
@@ -25,32 +25,36 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 _SHUFFLE = 3  # purpose of the permutation
 
 
-def read(config: DataConfig, start: int) -> Iterator[Document]:
-    """The documents from number `start` on."""
-    root, names = _files(config)
-    for name in names[start:]:
-        with tokenize.open(root / name) as file:  # a few are not UTF-8, and say so
-            yield Document(text=file.read())
+class StandardLibrary(Source):
+    """The standard library's modules, each one document."""
+
+    def read(self, config: DataConfig, start: int) -> Iterator[Document]:
+        """The documents from number `start` on."""
+        root, names = _files(config)
+        for name in names[start:]:
+            with tokenize.open(root / name) as file:  # a few are not UTF-8, and say so
+                yield Document(text=file.read())
+
+    def identity(self, config: DataConfig) -> dict[str, Any]:
+        """Returns the identity of the corpus, for the recipe."""
+        root, names = _files(config)
+        digest = hashlib.sha256()
+        for name in names:
+            content = (root / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        return {
+            "source": "python-stdlib",
+            "split": config.split,
+            "python": platform.python_version(),
+            "content": digest.hexdigest(),
+        }
+
+    def count(self, config: DataConfig) -> int:
+        """How many documents there are."""
+        return len(_files(config)[1])
 
 
-def identity(config: DataConfig) -> dict[str, Any]:
-    """Returns the identity of the corpus, for the recipe."""
-    root, names = _files(config)
-    digest = hashlib.sha256()
-    for name in names:
-        content = (root / name).read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return {
-        "source": "python-stdlib",
-        "split": config.split,
-        "python": platform.python_version(),
-        "content": digest.hexdigest(),
-    }
-
-
-def count(config: DataConfig) -> int:
-    """How many documents there are."""
-    return len(_files(config)[1])
+STANDARD_LIBRARY = StandardLibrary()
 
 
 def _files(config: DataConfig) -> tuple[Path, list[str]]:

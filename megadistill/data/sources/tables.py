@@ -15,8 +15,8 @@ from typing import Any
 from megadistill.config import DataConfig
 from megadistill.data.sources import arrow_rows, corpus_columns, hub, json_rows, text_files
 from megadistill.data.sources.arrow_values import Problem, text_problem, value_problem
+from megadistill.data.sources.base import Document, Source
 from megadistill.data.sources.compressed import shown
-from megadistill.data.sources.document import Document
 from megadistill.data.sources.row import Row, Skip
 from megadistill.errors import BadDocumentError, DataError
 from megadistill.storage.counter_rng import permutation
@@ -30,37 +30,59 @@ _SHUFFLE_ALL, _SHUFFLE_WINDOW = 5, 6  # purposes of the permutations
 _MIB = 1 << 20
 
 
-def read(config: DataConfig, start: int) -> Iterator[Document]:
-    """The documents from number `start` on. `config` names its columns (see `resolved`).
+class Tables(Source):
+    """Rows of local files, or of a dataset by its name."""
 
-    Raises DataError before the first one where there is no such corpus or column.
-    """
-    for row in _ordered(config, start):
-        yield _document(config, row)
+    def read(self, config: DataConfig, start: int) -> Iterator[Document]:
+        """The documents from number `start` on. `config` names its columns (see `resolved`).
+
+        Raises DataError before the first one where there is no such corpus or column.
+        """
+        for row in _ordered(config, start):
+            yield _document(config, row)
+
+    def identity(self, config: DataConfig) -> dict[str, Any]:
+        """The corpus in the recipe: by content or revision, and the columns that are read."""
+        fields: dict[str, Any] = {"fields": list(corpus_columns.configured(config).values())}
+        if config.shuffle:
+            window = WINDOW if config.streaming else None
+            fields["shuffle"] = {"seed": config.seed, "window": window}
+        if config.files is not None:
+            paths = text_files.find(config.files)
+            return {
+                "source": text_files.kind(paths),
+                "content": text_files.content_identity(paths),
+                **fields,
+            }
+        return {**hub.identity(config), **fields}
+
+    def count(self, config: DataConfig) -> None:
+        """How many documents there are is not known without reading."""
+
+    def resolved(self, config: DataConfig) -> DataConfig:
+        """`config` with the columns that are read. DataError: they are not configured nor found."""
+        if set(corpus_columns.configured(config)) - {"tools_field"}:
+            return config
+        found = _first_columns(config)
+        if found is not None:
+            return corpus_columns.detect(config, *found)
+        source = _local(config)
+        assert source is not None
+        for row in source.rows([], 0):
+            raise BadDocumentError(f"{row.place}: {row.problem}")
+        raise DataError(f"{_where(config)}: the corpus is empty: none of its files has a row")
+
+    def with_tools(self, config: DataConfig) -> DataConfig:
+        """`config` with the column `tools`, where the corpus has one and no other is configured."""
+        if config.tools_field is not None:
+            return config
+        source = _local(config)
+        # Any file: the first one may hold the chats without tools.
+        there = "tools" in hub.columns(config) if source is None else _has_column(source, "tools")
+        return config.model_copy(update={"tools_field": "tools"}) if there else config
 
 
-def resolved(config: DataConfig) -> DataConfig:
-    """`config` with the columns that are read. DataError: they are not configured nor found."""
-    if set(corpus_columns.configured(config)) - {"tools_field"}:
-        return config
-    found = _first_columns(config)
-    if found is not None:
-        return corpus_columns.detect(config, *found)
-    source = _local(config)
-    assert source is not None
-    for row in source.rows([], 0):
-        raise BadDocumentError(f"{row.place}: {row.problem}")
-    raise DataError(f"{_where(config)}: the corpus is empty: none of its files has a row")
-
-
-def with_tools(config: DataConfig) -> DataConfig:
-    """`config` with the column `tools`, where the corpus has one and no other is configured."""
-    if config.tools_field is not None:
-        return config
-    source = _local(config)
-    # Any file: the first one may hold the chats without tools.
-    there = "tools" in hub.columns(config) if source is None else _has_column(source, "tools")
-    return config.model_copy(update={"tools_field": "tools"}) if there else config
+TABLES = Tables()
 
 
 def _first_columns(config: DataConfig) -> tuple[list[str], str] | None:
@@ -73,26 +95,6 @@ def _first_columns(config: DataConfig) -> tuple[list[str], str] | None:
         if found is not None:
             return found, shown(path)
     return None
-
-
-def identity(config: DataConfig) -> dict[str, Any]:
-    """The corpus in the recipe: by content or revision, and the columns that are read."""
-    fields: dict[str, Any] = {"fields": list(corpus_columns.configured(config).values())}
-    if config.shuffle:
-        window = WINDOW if config.streaming else None
-        fields["shuffle"] = {"seed": config.seed, "window": window}
-    if config.files is not None:
-        paths = text_files.find(config.files)
-        return {
-            "source": text_files.kind(paths),
-            "content": text_files.content_identity(paths),
-            **fields,
-        }
-    return {**hub.identity(config), **fields}
-
-
-def count(config: DataConfig) -> None:
-    """How many documents there are is not known without reading."""
 
 
 class LocalFiles:

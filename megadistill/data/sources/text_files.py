@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 
 from megadistill.config import DataConfig
+from megadistill.data.sources.base import Document, Source
 from megadistill.data.sources.compressed import SUFFIXES, is_compressed, plain_name, reason, shown
-from megadistill.data.sources.document import Document
 from megadistill.errors import DataError
 from megadistill.storage.counter_rng import permutation
 
@@ -157,20 +157,24 @@ def is_text(config: DataConfig) -> bool:
     return kind(find(config.files or [])) == "text"
 
 
-def read(config: DataConfig, start: int) -> Iterator[Document]:
-    """The documents from number `start` on."""
-    for path in _ordered(config)[start:]:
-        yield Document(file=path, place=shown(path), limit=config.max_document_mib * _MIB)
+class TextFiles(Source):
+    """Text files of `data.files`, each one document."""
+
+    def read(self, config: DataConfig, start: int) -> Iterator[Document]:
+        """The documents from number `start` on."""
+        for path in _ordered(config)[start:]:
+            yield Document(file=path, place=shown(path), limit=config.max_document_mib * _MIB)
+
+    def identity(self, config: DataConfig) -> dict[str, Any]:
+        """Returns the identity of the corpus, for the recipe."""
+        return {"source": "text", "content": content_identity(_ordered(config))}
+
+    def count(self, config: DataConfig) -> int:
+        """How many documents there are."""
+        return len(find(config.files or []))
 
 
-def identity(config: DataConfig) -> dict[str, Any]:
-    """Returns the identity of the corpus, for the recipe."""
-    return {"source": "text", "content": content_identity(_ordered(config))}
-
-
-def count(config: DataConfig) -> int:
-    """How many documents there are."""
-    return len(find(config.files or []))
+TEXT_FILES = TextFiles()
 
 
 def _ordered(config: DataConfig) -> list[str]:

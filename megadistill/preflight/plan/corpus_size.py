@@ -13,7 +13,7 @@ from megadistill.data.continuation import covers
 from megadistill.data.counts import count_tokens
 from megadistill.data.learned import learned_tokens
 from megadistill.data.sources import text_files
-from megadistill.data.sources.source import count_documents, resolved
+from megadistill.data.sources.source import count_documents, distribution, resolved
 from megadistill.errors import MegadistillError
 from megadistill.preflight.plan import assumptions
 from megadistill.storage.disk import is_url, readable_bytes
@@ -117,9 +117,11 @@ def _tokens(config: Config, vocab_size: int | None) -> tuple[float | None, str]:
     by_number = None if data.max_samples is None else float(data.max_samples * a_document)
     try:
         if data.source is not None:
-            found = count_documents(data) or 0
-            tokens = found * assumptions.BYTES_A_SOURCE_FILE / a_token
-            return tokens, f"estimated from {found:,} files"
+            found = count_documents(data)
+            if distribution(data) is not None:
+                return _of_documents(found)
+            tokens = (found or 0) * assumptions.BYTES_A_SOURCE_FILE / a_token
+            return tokens, f"estimated from {found or 0:,} files"
         if data.files is not None:
             paths = text_files.find(data.files)
             size = sum(_text_bytes(path) for path in paths)
@@ -129,11 +131,15 @@ def _tokens(config: Config, vocab_size: int | None) -> tuple[float | None, str]:
             return tokens, f"estimated from {readable_bytes(size)} of text in {len(paths)} file(s)"
     except MegadistillError as error:
         return None, f"unknown: {error}"
-    if by_number is None:
+    return _of_documents(data.max_samples)
+
+
+def _of_documents(count: int | None) -> tuple[float | None, str]:
+    if count is None:
         return None, "unknown: the number of documents is not known before they are read"
-    return by_number, (
-        f"estimated from at most {data.max_samples:,} documents, {a_document} tokens each"
-    )
+    a_document = assumptions.TOKENS_A_DOCUMENT
+    how = f"estimated from at most {count:,} documents, {a_document} tokens each"
+    return float(count * a_document), how
 
 
 def _text_bytes(path: str) -> float:

@@ -24,9 +24,10 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
+from megadistill.data.chat.places import places_of
 from megadistill.data.chat.template import ChatTemplate, Messages, Span, TemplateError, Tools, Trace
+from megadistill.data.chat.texts import any_of, common_length, letters, map_text, swap, texts_in
 
 _PROBE = "The quick brown fox"
 _MARK_IT = (
@@ -63,7 +64,7 @@ class Boundaries:
 
     def __init__(self, template: ChatTemplate, special: Collection[str]) -> None:
         self.template = template
-        self.special = _any_of(special)
+        self.special = any_of(special)
         self._probe_end: str | None = None
 
     def find(
@@ -76,7 +77,7 @@ class Boundaries:
         """
         trace = self.template.trace(messages, tools)
         turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        places = _places(trace)
+        places = places_of(trace)
         if any(i not in places for i in range(len(messages))):
             self._check_owners(messages, tools, trace, places)
         bare = self._without_special(messages, tools, trace)
@@ -127,7 +128,7 @@ class Boundaries:
         if not unlearned:
             return spans
         trace = self.template.trace(messages, tools)
-        places = _places(trace)
+        places = places_of(trace)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         begins = [
             (places.get(i) or self._by_prefixes(messages, tools, trace.text, i)).begin
@@ -149,9 +150,9 @@ class Boundaries:
     def begin(self, messages: Messages, tools: Tools, turn: int) -> int:
         """Where the text of a turn and of those after it begins."""
         trace = self.template.trace(messages, tools)
-        span = _places(trace).get(turn)
+        span = places_of(trace).get(turn)
         before = self._try(messages[:turn], tools) or ""
-        return _common(trace.text, before) if span is None else span.begin
+        return common_length(trace.text, before) if span is None else span.begin
 
     # The turn's place
 
@@ -160,7 +161,7 @@ class Boundaries:
         prompt = self._try(messages[:i], tools, generation=True)
         through = self._try(messages[: i + 1], tools)
         if prompt is not None and text.startswith(prompt) and through is not None:
-            end = _common(text, through)
+            end = common_length(text, through)
             for found in self.special.finditer(through):
                 if found.start() < end < found.end():
                     end = found.start()
@@ -186,12 +187,12 @@ class Boundaries:
         lost = {i for i in range(after, len(roles)) if i not in places and roles[i] != "assistant"}
         if not lost:
             return
-        other = [_map_text(m, _swap) if i in lost else m for i, m in enumerate(messages)]
+        other = [map_text(m, swap) if i in lost else m for i, m in enumerate(messages)]
         try:
             found = self.template.trace(other, tools)
         except TemplateError:
             found = Trace("", [])  # the letters matter to it, so nothing is known
-        theirs = _places(found)
+        theirs = places_of(found)
         for i, span in places.items():
             if messages[i]["role"] != "assistant" or span is None:
                 continue
@@ -227,7 +228,7 @@ class Boundaries:
         # stand in for special tokens of the content, so a prompt with one is the template's own.
         if self.special.search(added) and (at := bare.find(added, begin, end)) >= 0:
             return at + len(added)
-        common = _common(added, text[begin:end])
+        common = common_length(added, text[begin:end])
         common = self._border(added, common, pieces)
         head = added[:common]
         if common == 0 or any(text.startswith(head, start) for start in others):
@@ -268,7 +269,7 @@ class Boundaries:
         if long.startswith(short):
             skip = len(short)
         else:
-            skip = self._border(long, _common(short, long))
+            skip = self._border(long, common_length(short, long))
         pieces = []
         for piece in with_prompt[same:]:
             pieces.append(piece[skip:])
@@ -305,7 +306,7 @@ class Boundaries:
                 trace = self.template.trace(chat)
             except TemplateError:
                 trace = Trace("", [])
-            span = _places(trace).get(1)
+            span = places_of(trace).get(1)
             turn = "" if span is None else trace.text[span.begin : span.end]
             self._probe_end = turn.partition(chat[1]["content"])[2]
         return self._probe_end
@@ -315,9 +316,9 @@ class Boundaries:
 
         The text itself if it would come out otherwise than letter by letter.
         """
-        if not any(self.special.search(t) for m in messages for t in _texts(m)):
+        if not any(self.special.search(t) for m in messages for t in texts_in(m)):
             return trace.text
-        other = [_map_text(m, lambda t: self.special.sub(_letters, t)) for m in messages]
+        other = [map_text(m, lambda t: self.special.sub(letters, t)) for m in messages]
         try:
             found = self.template.trace(other, tools)
         except TemplateError:
@@ -330,80 +331,3 @@ class Boundaries:
             return self.template.render(messages, tools, generation=generation)
         except TemplateError:
             return None
-
-
-def _places(trace: Trace) -> dict[int, Span | None]:
-    """The one span of each message that printed something; None where there are several.
-
-    Iterations that print nothing or white space count if there is no other.
-    """
-    spans: dict[int, list[Span]] = {}
-    for span in trace.spans:
-        if span.end > span.begin:
-            spans.setdefault(span.message, []).append(span)
-    found: dict[int, Span | None] = {}
-    for message, all_of in spans.items():
-        printing = [s for s in all_of if trace.text[s.begin : s.end].strip()] or all_of[-1:]
-        one = printing[0] if len(printing) == 1 else None
-        if one is not None and _holds_another(one, trace):
-            one = None
-        found[message] = one
-    return found
-
-
-def _holds_another(span: Span, trace: Trace) -> bool:
-    return any(
-        other.message != span.message
-        and span.begin <= other.begin
-        and other.end <= span.end
-        and trace.text[other.begin : other.end].strip()
-        for other in trace.spans
-    )
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters both begin with. By halves, since comparing slices is fast."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, the longest first; nothing if there are none."""
-    ordered = sorted({t for t in tokens if t}, key=lambda t: (-len(t), t))
-    return re.compile("(?:" + "|".join(map(re.escape, ordered)) + ")" if ordered else r"(?!)")
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _texts(v)]
-    return [t for v in value for t in _texts(v)] if isinstance(value, list) else []
-
-
-def _map_text(message: dict[str, Any], change: Any) -> dict[str, Any]:
-    """The message with every text changed except its role and the names and ids of tools."""
-    kept = ("role", "name", "id", "type", "tool_call_id")
-
-    def mapped(value: Any) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, dict):
-            return {k: v if k in kept else mapped(v) for k, v in value.items()}
-        return [mapped(v) for v in value] if isinstance(value, list) else value
-
-    return mapped(message)
-
-
-def _letters(found: re.Match[str]) -> str:
-    return "x" * len(found[0])
-
-
-def _swap(text: str) -> str:
-    return re.sub(r"[^\W\d_]", lambda found: "y" if found[0] == "x" else "x", text)

@@ -30,12 +30,18 @@ def _batch(config: Sections) -> Iterator[Problem]:
             f"set train.micro_batch to a divisor of {train.global_batch}, for example "
             f"{max(d for d in range(1, train.micro_batch) if train.global_batch % d == 0)}",
         )
-    if config.order.shuffle == "shuffle" and train.global_batch % groups:
+    if config.order.shuffle == "shuffle":
+        yield from groups_problems(groups, train.global_batch)
+
+
+def groups_problems(groups: int, global_batch: int) -> Iterator[Problem]:
+    """A batch of a shuffled order takes equal shares of every group."""
+    if global_batch % groups:
         yield Problem(
             ("order.groups", "train.global_batch"),
-            f"{groups} does not divide train.global_batch ({train.global_batch}), and a batch "
+            f"{groups} does not divide train.global_batch ({global_batch}), and a batch "
             "takes equal shares of every group: leave order.groups out, or set it to "
-            f"{default_groups(train.global_batch)}",
+            f"{default_groups(global_batch)}",
         )
 
 

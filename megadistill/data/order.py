@@ -33,6 +33,7 @@ from typing import Literal
 
 import numpy as np
 
+from megadistill.config.training_rules import groups_problems
 from megadistill.data.mixture import Mixture
 from megadistill.errors import ConfigError
 from megadistill.storage.counter_rng import key, permutation
@@ -73,12 +74,8 @@ class Order:
             raise ConfigError(
                 "cache.dir: there is no sequence to train on: generate the cache first"
             )
-        if shuffle == "shuffle" and global_batch % groups:
-            fits = [d for d in range(1, groups + 1) if global_batch % d == 0]
-            raise ConfigError(
-                f"order.groups: {groups} does not divide train.global_batch {global_batch}: "
-                f"set order.groups to {fits[-1]}, or another divisor of the batch"
-            )
+        for problem in groups_problems(groups, global_batch) if shuffle == "shuffle" else ():
+            raise ConfigError(str(problem))
         self.global_batch, self.groups, self.shuffle = global_batch, groups, shuffle
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._mixture: Mixture | None = None

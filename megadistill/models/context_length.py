@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megadistill.errors import ConfigError
+
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _ORIGINAL = "original_max_position_embeddings"
 _SCALED = ("linear", "dynamic", "yarn", "llama3", "longrope", "su")  # su: longrope's first name
@@ -32,6 +34,18 @@ def longest_sequence(settings: Mapping[str, Any]) -> int | None:
             original = rope.get(_ORIGINAL) or settings.get(_ORIGINAL)
             longest = max(longest, factor * (_number(original) or found))
     return int(longest)
+
+
+def check_seq_len(seq_len: int, longest: int | None, *, model: str, way_out: str) -> None:
+    """ConfigError where sequences are longer than the model was made for.
+
+    longest  from `longest_sequence`
+    model    for the message: its key, and its name where there is one
+    """
+    if longest is not None and seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len: {seq_len} is beyond the {longest} positions of {model}: {way_out}"
+        )
 
 
 def _ropes(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

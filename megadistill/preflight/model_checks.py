@@ -11,6 +11,7 @@ import torch
 
 from megadistill.config import Config, StudentConfig, TeacherConfig
 from megadistill.errors import ConfigError
+from megadistill.models import context_length
 from megadistill.models.checkpoint_files import INDEX, SINGLE
 from megadistill.models.checkpoint_tensors import check_tensors
 from megadistill.models.model_files import ModelFiles, find_model, hub_file_names
@@ -172,11 +173,12 @@ def _safetensors(model: ModelFiles) -> None:
 def check_seq_len(seq_len: int, model: ModelFiles) -> None:
     """The sequences are no longer than the model was made for."""
     longest = model.max_positions
-    if longest is not None and seq_len > longest:
-        raise ConfigError(
-            f"data.seq_len: {seq_len} is beyond the {longest} positions of "
-            f"{model.key} ({model.name}): set data.seq_len to {longest} or less"
-        )
+    context_length.check_seq_len(
+        seq_len,
+        longest,
+        model=f"{model.key} ({model.name})",
+        way_out=f"set data.seq_len to {longest} or less",
+    )
 
 
 def check_heads(tp: int, teacher: ModelFiles) -> None:

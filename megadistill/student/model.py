@@ -23,7 +23,7 @@ from torch import nn
 from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.models.attention import Pack, forward_inputs
-from megadistill.models.context_length import longest_sequence
+from megadistill.models.context_length import check_seq_len, longest_sequence
 from megadistill.models.documents_apart import DocumentsApart, runs_apart
 from megadistill.models.experts import (
     are_modules_of_their_own,
@@ -216,12 +216,12 @@ def check_fits(settings: Any, *, vocab_size: int, seq_len: int) -> None:
             f"student.model: has {settings.vocab_size} token ids, the cache's teacher and "
             f"tokenizer have {vocab_size}: take a student of the same tokenizer"
         )
-    limit = longest_sequence(settings.to_dict())
-    if limit is not None and seq_len > limit:
-        raise ConfigError(
-            f"data.seq_len: {seq_len} exceeds the student's limit of {limit} positions "
-            "(max_position_embeddings, with its rope scaling): make a cache of shorter sequences"
-        )
+    check_seq_len(
+        seq_len,
+        longest_sequence(settings.to_dict()),
+        model="student.model",
+        way_out="make a cache of shorter sequences",
+    )
 
 
 def load_student(

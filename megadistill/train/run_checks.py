@@ -57,7 +57,7 @@ def open_held_out(
     """
     asked = evaluation_cache(config)
     evaluation = open_evaluation(
-        asked, max_sequences=config.eval.max_sequences, local=local_copies(config)
+        asked, max_sequences=config.eval.max_sequences, local=local_copies(config.cache)
     )
     if evaluation is None:
         return None

@@ -17,7 +17,7 @@ import numpy as np
 
 from megadistill.blocks.recipe import first_difference
 from megadistill.cache.recorded_settings import check_targets
-from megadistill.config import Config
+from megadistill.config import Config, TeacherConfig
 from megadistill.data.names import data_names, shown_name
 from megadistill.data.recipe_keys import CORPUS_KEYS
 from megadistill.errors import ConfigError, StoreError
@@ -46,7 +46,9 @@ def with_caches(config: Config, stores: list[TrainingSource]) -> list[TrainingSo
     other_teachers = []
     for number, source in enumerate(config.cache.ensemble):
         key = f"cache.ensemble.{number}.dir"
-        store = open_sequences(source.dir, key=key, with_targets=True, local=local_copies(config))
+        store = open_sequences(
+            source.dir, key=key, with_targets=True, local=local_copies(config.cache)
+        )
         _require_same_tokens(first, store, key=key)
         other_teachers.append(replace(store, key=key, teacher_weight=source.weight))
     return [replace(first, other_teachers=tuple(other_teachers))]
@@ -126,7 +128,7 @@ def describe_teachers(config: Config, stores: list[TrainingSource]) -> str:
     """Returns the names of teachers and text for the model card: no path, no host."""
     if config.teacher.mode == "online":
         text = " and ".join(data_names(config.data).values()) or shown_name(stores[0].name)
-        return f"{_models_named(config)} ({config.targets.method}), on the text of {text}"
+        return f"{_models_named(config.teacher)} ({config.targets.method}), on the text of {text}"
     if not stores[0].other_teachers:
         return ", ".join(dict.fromkeys(f"{_taught_by(s)}{_said(s)}{_text_of(s)}" for s in stores))
     members = (stores[0], *stores[0].other_teachers)
@@ -136,8 +138,7 @@ def describe_teachers(config: Config, stores: list[TrainingSource]) -> str:
     return named + _text_of(stores[0])
 
 
-def _models_named(config: Config) -> str:
-    teacher = config.teacher
+def _models_named(teacher: TeacherConfig) -> str:
     name = shown_name(teacher.model or "")
     if not teacher.ensemble:
         return f"`{name}`"

@@ -20,7 +20,7 @@ from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.remote.shard_cache import LocalCopies, default_folder
 from megadistill.cache.reader import Cache
 from megadistill.cache.recorded_settings import pack_of
-from megadistill.config import Config
+from megadistill.config import CacheConfig, Config
 from megadistill.config.curves import values
 from megadistill.data.learned import has_labels, nothing_learned, warn_of_few
 from megadistill.errors import ConfigError, DataError, StoreError
@@ -177,7 +177,7 @@ def open_sources(
             key="cache.dir",
             with_targets=config.loss.learns_from_teacher,
             weight=source.weight,
-            local=local_copies(config),
+            local=local_copies(config.cache),
             blocks=chosen,
         )
         for source, chosen in zip(sources, blocks or [None] * len(sources), strict=True)
@@ -224,7 +224,7 @@ def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
     """Returns the blocks of each store of cache.dir, or None for a complete store."""
     found: list[tuple[int, ...] | None] = []
     for source in config.cache.sources:
-        store = open_store(source.dir, local=local_copies(config))
+        store = open_store(source.dir, local=local_copies(config.cache))
         blocks = tuple(store.committed())
         if not blocks or store.complete():
             found.append(None)
@@ -239,12 +239,12 @@ def blocks_there(config: Config) -> list[tuple[int, ...] | None]:
     return found
 
 
-def local_copies(config: Config) -> LocalCopies:
+def local_copies(cache: CacheConfig) -> LocalCopies:
     """Returns the folder that keeps shards of remote stores, and its limit."""
-    folder = config.cache.local_dir
+    folder = cache.local_dir
     return LocalCopies(
         default_folder() if folder is None else Path(folder).expanduser(),
-        int(config.cache.local_limit * 2**30),
+        int(cache.local_limit * 2**30),
     )
 
 

@@ -221,3 +221,9 @@ def test_groups_that_do_not_divide_the_batch_are_refused_with_one_that_does():
 def test_a_permutation_is_one():
     for length in (0, 1, 2, 1000):
         assert np.array_equal(np.sort(permutation(length, 5)), np.arange(length))
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused_as_by_the_configuration():
+    with pytest.raises(ConfigError, match=r"order\.groups: 5 does not divide train\.global_batch"):
+        Order([64], block_size=16, global_batch=64, groups=5)
+    Order([64], block_size=16, global_batch=64, groups=5, shuffle="sequential")

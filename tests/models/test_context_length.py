@@ -156,5 +156,5 @@ def test_sequences_up_to_the_scaled_length_are_taken_and_longer_ones_refused(tmp
     check_fits(settings, vocab_size=512, seq_len=128)
     with pytest.raises(ConfigError, match="129 is beyond the 128 positions"):
         check_seq_len(config(129), files)
-    with pytest.raises(ConfigError, match="129 exceeds the student's limit of 128 positions"):
+    with pytest.raises(ConfigError, match="129 is beyond the 128 positions of student"):
         check_fits(settings, vocab_size=512, seq_len=129)

@@ -230,7 +230,7 @@ def test_raised_max_samples_is_estimated_from_the_documents_that_are_there(place
     store = open_store("t")
     assert all("padding" in sample for sample in store)
     padding = sum(int(sample["padding"]) for sample in store)
-    held = corpus_size.tokens(load_config("demo.yaml", text(16)), len(store))
+    held = corpus_size.tokens(load_config("demo.yaml", text(16)).data, len(store))
     assert held == 16 * len(store) - padding < 16 * len(store)
     many = plan(*text(64))
     assert "of 64 documents gave, in t" in dict(many.lines)["sequences"]

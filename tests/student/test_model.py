@@ -85,7 +85,7 @@ def test_too_few_ids_or_too_little_context_is_refused():
     check_fits(settings, vocab_size=90, seq_len=32)
     with pytest.raises(ConfigError, match=r"has 96 token ids, .* 97"):
         check_fits(settings, vocab_size=97, seq_len=32)
-    with pytest.raises(ConfigError, match=r"data\.seq_len: 33 exceeds .* 32 positions"):
+    with pytest.raises(ConfigError, match=r"data\.seq_len: 33 is beyond the 32 positions"):
         check_fits(settings, vocab_size=96, seq_len=33)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megadistill.blocks import BlockReader, open_store
 from megadistill.blocks.remote.object_store import shown
-from megadistill.config import Config
+from megadistill.config import CacheConfig, Config, DataConfig
 from megadistill.data.continuation import covers
 from megadistill.data.counts import count_tokens
 from megadistill.data.learned import learned_tokens
@@ -27,9 +27,9 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
     online = config.teacher.mode == "online"
     corpus = data.source or data.files or data.name
     if not online and (not config.cache.is_folder or not corpus):
-        return _of_sources(config)
+        return _of_sources(config.cache)
     with contextlib.suppress(MegadistillError):  # a damaged store is for its reader to report
-        known = _counted(config, open_store(data.dir))
+        known = _counted(data, open_store(data.dir))
         if known is not None:
             return known
     with contextlib.suppress(MegadistillError):
@@ -39,13 +39,12 @@ def sequences(config: Config, *, vocab_size: int | None) -> tuple[int | None, st
     if config.stream_is_unbounded:
         whole = -(-config.sequences_needed // data.block_size) * data.block_size
         return whole, "as many as train.steps need"
-    tokens, how = _tokens(config, vocab_size)
+    tokens, how = _tokens(data, vocab_size)
     return (None if tokens is None else max(1, round(tokens / data.seq_len))), how
 
 
-def has_loss_mask(config: Config) -> bool:
+def has_loss_mask(data: DataConfig) -> bool:
     """Whether the token store has a loss mask: as it says, else by the columns of local files."""
-    data = config.data
     with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
         return "loss_mask" in open_store(data.dir).columns
     if data.files is not None or (data.name is not None and os.path.isdir(data.name)):
@@ -66,19 +65,19 @@ def target_share(config: Config) -> float:
     return 1.0
 
 
-def tokens(config: Config, sequences: int) -> int:
+def tokens(data: DataConfig, sequences: int) -> int:
     """Tokens of so many sequences, without padding where the token store says how much it has."""
     with contextlib.suppress(MegadistillError):  # no store yet, or a damaged one
-        store = open_store(config.data.dir)
-        if len(store) and store.recipe.get("seq_len") == config.data.seq_len:
+        store = open_store(data.dir)
+        if len(store) and store.recipe.get("seq_len") == data.seq_len:
             return round(sequences * count_tokens(store) / len(store))
-    return sequences * config.data.seq_len
+    return sequences * data.seq_len
 
 
-def _of_sources(config: Config) -> tuple[int | None, str]:
+def _of_sources(cache: CacheConfig) -> tuple[int | None, str]:
     """(sequences of an epoch, how known) of caches to train from alone."""
     total = 0.0
-    for source in config.cache.sources:
+    for source in cache.sources:
         if is_url(source.dir):
             return None, f"unknown before {shown(source.dir)} is asked, when training starts"
         try:
@@ -91,9 +90,9 @@ def _of_sources(config: Config) -> tuple[int | None, str]:
     return round(total), "known: an epoch of the caches, by their weights"
 
 
-def _counted(config: Config, store: BlockReader) -> tuple[int, str] | None:
+def _counted(data: DataConfig, store: BlockReader) -> tuple[int, str] | None:
     """(sequences, how known) of a token store: its plan; what it will grow to; None."""
-    data, blocks = config.data, store.committed()
+    blocks = store.committed()
     last = store.marker(blocks[-1]) if blocks else {}
     end = last.get("end")
     if store.num_sequences is not None and (end is None or covers(store, data)):
@@ -110,8 +109,7 @@ def _counted(config: Config, store: BlockReader) -> tuple[int, str] | None:
     )
 
 
-def _tokens(config: Config, vocab_size: int | None) -> tuple[float | None, str]:
-    data = config.data
+def _tokens(data: DataConfig, vocab_size: int | None) -> tuple[float | None, str]:
     a_token = assumptions.bytes_a_token_of_text(vocab_size)
     a_document = assumptions.TOKENS_A_DOCUMENT
     by_number = None if data.max_samples is None else float(data.max_samples * a_document)

@@ -139,7 +139,7 @@ def make_plan(config: Config, *, world: int, training: bool = True) -> Plan:
 
 def token_store_bytes(config: Config) -> int:
     """Bytes of a sequence in the token store, which the cache holds again."""
-    masked = corpus_size.has_loss_mask(config)
+    masked = corpus_size.has_loss_mask(config.data)
     return assumptions.token_store_bytes_a_sequence(config.data.seq_len, masked=masked)
 
 
@@ -241,7 +241,7 @@ def _steps_line(config: Config, steps: int | None) -> str:
     if steps is None:
         return "unknown: train.epochs of an unknown number of sequences"
     train, why = config.train, "" if config.train.steps is not None else ", as the sequences are"
-    tokens = corpus_size.tokens(config, steps * train.global_batch)
+    tokens = corpus_size.tokens(config.data, steps * train.global_batch)
     return (
         f"{_count(steps)} of {_count(train.global_batch)} sequences, {_count(tokens)} tokens{why}"
     )

@@ -11,6 +11,8 @@ teacher   the weights of the rank (shares.py), 16 live values a token and hidden
 
 from __future__ import annotations
 
+from typing import Any
+
 from megadistill.config import Config
 from megadistill.models.model_files import ModelFiles
 from megadistill.preflight.plan.shares import (
@@ -68,7 +70,7 @@ def student_memory(config: Config, model: ModelFiles | None, world: int) -> int 
     states = student_states(config, model, world)
     if model is None or states is None or not model.hidden_size or not model.layers:
         return None
-    width = 2 if _half_precision(config) else 4
+    width = 2 if _half_precision(config.deepspeed) else 4
     tokens = config.train.micro_batch * config.data.seq_len
     again = config.train.activation_checkpointing
     values = model.layers + 17 if again else 17 * model.layers  # of a token and hidden unit
@@ -80,7 +82,7 @@ def student_states(config: Config, model: ModelFiles | None, world: int) -> int 
     found = None if model is None else model.parameters()
     if model is None or found is None or not model.layers:
         return None
-    parameters, width = found[0], 2 if _half_precision(config) else 4
+    parameters, width = found[0], 2 if _half_precision(config.deepspeed) else 4
     zero = config.deepspeed.get("zero_optimization") or {}
     stage = int(zero.get("stage", 3))
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -94,8 +96,8 @@ def student_states(config: Config, model: ModelFiles | None, world: int) -> int 
     return weights + gradients + (0 if offloaded else states) + average + gathered
 
 
-def _half_precision(config: Config) -> bool:
-    return any((config.deepspeed.get(name) or {}).get("enabled") for name in ("bf16", "fp16"))
+def _half_precision(deepspeed: dict[str, Any]) -> bool:
+    return any((deepspeed.get(name) or {}).get("enabled") for name in ("bf16", "fp16"))
 
 
 def run_bytes(config: Config, model: ModelFiles | None) -> int | None:
@@ -106,7 +108,7 @@ def run_bytes(config: Config, model: ModelFiles | None) -> int | None:
     found = None if model is None else model.parameters()
     if found is None:
         return None
-    train, width = config.train, 2 if _half_precision(config) else 4
+    train, width = config.train, 2 if _half_precision(config.deepspeed) else 4
     checkpoints, models = train.keep + 1 + train.keep_best, 1 + train.keep_best
     one = (14 if width == 2 else 12) + (4 if train.ema else 0)
     return found[0] * (checkpoints * one + models * width)

@@ -38,7 +38,7 @@ class Report:
         """The configured run; None where its size is not known."""
         if self.plan.sequences is None:
             return None
-        tokens = corpus_size.tokens(self.config, self.plan.sequences)
+        tokens = corpus_size.tokens(self.config.data, self.plan.sequences)
         return row(
             self.config, self.rates, tokens, ranks=self.ranks, price=self.price, plan=self.plan
         )

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from megadistill.config import Config, StudentConfig
+from megadistill.config import StudentConfig
 from megadistill.errors import ConfigError
 from megadistill.models.context_length import longest_sequence
 from megadistill.models.model_files import find_model
@@ -145,16 +145,9 @@ def test_sequences_up_to_the_scaled_length_are_taken_and_longer_ones_refused(tmp
     files = find_model(folder, key="teacher.model")
     settings = student_settings(StudentConfig(model=folder))
 
-    def config(seq_len):
-        return Config(
-            data={"source": "python-stdlib", "seq_len": seq_len, "dir": str(tmp_path / "tokens")},
-            teacher={"model": folder},
-            cache={"dir": str(tmp_path / "cache")},
-        )
-
-    check_seq_len(config(128), files)
+    check_seq_len(128, files)
     check_fits(settings, vocab_size=512, seq_len=128)
     with pytest.raises(ConfigError, match="129 is beyond the 128 positions"):
-        check_seq_len(config(129), files)
+        check_seq_len(129, files)
     with pytest.raises(ConfigError, match="129 is beyond the 128 positions of student"):
         check_fits(settings, vocab_size=512, seq_len=129)

@@ -89,8 +89,8 @@ def fused_linear_distillation(
 
     divergence   forward_kl, reverse_kl, jsd (beta), skewed_kl and skewed_reverse_kl (alpha), tvd or
                  adaptive_kl (head_mass). topk and topp targets serve all of them, with what the
-                 list leaves out as one bucket; sampled targets serve forward_kl. Or the name of an
-                 installed divergence, whose parameters are divergence_options
+                 list leaves out as one bucket; sampled targets serve forward_kl. Or the name
+                 of one that another distribution registers, with its divergence_options
     temperature  T. For sampled targets the one they were made at. topk and topp at another
                  temperature than their own: both sides are put into buckets, then softened
     kd_weight, ce_weight, z_loss  weights of the terms

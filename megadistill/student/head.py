@@ -2,7 +2,7 @@
 
 `lm_head` is replaced by `DistillationHead`, which owns the same parameter. Positions whose label is
 -100 are dropped before any arithmetic; the others go through the head in chunks (fused.py), each
-row of a chunk through one pass that serves every term of the loss (row_kernel.py, divergences.py).
+row of a chunk through one pass that serves every term of the loss (row_kernel.py, divergences/).
 
 Shapes: N positions, H hidden size, V vocabulary.
 """

@@ -84,7 +84,7 @@ def _trained(config: Config, mesh: Mesh) -> Trained:
 def _train(run: Run, mesh: Mesh, found: Checkpoint | None) -> Trained:
     start = Position(0, 0, 0) if found is None else found.position
     if found is not None:
-        require_same_ranks(run.config.train, found, mesh.world)
+        require_same_ranks(run.config.train, found.path, written_by=found.world, world=mesh.world)
     standing = Standing(step=start.step, steps=run.steps)
     with accounted(standing.account):
         trainer = build(run, mesh)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from megadistill.config import TrainConfig
 from megadistill.config.optimizer_registry import OPTIMIZERS
 from megadistill.errors import ConfigError, TrainError
-
-if TYPE_CHECKING:
-    from megadistill.train.checkpoint import Checkpoint
 
 
 class Optimizer(ABC):
@@ -59,13 +57,16 @@ def chosen_optimizer(train: TrainConfig) -> tuple[Optimizer, dict[str, Any]]:
     return kind, {**kind.options, **train.optimizer_options}
 
 
-def require_same_ranks(train: TrainConfig, found: Checkpoint, world: int) -> None:
-    """TrainError where the optimizer's state cannot be converted to another number of ranks."""
-    if found.world != world and not chosen_optimizer(train)[0].elastic:
+def require_same_ranks(train: TrainConfig, path: Path, *, written_by: int, world: int) -> None:
+    """TrainError where the optimizer's state cannot be converted to another number of ranks.
+
+    path: the checkpoint that `written_by` ranks wrote.
+    """
+    if written_by != world and not chosen_optimizer(train)[0].elastic:
         raise TrainError(
-            f"{found.path}: was written by {found.world} rank(s), found {world} here: the state of "
+            f"{path}: was written by {written_by} rank(s), found {world} here: the state of "
             f"train.optimizer={train.optimizer} cannot be converted to another number of ranks: "
-            f"start {found.world} rank(s), or choose another train.out_dir"
+            f"start {written_by} rank(s), or choose another train.out_dir"
         )
 
 

@@ -98,7 +98,7 @@ MISUSES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "said"), MISUSES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("changed", "said"), MISUSES)
 def test_misuse_is_answered_in_a_line(changed: dict[str, Any], said: str) -> None:
     arguments = {"log_probs_NV": log_probs(), "method": "topk", **changed}
     with pytest.raises(ArgumentError) as caught:

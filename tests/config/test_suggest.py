@@ -2,8 +2,9 @@
 
 import pytest
 
+from megadistill.config.other_trainers import KEYS as OTHERS
 from megadistill.config.schema import Config
-from megadistill.config.suggest import _ELSEWHERE, did_you_mean
+from megadistill.config.suggest import did_you_mean
 
 KEYS = [
     f"{section}.{key}"
@@ -39,7 +40,7 @@ def test_a_name_of_another_trainer_is_suggested_ours(name, meant):
 
 def test_every_suggestion_is_a_key_that_there_is():
     places = [*KEYS, *Config.model_fields]
-    assert [key for key in _ELSEWHERE.values() if not key.startswith(tuple(places))] == []
+    assert [key for key in OTHERS.values() if not key.startswith(tuple(places))] == []
 
 
 def test_a_typo_is_suggested_the_key_beside_it():

@@ -2,7 +2,8 @@
 
 import torch
 
-from megadistill.train.student_engine import deepspeed_config, parameter_groups
+from megadistill.train.optimizers import parameter_groups
+from megadistill.train.student_engine import deepspeed_config
 from tests.train.stores import make_config
 
 

@@ -130,7 +130,7 @@ def test_a_held_out_cache_without_a_label_is_refused(tmp_path):
 
 def test_held_out_blocks_that_are_trained_on_are_said(tmp_path, caplog):
     from megadistill.train.evaluate import Evaluation
-    from megadistill.train.run import _check_evaluation
+    from megadistill.train.run_checks import _check_evaluation
     from megadistill.train.training_source import open_sources
 
     make_store(tmp_path / "held", method="topk", k=5, seed=9)

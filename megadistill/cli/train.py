@@ -4,8 +4,7 @@
     deepspeed [...] --module megadistill train [--config zero3.yaml] [a.b=c ...]
 
 Resumes the run in train.out_dir; on a finished run it does nothing. Ctrl-C and SIGTERM finish the
-step and save it. With
-loss.kd_weight=0 it trains on the text of a token store (cache.dir) alone.
+step and save it. With loss.kd_weight=0 it trains on the text of a token store (cache.dir) alone.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_deepspeeds_own_section_is_said_to_change_nothing(config, caplog):
     from types import SimpleNamespace
 
     section = {"activation_checkpointing": {"cpu_checkpointing": True}}
-    mesh = SimpleNamespace(rank=0, world=1, first=lambda function: function())
+    mesh = SimpleNamespace(rank=0, world=1, run_on_rank0=lambda function: function())
     with caplog.at_level(logging.WARNING):
         prepare(config.model_copy(update={"deepspeed": section}), mesh)
     assert "it changes nothing here; train.activation_checkpointing=true is what" in caplog.text

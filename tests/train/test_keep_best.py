@@ -57,7 +57,7 @@ def test_the_best_is_kept_beside_the_newest(overfitted):
     kept = {step for step, _ in checkpoint.checkpoints(folder)}
     assert kept == {best, 8, 10}
     found = checkpoint.best(folder)
-    assert (found.position.step, found.figures["loss"]) == (best, losses[best])
+    assert (found.position.step, found.metrics["loss"]) == (best, losses[best])
 
 
 def test_the_best_is_exported_and_the_last_stays_the_model(overfitted):

@@ -13,7 +13,7 @@ def test_copies_of_a_remote_store_stay_below_the_limit(tmp_path):
     largest = max(path.stat().st_size for path in source.path.glob("shard.*.mds"))
     copy_store(source.path, f"file://{tmp_path}/remote")
     keys = {"local_dir": str(tmp_path / "local"), "local_limit": 3.5 * largest / 2**30}
-    copies = local_copies(make_config(tmp_path, cache=keys))
+    copies = local_copies(make_config(tmp_path, cache=keys).cache)
     assert copies.limit == int(3.5 * largest)
     store = open_store(f"file://{tmp_path}/remote", local=copies)
     for number, sample in enumerate(samples):
@@ -24,4 +24,4 @@ def test_copies_of_a_remote_store_stay_below_the_limit(tmp_path):
 
 
 def test_the_limit_counts_in_gib(tmp_path):
-    assert local_copies(make_config(tmp_path, cache={"local_limit": 2})).limit == 2 * 2**30
+    assert local_copies(make_config(tmp_path, cache={"local_limit": 2}).cache).limit == 2 * 2**30

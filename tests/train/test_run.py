@@ -139,5 +139,5 @@ def test_a_run_that_died_before_its_first_step_goes_on(tmp_path):
         else:
             (tmp_path / "out" / name).write_bytes(b'{"half')
         assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
-        check_run_folder(config)
+        check_run_folder(config.train.out_dir)
         assert run_ranks(1, "tests.train.runs:run", config=config) == [1]

@@ -125,7 +125,7 @@ def test_an_unknown_option_of_the_loss_is_named(tmp_path: Path, batch: megadisti
     ("settings", "said"),
     [
         ({"vocab_size": VOCAB - 1}, "model: has 95 token ids, the cache's teacher and tokenizer"),
-        ({"max_position_embeddings": 8}, "seq_len: 16 exceeds the student's limit of 8 positions"),
+        ({"max_position_embeddings": 8}, "seq_len: 16 is beyond the 8 positions of model"),
     ],
 )
 def test_a_model_that_does_not_fit_the_cache_is_refused(

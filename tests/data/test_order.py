@@ -214,7 +214,7 @@ def test_the_order_is_written_down():
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused_with_one_that_does():
-    with pytest.raises(ConfigError, match=r"groups: 64 .*global_batch 48: .* to 48"):
+    with pytest.raises(ConfigError, match=r"groups: 64 .*global_batch \(48\), .* to 48"):
         Order([10], block_size=4, global_batch=48)
 
 

@@ -250,8 +250,8 @@ MUTANTS = (
     Mutant(
         "the slope of skewed reverse KL forgets alpha",
         "student/loss",
-        "slope = -_times(q, log_m_q + kind.alpha * torch.expm1(-log_m_q))",
-        "slope = -_times(q, log_m_q + torch.expm1(-log_m_q))",
+        "-where_positive(q, log_m_q + alpha * torch.expm1(-log_m_q))",
+        "-where_positive(q, log_m_q + torch.expm1(-log_m_q))",
         ("tests/student/loss/test_divergences.py",),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Which losses the targets of a method can serve."""
+"""Compatibility of targets and losses: divergences, temperatures, and what each method serves."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def align(student: Any, teacher: Any, *rows: list[list[int]]) -> Aligned:
 
 
 def read(tokenizer: Any, ids: list[int], *, fresh: tuple[bool, bool], begins: bool) -> str:
-    """What has been read, with the markers as characters (of the begin token only if `begins`).
+    """Text that has been read, the markers as characters (of the begin token only if `begins`).
 
     fresh: whether a space at the beginning, and behind a begin token, is the tokenizer's own.
     """

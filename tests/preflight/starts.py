@@ -54,7 +54,7 @@ def start(file: str, *arguments: str, world: int = 1) -> tuple[int, list[str], s
 
 
 def refused_lines(check: Callable, *overrides: str, world: int = 1) -> list[str]:
-    """What the start says, and its dry run as well. Nothing is written, and no plan printed."""
+    """Lines of the start, equal to its dry run's. Nothing is written, and no plan printed."""
     config()  # writes c.yaml
     before, arguments = listing(), ["--config", "c.yaml", *overrides]
     answers = [

@@ -79,7 +79,7 @@ def started(mesh, place: Path, program: str, overrides: list[str]) -> tuple[str,
 
 
 def refused_alike(check: Callable, *overrides: str, where: Path, world: int = 1) -> str:
-    """What start and dry run say. The dry run comes first, and leaves the folder as it is."""
+    """Lines of start and dry run. The dry run comes first, and leaves the folder as it is."""
     before = listing()
     ranks = mock.patch.dict(os.environ, WORLD_SIZE=str(world))
     with ranks, pytest.raises(MegadistillError) as caught:

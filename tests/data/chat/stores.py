@@ -12,7 +12,7 @@ SPECIAL = TEMPLATES["header and end of turn"][1]
 
 
 def texts(hf, template, chat, tools=None, **options):
-    """What is learned of a chat, stretch by stretch."""
+    """Stretches of a chat that are learned."""
     return learned(hf, *encoder(hf, template, **options).encode(chat, tools))
 
 

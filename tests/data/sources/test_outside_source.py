@@ -76,7 +76,7 @@ def install(folder: Path, *, version: str = "2.5", name: str = "tiny-source") ->
 
 
 def forget() -> None:
-    """What is installed is looked up again."""
+    """Make the next lookup see what is installed now."""
     registry._entry_points.cache_clear()
     SOURCES._loaded.clear()
     sys.modules.pop("tiny_source", None)

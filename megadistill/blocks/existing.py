@@ -13,9 +13,7 @@ from megadistill.blocks.layout import Layout, check_folder, new_header
 from megadistill.blocks.opening import open_store
 from megadistill.blocks.reader import BlockReader
 from megadistill.blocks.recipe import Keys
-from megadistill.storage.lock import StoreLock
-
-PATIENCE_S = 60.0  # as BlockWriter.lock
+from megadistill.storage.lock import PATIENCE_S, StoreLock
 
 
 def find_existing(

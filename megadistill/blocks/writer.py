@@ -48,7 +48,7 @@ from megadistill.blocks.shard import write_shard
 from megadistill.errors import CorruptBlockError, StoreError
 from megadistill.storage.disk import is_url
 from megadistill.storage.files import LOCAL, Files, names_in
-from megadistill.storage.lock import StoreLock, require_holder, token_of
+from megadistill.storage.lock import PATIENCE_S, StoreLock, require_holder, token_of
 from megadistill.storage.records import encode_json
 
 _OWN_KEYS = {"block", "sequences", "shard", "tokens_xxh3", "content_hash"}
@@ -302,7 +302,7 @@ class BlockWriter(BlockReader):
     def _shard_names(self) -> list[str]:
         return sorted(n for n in names_in(self.path) if SHARD_NAME.fullmatch(n))
 
-    def lock(self, *, patience_s: float = 60.0) -> StoreLock:
+    def lock(self, *, patience_s: float = PATIENCE_S) -> StoreLock:
         """The right to write this store, as a context manager. LockedError while another has it.
 
         patience_s  how long a holder on another host may show no heartbeat before it counts as

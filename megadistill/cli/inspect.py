@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from megadistill.blocks import open_store
 from megadistill.cli.answer import answer
-from megadistill.cli.command_line import count, new_parser, read_arguments
+from megadistill.cli.command_line import new_parser, read_arguments
+from megadistill.cli.stores import add_store_options
 from megadistill.errors import ConfigError
 from megadistill.inspect.cache_tables import difference_table, table
 from megadistill.inspect.inspection import inspect_store
@@ -68,13 +69,7 @@ def parse(argv: list[str], prog: str | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change the configuration")
     parser.add_argument("--config", help="whose cache.dir to inspect; default zero3.yaml")
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
-    parser.add_argument(
-        "--workers",
-        type=count,
-        default=min(16, os.cpu_count() or 1),
-        help="processes that verify; default %(default)s",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_store_options(parser)
     parser.add_argument("--plot", metavar="DIR", help="write pictures over the blocks there")
     parser.add_argument("--diff", metavar="OTHER", help="what differs between CACHE and OTHER")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Options and checks that merging, repairing and splitting share."""
+"""Options and checks that merging, repairing, splitting and inspecting share."""
 
 from __future__ import annotations
 

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 
+PATIENCE_S = 60.0  # of store locks: a holder on another host counts as dead after so long
+
 
 class StoreLock:
     """A lock file, held between `__enter__` and `__exit__`.

@@ -25,11 +25,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.hosts.init import HOME
 from tests.programs import ROOT
 
 NETWORK = "10.77.0"
 PLAIN = {
-    "HOME": "/root",
+    "HOME": HOME,
     "USER": "root",
     "LANG": "C.UTF-8",
     "TERM": "dumb",

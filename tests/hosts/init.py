@@ -1,6 +1,6 @@
 """Process 1 of a host: its mounts, its name, its sshd. Run in new namespaces with a JSON setting.
 
-What is shared keeps its path. The folders that hide it (/tmp, /root, /run) are mounted over, so it
+What is shared keeps its path. The folders that hide it (/tmp, the home folder, /run) are mounted over, so it
 is held open before and bound again afterwards, by its descriptor.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-HIDDEN = ("/tmp/", "/root/", "/run/")
+HOME = pwd.getpwuid(0).pw_dir
+HIDDEN = ("/tmp/", f"{HOME}/", "/run/")
 SSHD = """Port 22
 HostKey /run/host_key
 UsePAM no
@@ -55,18 +57,18 @@ def main(setting: dict) -> None:
 
 
 def mount_own(folder: Path, shared: list[str], private_mib: int) -> None:
-    """Gives the host /proc, /tmp, /dev/shm, /run and /root of its own."""
+    """Gives the host /proc, /tmp, /dev/shm, /run and home of its own."""
     interpreters = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}
     kept = {
         path: os.open(path, os.O_PATH | os.O_DIRECTORY)
-        for path in sorted({*shared, str(folder), *interpreters, "/root/.pyenv"})
+        for path in sorted({*shared, str(folder), *interpreters})
         if path.startswith(HIDDEN) and os.path.isdir(path)
     }
     mount("-t", "proc", "proc", "/proc")
     mount("-t", "tmpfs", "-o", f"size={private_mib}m,mode=1777", "tmpfs", "/tmp")
     mount("-t", "tmpfs", "-o", "size=1g,mode=1777", "shm", "/dev/shm")
     mount("-t", "tmpfs", "-o", "mode=755", "run", "/run")
-    mount("-t", "tmpfs", "-o", "mode=700", "home", "/root")
+    mount("-t", "tmpfs", "-o", "mode=700", "home", HOME)
     for path, descriptor in kept.items():
         if os.path.isdir(path) and os.listdir(path):
             continue  # it lies in one that is bound already
@@ -82,7 +84,7 @@ def mount_own(folder: Path, shared: list[str], private_mib: int) -> None:
 
 def allow_ssh(folder: Path) -> None:
     """Lets the hosts reach each other by name, without a password."""
-    keys, ssh = folder / "keys", Path("/root/.ssh")
+    keys, ssh = folder / "keys", Path(HOME, ".ssh")
     ssh.mkdir(mode=0o700)
     for source, target in (("user", ssh / "id_ed25519"), ("host", Path("/run/host_key"))):
         shutil.copy(keys / source, target)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.cluster import Cluster, made, wait_until
+from tests.hosts.init import HOME
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,9 @@ def reach(cluster: Cluster, name: str) -> bool:
 
 def test_hosts_have_names_processes_and_private_folders_of_their_own(cluster: Cluster) -> None:
     assert reach(cluster, "host-2")
-    cluster.run("host-1", ["touch", "/tmp/mine", "/dev/shm/mine", "/root/mine"])
-    for path in ("/tmp/mine", "/dev/shm/mine", "/root/mine"):
+    private = ("/tmp/mine", "/dev/shm/mine", f"{HOME}/mine")
+    cluster.run("host-1", ["touch", *private])
+    for path in private:
         assert cluster.run("host-1", ["test", "-e", path]).returncode == 0
         assert cluster.run("host-2", ["test", "-e", path]).returncode == 1
         assert not Path(path).exists()

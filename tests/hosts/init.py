@@ -1,7 +1,7 @@
 """Process 1 of a host: its mounts, its name, its sshd. Run in new namespaces with a JSON setting.
 
-What is shared keeps its path. The folders that hide it (/tmp, the home folder, /run) are mounted over, so it
-is held open before and bound again afterwards, by its descriptor.
+What is shared keeps its path. The folders that may hold it (/tmp, /run, the user's home) are
+mounted over, so it is held open before and bound again afterwards, by its descriptor.
 """
 
 from __future__ import annotations

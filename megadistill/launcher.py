@@ -56,12 +56,17 @@ def _watch() -> None:
 
 
 def _chain() -> list[psutil.Process]:
-    if "RANK" not in os.environ or os.getppid() == 1:
+    # 0: the parent is outside of this process's namespace, as after `docker exec` or `nsenter`.
+    if "RANK" not in os.environ or os.getppid() in (0, 1):
         return []
-    chain = [psutil.Process(), psutil.Process().parent()]
+    own = psutil.Process()
+    parent = own.parent()
+    if parent is None:
+        return []
+    chain = [own, parent]
     with contextlib.suppress(psutil.Error):
-        above = chain[1].parent()
-        if above is not None and _is_deepspeed(chain[1]) and _is_deepspeed(above):
+        above = parent.parent()
+        if above is not None and _is_deepspeed(parent) and _is_deepspeed(above):
             chain.append(above)
     return chain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,3 +47,21 @@ def test_a_rank_that_still_imports_leaves_with_either_of_deepspeeds_launchers(tm
         for process in alive:
             process.kill()
         assert alive == []
+
+
+def test_a_parent_outside_of_the_process_namespace_is_no_launcher():
+    """As after `docker exec` or `nsenter`, where the kernel gives 0 for the parent."""
+    ask = (
+        "import os; from megadistill.launcher import launcher_is_there\n"
+        "print(os.getppid(), launcher_is_there())"
+    )
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", ask]
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("needs root and unshare")
+    done = subprocess.run(
+        unshare,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RANK": "0", "PYTHONPATH": str(Path.cwd())},
+    )
+    assert (done.stdout, done.stderr) == ("0 True\n", "")

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "run the teacher over a corpus and write the cache of its targets",
     "train": "train a student from a cache or with an online teacher",
     "tokens": "tokenise the corpus ahead of generating",
+    "run": "start generate or train on the hosts of a hostfile, and again after a failure",
     "plan": "estimate bytes, time and cost of a run",
     "inspect": "show and verify what a cache or a token store holds",
     "merge": "merge caches of one recipe into one",

@@ -66,10 +66,11 @@ def _chain() -> list[psutil.Process]:
     chain = [own, parent]
     with contextlib.suppress(psutil.Error):
         above = parent.parent()
-        if above is not None and _is_deepspeed(parent) and _is_deepspeed(above):
+        if above is not None and _is_launcher(parent) and _is_launcher(above):
             chain.append(above)
     return chain
 
 
-def _is_deepspeed(process: psutil.Process) -> bool:
-    return any("deepspeed" in word for word in process.cmdline()[:4])
+def _is_launcher(process: psutil.Process) -> bool:
+    words = process.cmdline()[:4]
+    return any("deepspeed" in word or "megadistill.launching" in word for word in words)

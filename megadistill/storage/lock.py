@@ -35,6 +35,13 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 
 PATIENCE_S = 60.0  # of store locks: a holder on another host counts as dead after so long
+RUN_LOCK = "run.lock"  # in train.out_dir
+
+
+def store_lock(store: Path) -> Path:
+    """The lock of a block store, in the folder beside it. Two names of one store share it."""
+    path = store.resolve()
+    return path.parent / f"{path.name}.run" / "lock"
 
 
 class StoreLock:

@@ -29,7 +29,7 @@ from megadistill.blocks.recipe import differences, require_same_recipe, shown_di
 from megadistill.config import Config
 from megadistill.errors import CorruptBlockError, RecipeError, TrainError
 from megadistill.storage.files import LOCAL
-from megadistill.storage.lock import StoreLock, require_holder
+from megadistill.storage.lock import RUN_LOCK, StoreLock, require_holder
 from megadistill.storage.records import encode_json, put_file, read_json
 from megadistill.train import checkpoint
 from megadistill.train.checkpoint import Checkpoint
@@ -40,7 +40,6 @@ from megadistill.train.training_source import TrainingSource
 
 log = logging.getLogger(__name__)
 
-LOCK = "run.lock"
 _PATIENCE_S = 60.0  # without a heartbeat, until a holder on another host counts as dead
 
 # Where and how often something is written, and how a step is cut up, are no part of what is run.
@@ -133,7 +132,7 @@ class RunFolder:
 
     def _new_lock(self) -> StoreLock:
         what = f"train.out_dir: {self.path}"
-        return StoreLock(self.path / LOCK, what=what, patience_s=_PATIENCE_S)
+        return StoreLock(self.path / RUN_LOCK, what=what, patience_s=_PATIENCE_S)
 
     @property
     def exported(self) -> bool:
@@ -153,7 +152,9 @@ class RunFolder:
         if self._identity.exists() or not self.path.exists():
             return
         # Left by a run that died before run.json was in place.
-        if any(p.name != ".run.json" and not p.name.startswith(LOCK) for p in self.path.iterdir()):
+        if any(
+            p.name != ".run.json" and not p.name.startswith(RUN_LOCK) for p in self.path.iterdir()
+        ):
             raise TrainError(
                 f"train.out_dir: {self.path} holds files, but no run of megadistill (there is "
                 f"no {self._identity.name}): choose another folder, or empty it"

@@ -16,10 +16,10 @@ import torch
 
 from megadistill.errors import ConfigError, LockedError, RecipeError, TrainError
 from megadistill.preflight.folder_checks import check_run_folder
-from megadistill.storage.lock import StoreLock, _identity
+from megadistill.storage.lock import RUN_LOCK, StoreLock, _identity
 from megadistill.storage.records import read_json
 from megadistill.train import checkpoint
-from megadistill.train.run_folder import LOCK, RunFolder
+from megadistill.train.run_folder import RunFolder
 from tests.ranks import run_ranks
 from tests.train.stores import make_config
 from tests.train.test_loop import elsewhere, metrics, series, weights
@@ -54,7 +54,7 @@ def test_a_second_training_is_refused_while_the_first_lives_and_changes_nothing(
     config = make_config(tmp_path)
     out = Path(config.train.out_dir)
     out.mkdir()
-    with StoreLock(out / LOCK, what="a run", patience_s=60):
+    with StoreLock(out / RUN_LOCK, what="a run", patience_s=60):
         before = sorted(p.name for p in out.iterdir())
         for kind, text in run_ranks(2, MESSAGE, config=config):  # the same error on all ranks
             assert kind == "LockedError"
@@ -68,9 +68,9 @@ def test_the_lock_of_a_dead_training_is_taken_over_and_released_at_the_end(tmp_p
     out = Path(config.train.out_dir)
     out.mkdir()
     dead = _identity() | {"nonce": "old", "started": "1", "since": "2026-01-01 00:00:00 UTC"}
-    (out / LOCK).write_text(json.dumps(dead))
+    (out / RUN_LOCK).write_text(json.dumps(dead))
     assert run_ranks(2, RUN, config=config) == [4, 4]
-    assert not [p for p in out.iterdir() if p.name.startswith(LOCK)]
+    assert not [p for p in out.iterdir() if p.name.startswith(RUN_LOCK)]
 
 
 def test_a_training_whose_lock_is_taken_stops_on_all_ranks_before_it_writes(tmp_path):
@@ -82,7 +82,7 @@ def test_a_training_whose_lock_is_taken_stops_on_all_ranks_before_it_writes(tmp_
         assert "has taken it over" in text
     assert [line["step"] for line in metrics(config)] == [1, 2, 3]
     assert saved(config) == [2]
-    assert json.loads((tmp_path / "out" / LOCK).read_text())["nonce"] == "new"  # left alone
+    assert json.loads((tmp_path / "out" / RUN_LOCK).read_text())["nonce"] == "new"  # left alone
 
 
 def test_a_folder_without_a_checkpoint_takes_another_lr_and_says_so(tmp_path, said):
@@ -201,8 +201,8 @@ def test_a_lock_that_a_killed_start_left_alone_is_no_other_content(tmp_path):
     config = make_config(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    (out / LOCK).write_text(json.dumps(_identity() | {"nonce": "old", "started": "1"}))
-    (out / f"{LOCK}.0123").write_text("{}")
+    (out / RUN_LOCK).write_text(json.dumps(_identity() | {"nonce": "old", "started": "1"}))
+    (out / f"{RUN_LOCK}.0123").write_text("{}")
     check_run_folder(config.train.out_dir)
     assert not claim(config).finished
 
@@ -223,7 +223,7 @@ def test_a_run_through_a_link_is_the_run_in_the_folder(tmp_path):
     claim(config)
     assert (tmp_path / "real/run.json").exists()
     with (
-        StoreLock(tmp_path / "real" / LOCK, what="a run", patience_s=60),
+        StoreLock(tmp_path / "real" / RUN_LOCK, what="a run", patience_s=60),
         pytest.raises(LockedError),
     ):
         claim(config)
@@ -303,7 +303,7 @@ def test_a_lock_that_another_holds_is_an_error_before_anything_is_looked_at(tmp_
     claim(config)
     (tmp_path / "out/metrics.jsonl").write_text("not JSON\n")
     with (
-        StoreLock(tmp_path / "out" / LOCK, what="a run", patience_s=60),
+        StoreLock(tmp_path / "out" / RUN_LOCK, what="a run", patience_s=60),
         pytest.raises(LockedError),
     ):
         claim(config, lr=0.5)

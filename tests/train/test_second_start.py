@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from megadistill.train.run_folder import LOCK
+from megadistill.storage.lock import RUN_LOCK
 from tests.train.interrupt import Started, as_from_a_terminal, command, lines
 from tests.train.survive import RUN_S, STOP_S, finish, make_run, newest_step, result
 
@@ -38,7 +38,7 @@ def test_the_second_start_is_refused_while_the_first_lives_and_takes_over_when_i
     out = tmp_path / "out"
     with Started(command("deepspeed", file, out), tmp_path / "first.log") as first:
         until_it_trains(first, out, 10)
-        holder = json.loads((out / LOCK).read_text())
+        holder = json.loads((out / RUN_LOCK).read_text())
         with Started(command("deepspeed", file, out), tmp_path / "second.log") as second:
             assert second.wait(RUN_S), second.said()
             assert second.process.returncode == 2, second.said()

@@ -30,7 +30,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said of itself, or why it said nothing."""
+    """Holds the facts of a host, or why there are none."""
 
     host: Host
     facts: dict[str, Any] | None

@@ -45,7 +45,7 @@ _CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP:
 
 @dataclass(frozen=True)
 class Launch:
-    """What to run, and where.
+    """Holds the command of a run and the hosts it runs on.
 
     command: `generate` or `train` with its arguments. min_hosts: None for all of `hosts`. locks:
     files that the run will hold, whose dead holders are waited for before another start.

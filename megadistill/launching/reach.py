@@ -71,14 +71,6 @@ def mistakes(answers: Sequence[Answer]) -> list[str]:
     return lines
 
 
-def reachable(hosts: Sequence[Host], *, ssh: Sequence[str], cwd: Path) -> list[Answer]:
-    """Returns every host's answer. ConfigError with a line for each that cannot take part."""
-    answers = ask(hosts, ssh=ssh, cwd=cwd)
-    if found := mistakes(answers):
-        raise ConfigError("\n".join(found))
-    return answers
-
-
 def _ask(host: Host, ssh: Sequence[str], cwd: Path) -> Answer:
     if is_this_host(host.name):
         return Answer(host, facts())

@@ -30,7 +30,7 @@ from megadistill.launching.connection import (
     passed_environment,
 )
 from megadistill.launching.hostfile import Host
-from megadistill.launching.reach import Answer, reachable
+from megadistill.launching.reach import Answer, ask, mistakes
 from megadistill.storage.lock import PATIENCE_S, StoreLock
 
 log = logging.getLogger(__name__)
@@ -217,13 +217,16 @@ class _Round:
 def _wait_for_hosts(launch: Launch, signals: _Signals, *, first: bool) -> list[Answer]:
     """Returns the answers once enough hosts answer; at the first start they must do so at once.
 
-    MegadistillError where they do not for half an hour.
+    ConfigError with a line for each host that answers and cannot take part, and where too few
+    answer for half an hour.
     """
     needed = launch.min_hosts or len(launch.hosts)
     since = said_at = time.monotonic()
     while True:
-        answers = reachable(launch.hosts, ssh=launch.ssh, cwd=launch.cwd)
-        away = [f"{a.host.name}: {a.problem}" for a in answers if a.facts is None]
+        answers = ask(launch.hosts, ssh=launch.ssh, cwd=launch.cwd)
+        away = [f"{a.host.name}: {a.problem}" for a in answers if a.unreachable]
+        if found_wrong := mistakes(answers):
+            raise ConfigError("\n".join([*found_wrong, *away]))
         found = len(answers) - len(away)
         if found >= needed:
             for line in away:

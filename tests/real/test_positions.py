@@ -2,8 +2,9 @@
 
 The truth is plain transformers: in float32, in bfloat16, and in bfloat16 with logits in float32.
 In bfloat16 it rounds the logits themselves, to 1/16 where they are 16. This moves a real model by
-some 4e-4 nats, more than all of its layers' rounding in another order. The engine's head does not
-round them, so its hidden states are compared through a head that does not, either.
+some 4e-4 nats, more than all of its layers' rounding in another order. The teacher's head does not
+round them. So each engine's hidden states are compared twice: through plain transformers' own head,
+which rounds, and through the teacher's head, with the truth whose head does not round, either.
 
 Shape letters: T positions, C positions of a chunk, V vocabulary.
 """
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.long
 
 log = logging.getLogger(__name__)
 TRUTHS = ("float32", "bfloat16", "float32 logits")
+ROUNDED = "bfloat16, logits rounded"
 SEQUENCES, SEQ_LEN, CHUNK, QUARTERS = 2, 4096, 256, 4
 FAR = "tests.real.test_positions:distances"
 
@@ -45,6 +47,7 @@ def truth(tmp_path_factory) -> Path:
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         write(folder / f"{dtype}.npy", plain, tokens)
         if dtype == "bfloat16":
+            torch.save(plain.lm_head.weight.detach().clone(), folder / "head.pt")
             plain.lm_head = copy.deepcopy(plain.lm_head).float()
             write(folder / "float32 logits.npy", plain, tokens)
     torch.set_num_threads(threads)
@@ -76,7 +79,10 @@ def by_quarter(kl_BT: torch.Tensor) -> np.ndarray:
 
 
 def distances(mesh, folder: str, engine: str) -> dict[str, torch.Tensor]:
-    """KL from each truth, [B, T], over this rank's slice of the vocabulary."""
+    """KL from each truth, [B, T], over this rank's slice of the vocabulary.
+
+    At tp = 1 also KL(plain bfloat16 || plain's own head on this engine's hidden states).
+    """
     from megadistill.config import Config
     from megadistill.teacher.engine import load_teacher
 
@@ -85,16 +91,22 @@ def distances(mesh, folder: str, engine: str) -> dict[str, torch.Tensor]:
     config = Config.model_validate({"data": data, "teacher": teacher})
     loaded = load_teacher(config, mesh, vocab_size=49_152)
     head = loaded.head
-    found = {truth: torch.zeros(SEQUENCES, SEQ_LEN) for truth in TRUTHS}
+    plain_head_VH = torch.load(f"{folder}/head.pt")
+    names = TRUTHS if mesh.tp > 1 else (*TRUTHS, ROUNDED)
+    found = {name: torch.zeros(SEQUENCES, SEQ_LEN) for name in names}
     for number, tokens_T in enumerate(np.load(f"{folder}/tokens.npy")):
         hidden_TH = loaded.hidden(tokens_T[None], [np.zeros(1, np.int64)])
         for first in range(0, SEQ_LEN, head.chunk):
             rows = slice(first, first + head.chunk)
             own_CV = head.log_probs(hidden_TH[rows])
             columns = slice(head.vocabulary.first, head.vocabulary.first + own_CV.shape[1])
-            for truth, kl_BT in found.items():
+            for name, kl_BT in found.items():
+                truth, found_CV = name, own_CV
+                if name == ROUNDED:
+                    truth = "bfloat16"
+                    found_CV = (hidden_TH[rows] @ plain_head_VH.T).float().log_softmax(-1)
                 true = np.load(f"{folder}/{truth}.npy", mmap_mode="r")[number, rows, columns]
-                kl_BT[number, rows] = kl(torch.tensor(true), own_CV).float()
+                kl_BT[number, rows] = kl(torch.tensor(true), found_CV).float()
     return found
 
 
@@ -120,6 +132,7 @@ def test_every_quarter_is_that_of_plain_transformers(truth, ranks, engine):
     for found in run_ranks(ranks, FAR, folder=str(truth), engine=engine):
         for name, kl_BT in found.items():
             log.info("%s: KL(%s || engine) by quarter %s", engine, name, by_quarter(kl_BT))
+        assert (by_quarter(found[ROUNDED]) <= 1e-4).all()
         assert (by_quarter(found["float32 logits"]) <= 1e-4).all()
         assert (by_quarter(found["float32"]) <= rounding(truth, "bfloat16")).all()
 

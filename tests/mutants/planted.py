@@ -410,6 +410,21 @@ MUTANTS = (
         "if isinstance(error, ConfigError) and local_rank != 0:",
         ("tests/cli/test_command_line.py",),
     ),
+    # launching
+    Mutant(
+        "a host without slots is dropped",
+        "launching",
+        "        if host.slots == 0:\n",
+        "        if host.slots == 0 and not line:\n",
+        ("tests/launching/test_hostfile.py",),
+    ),
+    Mutant(
+        "one machine under two names is two hosts",
+        "launching",
+        "        if known != name:\n",
+        "        if known != known:\n",
+        ("tests/launching/test_reach.py",),
+    ),
     # api
     Mutant(
         "every micro-batch of a step is the first one",
